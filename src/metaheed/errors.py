@@ -1,0 +1,43 @@
+"""The errors that a user can meet.
+
+Every one names the thing, the value found and the remedy; the command line prints it in one line and never a traceback.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class MetaheedError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(MetaheedError, ValueError):
+    """A setting that cannot be used."""
+
+
+class DataError(MetaheedError):
+    """Images that are missing, damaged, or too few for the episodes asked for."""
+
+
+class RunError(MetaheedError):
+    """A run folder that cannot be used."""
+
+
+class NonFiniteError(MetaheedError, ArithmeticError):
+    """A loss or gradient that is not a finite number."""
+
+
+class Interrupted(MetaheedError):
+    """Training was stopped by a signal after its state had been written."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """A ConfigError for a name that is not in `known`, with the closest one suggested."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return ConfigError(f"unknown {kind} {name!r}: {hint}known are {', '.join(known)}")

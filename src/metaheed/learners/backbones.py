@@ -1,0 +1,138 @@
+"""The field's base network, and how a network is named on the command line."""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from metaheed.errors import ConfigError, unknown
+
+ImageShape = tuple[int, int, int]
+"""(channels, height, width)."""
+
+
+class Conv4(nn.Module):
+    """Four blocks of [3×3 convolution, batch norm, ReLU, halving] and a linear head.
+
+    Vinyals et al. 2016; Finn et al. 2017. Batch norm uses the statistics of the batch it is given, in training and in
+    test, so predictions are transductive: a query's logits depend on the other queries beside it.
+
+    Args:
+        ways: N, outputs of the head.
+        image_shape: (channels, height, width), at least 16 pixels a side.
+        hidden: filters in each block (32, or 64).
+        downsample: "pool" halves by 2×2 max-pooling, (floor); "stride" by stride-2 convolutions (ceiling) with the mean
+            over what is left of the plane, Finn et al.'s form for Omniglot.
+
+    Raises:
+        ConfigError: the images are smaller than four halvings allow, or a size is not positive.
+    """
+
+    def __init__(
+        self, ways: int, image_shape: ImageShape, hidden: int = 32, downsample: Literal["pool", "stride"] = "pool"
+    ) -> None:
+        super().__init__()
+        channels, height, width = image_shape
+        if min(ways, channels, hidden) < 1:
+            raise ConfigError(f"Conv4 with {ways} ways, {channels} channels, {hidden} filters: each must be at least 1")
+        if min(height, width) < 16:
+            raise ConfigError(f"Conv4 halves images four times and needs 16 pixels a side, but got {height}×{width}")
+        if downsample not in ("pool", "stride"):
+            raise unknown("downsample", downsample, ("pool", "stride"))
+        stride = 2 if downsample == "stride" else 1
+        self.body = nn.Sequential()
+        for index in range(4):
+            block = nn.Sequential()
+            block.add_module("conv", nn.Conv2d(hidden if index else channels, hidden, 3, stride=stride, padding=1))
+            block.add_module("norm", nn.BatchNorm2d(hidden, track_running_stats=False))
+            block.add_module("relu", nn.ReLU())
+            if downsample == "pool":
+                block.add_module("pool", nn.MaxPool2d(2))
+            self.body.append(block)
+        if downsample == "stride":
+            self.body.append(nn.AdaptiveAvgPool2d(1))
+            features = hidden
+        else:
+            features = hidden * (height // 16) * (width // 16)
+        self.head = nn.Linear(features, ways)
+
+    def redraw(self, generator: torch.Generator) -> None:
+        """Draw the weights anew: Glorot uniform for convolutions and head, biases 0, norms the identity."""
+        with torch.no_grad():
+            for part in self.modules():
+                if isinstance(part, nn.Conv2d | nn.Linear):
+                    nn.init.xavier_uniform_(part.weight, generator=generator)
+                    if part.bias is not None:
+                        part.bias.zero_()
+                elif isinstance(part, nn.BatchNorm2d):
+                    part.weight.fill_(1.0)
+                    part.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (n, C, H, W) to logits (n, N)."""
+        logits: Tensor = self.head(self.body(x).flatten(1))
+        return logits
+
+
+BACKBONES: dict[str, Callable[[int, ImageShape], nn.Module]] = {
+    "conv4-32": Conv4,
+    "conv4-64": partial(Conv4, hidden=64),
+    "conv4-64-strided": partial(Conv4, hidden=64, downsample="stride"),
+}
+
+
+def find_backbone(name: str) -> Callable[[int, ImageShape], nn.Module]:
+    """The builder behind a name of BACKBONES or behind "module:Class".
+
+    Raises:
+        ConfigError: there is no such name, module or class.
+    """
+    if name in BACKBONES:
+        return BACKBONES[name]
+    module_name, separator, attribute = name.partition(":")
+    if not separator:
+        raise unknown("backbone", name, [*BACKBONES, "module:Class"])
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever a user's module raises while it is imported belongs into the message
+        raise ConfigError(
+            f"backbone {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
+            "Is it installed, or its folder on PYTHONPATH?"
+        ) from error
+    builder = getattr(module, attribute, None)
+    if not callable(builder):
+        raise ConfigError(f"backbone {name!r}: {module_name!r} has no class or function {attribute!r}")
+    return builder  # type: ignore[no-any-return]  # what a user's module holds is known at run time only
+
+
+def build_backbone(name: str, ways: int, image_shape: ImageShape, seed: int) -> nn.Module:
+    """Build the network that `find_backbone` names, its own random draws decided by `seed`.
+
+    Raises:
+        ConfigError: the builder fails, or what it returns does not map images to (n, ways) logits.
+    """
+    builder = find_backbone(name)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = builder(ways, image_shape)
+            if not isinstance(module, nn.Module):
+                raise TypeError(f"it returned {type(module).__name__}, not a torch.nn.Module")
+            with torch.no_grad():
+                logits = module.train()(torch.zeros(2 * ways, *image_shape))
+    except ConfigError:
+        raise
+    except Exception as error:  # as above: a user's class may raise anything
+        raise ConfigError(
+            f"backbone {name!r}: building it for {ways} ways and images {image_shape} failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if tuple(logits.shape) != (2 * ways, ways):
+        raise ConfigError(
+            f"backbone {name!r}: {2 * ways} images give an output of shape {tuple(logits.shape)}, "
+            f"but it must be ({2 * ways}, {ways}): one logit a class"
+        )
+    return module

@@ -1,0 +1,122 @@
+"""What a learner is: the way one task is adapted, apart from how tasks are combined."""
+
+import copy
+import warnings
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metaheed.errors import ConfigError
+from metaheed.types import Params
+
+
+class Learner(Protocol):
+    """One task's adaptation as pure functions of the meta-parameters θ.
+
+    Shapes: support_x (N·K, C, H, W), support_y (N·K,), x (n, C, H, W), logits (n, N).
+    """
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Draw θ."""
+        ...
+
+    def initial(self, meta: Params) -> Params:
+        """φ⁰, the base parameters before adaptation."""
+        ...
+
+    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """φᵀ, the base parameters after adaptation; the same function in training and test."""
+        ...
+
+    def predict(self, adapted: Params, x: Tensor) -> Tensor:
+        """Logits of base parameters φ."""
+        ...
+
+
+def task_loss(learner: Learner, adapted: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy in nats (0-d) and the logits (n, N) it was computed from, at base parameters φ."""
+    logits = learner.predict(adapted, x)
+    return F.cross_entropy(logits, y), logits
+
+
+class Backbone:
+    """A network as a pure function of its parameters, for learners to build on.
+
+    The module is copied; the caller's own stays as it is.
+
+    Args:
+        module: any network from images (n, C, H, W) to logits (n, N). Batch norm with running statistics is converted to
+            batch statistics (with a warning), for a task's adaptation must not write into shared buffers. Parameters with
+            requires_grad=False stay constants of the module.
+
+    Raises:
+        ConfigError: the module has active dropout, tied or uninitialised parameters, or none that can be trained.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        _refuse(module)
+        self.module = copy.deepcopy(module).train()
+        converted = [name for name, part in self.module.named_modules() if _use_batch_statistics(part)]
+        if converted:
+            warnings.warn(
+                f"running statistics of {', '.join(converted)} are replaced by batch statistics on a copy of the network",
+                stacklevel=3,
+            )
+
+    def init(self, generator: torch.Generator) -> Params:
+        """The parameters: redrawn by the module's own `redraw(generator)` where it has one, else its present values."""
+        redraw = getattr(self.module, "redraw", None)
+        if redraw is not None:
+            redraw(generator)
+        return {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def __call__(self, params: Params, x: Tensor) -> Tensor:
+        """Logits (n, N) in the parameters' dtype."""
+        dtype = next(iter(params.values())).dtype
+        logits: Tensor = functional_call(self.module, {**self._constants(dtype), **params}, (x.to(dtype),))
+        return logits
+
+    def _constants(self, dtype: torch.dtype) -> Params:
+        constants = [(n, p) for n, p in self.module.named_parameters() if not p.requires_grad]
+        constants += list(self.module.named_buffers())
+        return {name: c.to(dtype) for name, c in constants if c.is_floating_point() and c.dtype != dtype}
+
+    def to(self, device: torch.device) -> None:
+        """Move the module's constants and buffers."""
+        self.module.to(device)
+
+
+def _refuse(module: nn.Module) -> None:
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"the backbone is {module!r}, but it must be a torch.nn.Module: pass an instance, not a class")
+    seen: dict[int, str] = {}
+    for name, p in module.named_parameters(remove_duplicate=False):
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ConfigError(f"backbone parameter {name!r} has no shape yet: run the network once before passing it")
+        if id(p) in seen:
+            raise ConfigError(
+                f"backbone parameters {seen[id(p)]!r} and {name!r} are one tied tensor, which cannot be adapted "
+                "under two names: give each its own, or use the shared one through a single module"
+            )
+        seen[id(p)] = name
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError("the backbone has no parameter with requires_grad=True: there is nothing to learn")
+    for name, part in module.named_modules():
+        # _DropoutNd holds p; attention and recurrent layers hold a number called dropout.
+        rate = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0.0)
+        if isinstance(rate, float | int) and rate > 0:
+            raise ConfigError(
+                f"backbone module {name!r} has dropout {rate}: adaptation must be the same function in training and "
+                "test, so set its rate to 0 or remove it"
+            )
+
+
+def _use_batch_statistics(part: nn.Module) -> bool:
+    if not isinstance(part, nn.modules.batchnorm._NormBase) or not part.track_running_stats:
+        return False
+    part.track_running_stats = False
+    part.running_mean = part.running_var = part.num_batches_tracked = None
+    return True

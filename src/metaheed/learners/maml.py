@@ -1,0 +1,69 @@
+"""MAML. Finn, Abbeel, Levine: Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017.
+
+The meta-parameters are the starting point of a task's own gradient descent: they are good when a few steps from them
+solve a new task.
+
+1. φ⁰ = θ.
+2. T times: φ ← φ − α ∇_φ L(φ), L the mean cross-entropy on the support set.
+3. θ is judged by the query loss at φᵀ, differentiated through all of 2.
+
+With `first_order` the gradients of step 2 count as constants in step 3 (FOMAML, section 5.2).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad
+
+from metaheed.config import MAMLConfig
+from metaheed.learners.base import Backbone, task_loss
+from metaheed.types import Params
+
+
+class MAML:
+    """Learner whose θ are the backbone's parameters under their own names.
+
+    Deviation from the paper: batch norm uses batch statistics everywhere (as its authors' code does).
+
+    Args:
+        backbone: any network from images to logits; see `Backbone` for what is converted and refused.
+        adaptation_steps: T.
+        fast_lr: α.
+        first_order: drop second derivatives.
+
+    Raises:
+        ConfigError: a setting out of its bounds, or a backbone that cannot be adapted.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        adaptation_steps: int = MAMLConfig.adaptation_steps,
+        fast_lr: float = MAMLConfig.fast_lr,
+        first_order: bool = MAMLConfig.first_order,
+    ) -> None:
+        MAMLConfig(adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order)  # checks the bounds
+        self.backbone = Backbone(backbone)
+        self.adaptation_steps = adaptation_steps
+        self.fast_lr = fast_lr
+        self.first_order = first_order
+
+    def init(self, generator: torch.Generator) -> Params:
+        """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
+        return self.backbone.init(generator)
+
+    def initial(self, meta: Params) -> Params:
+        """φ⁰ = θ."""
+        return meta
+
+    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """φᵀ after T gradient steps on the support set."""
+        adapted = self.initial(meta)
+        for _ in range(self.adaptation_steps):
+            at = {name: p.detach() for name, p in adapted.items()} if self.first_order else adapted
+            gradient, _ = grad(lambda p: task_loss(self, p, support_x, support_y), has_aux=True)(at)
+            adapted = {name: p - self.fast_lr * gradient[name] for name, p in adapted.items()}
+        return adapted
+
+    def predict(self, adapted: Params, x: Tensor) -> Tensor:
+        """Logits (n, N) at φ."""
+        return self.backbone(adapted, x)

@@ -1,0 +1,80 @@
+"""The outer level: per-task gradients, how they are executed, weighted and turned into the next θ."""
+
+import torch
+
+from metaheed.config import AttendedConfig, OuterConfig, RuleConfig, TrainingConfig, UniformConfig
+from metaheed.errors import ConfigError
+from metaheed.learners.base import Learner
+from metaheed.outer.attention import FEATURES, TaskAttention, attention_features, weight_gradient, weighted_sum
+from metaheed.outer.gradients import (
+    Execution,
+    PerTask,
+    T,
+    adapted_outcome,
+    initial_gradient,
+    initial_outcome,
+    looped,
+    task_gradient,
+    vectorized,
+)
+from metaheed.outer.optimizers import OptState, OuterOptimizer, adam, clipped, sgd
+from metaheed.outer.rules import OuterState, Rule, StepRecord, Tools, attended, uniform
+
+__all__ = [
+    "FEATURES",
+    "Execution",
+    "OptState",
+    "OuterOptimizer",
+    "OuterState",
+    "Rule",
+    "StepRecord",
+    "TaskAttention",
+    "Tools",
+    "adam",
+    "adapted_outcome",
+    "attended",
+    "attention_features",
+    "build_execution",
+    "build_optimizer",
+    "build_rule",
+    "clipped",
+    "initial_gradient",
+    "initial_outcome",
+    "looped",
+    "sgd",
+    "task_gradient",
+    "uniform",
+    "vectorized",
+    "weight_gradient",
+    "weighted_sum",
+]
+
+
+def build_optimizer(config: OuterConfig) -> OuterOptimizer:
+    """The outer optimiser that a config describes."""
+    optimizer = {"adam": adam, "sgd": sgd}[config.meta_optimizer](config.meta_lr)
+    return optimizer if config.clip_norm is None else clipped(optimizer, config.clip_norm)
+
+
+def build_rule(config: RuleConfig, outer: OuterConfig, generator: torch.Generator) -> Rule:
+    """The batch rule that a config describes; `generator` draws what it starts from."""
+    if isinstance(config, UniformConfig):
+        return uniform()
+    if isinstance(config, AttendedConfig):
+        attention = TaskAttention(
+            outer.meta_batch_size, config.attention_architecture, config.attention_standardize, generator=generator
+        )
+        return attended(attention, adam(config.attention_lr), outer.meta_lr, config.attention_jacobian)
+    raise ConfigError(f"no rule is built from {type(config).__name__}")
+
+
+def build_execution(
+    config: TrainingConfig, device: torch.device, learner: Learner, per_task: PerTask[T] = task_gradient
+) -> Execution[T]:
+    """How the tasks of a batch are run: as configured, or by device (a CPU gains nothing from vectorising)."""
+    chosen = config.execution
+    if chosen == "auto":
+        chosen = "looped" if device.type == "cpu" else "vectorized"
+    if chosen == "looped":
+        return looped(learner, per_task)
+    return vectorized(learner, config.chunk_size, per_task)

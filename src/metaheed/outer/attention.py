@@ -1,0 +1,137 @@
+"""Task attention (Aimen, Sidheekh, Krishnan: Task Attended Meta-Learning for Few-Shot Learning, section 4).
+
+Tasks of a meta-batch are weighted by a small network with parameters δ that sees four numbers of each task. Stands
+alone: this file needs only torch, so the module drops into any training loop, as weights for stacked losses or through
+`weighted_sum` over per-task gradients.
+
+Legend: B tasks; per-task gradients have a leading B in every leaf.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from metaheed.types import Params, TaskInfo
+
+FEATURES = ("grad_norm", "query_loss", "query_accuracy", "loss_ratio")
+"""Attention's inputs in order: ‖∇_φ L*(φᵀ)‖, L*ᵀ, A*ᵀ, L*ᵀ/L*⁰."""
+
+
+def attention_features(info: TaskInfo) -> Tensor:
+    """(B, 4) inputs in the order of FEATURES, detached.
+
+    A ratio whose initial loss is zero would be infinite or undefined; its denominator is taken as the smallest positive
+    normal number, and the ratio held to at most 1/ε of the dtype.
+    """
+    limits = torch.finfo(info.query_loss.dtype)
+    ratio = (info.query_loss / info.initial_loss.clamp(min=limits.tiny)).clamp(max=1 / limits.eps)
+    return torch.stack([info.grad_norm, info.query_loss, info.query_accuracy, ratio], dim=-1).detach()
+
+
+class TaskAttention(nn.Module):
+    """Weights of the tasks of a meta-batch: (B,), positive, sum 1.
+
+    "paper": a 1×1 convolution 4→1 over the tasks without activation, then fully connected layers B→32→32→B with ReLU
+    between, softmax. Tied to the number of tasks and to their order. The paper's "2 fully connected layers with 32
+    neurons" fits one or two hidden layers; two are taken here.
+
+    "equivariant" (ours): each task is scored from its own features and their mean and maximum over the batch by one
+    shared network 12→32→32→1, softmax. Any number of tasks; permuted tasks get permuted weights.
+
+    Args:
+        tasks: B; needed by "paper", and checked at every call. "equivariant" takes any B.
+        architecture: "paper" or "equivariant".
+        standardize: subtract each input's mean over the batch and divide by its standard deviation (1 where all tasks
+            are alike), for the raw inputs differ in scale by orders of magnitude.
+        hidden: neurons in a hidden layer.
+        generator: draws δ's start; none: torch's global one.
+
+    Raises:
+        ValueError: unknown architecture, "paper" without tasks, or a size below 1.
+    """
+
+    def __init__(
+        self,
+        tasks: int | None = None,
+        architecture: str = "paper",
+        standardize: bool = False,
+        hidden: int = 32,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        if architecture not in ("paper", "equivariant"):
+            raise ValueError(f"architecture is {architecture!r}, but it must be 'paper' or 'equivariant'")
+        if architecture == "paper" and tasks is None:
+            raise ValueError("the paper's architecture is tied to the number of tasks: give tasks=B")
+        if min(hidden, 1 if tasks is None else tasks) < 1:
+            raise ValueError(f"tasks={tasks} and hidden={hidden} must be at least 1")
+        self.tasks = tasks
+        self.architecture = architecture
+        self.standardize = standardize
+        if architecture == "paper":
+            assert tasks is not None
+            self.mix: nn.Module = nn.Conv1d(len(FEATURES), 1, 1)
+            inputs, outputs = tasks, tasks
+        else:
+            self.mix = nn.Identity()
+            inputs, outputs = 3 * len(FEATURES), 1
+        self.layers = nn.Sequential(
+            nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
+        )
+        if generator is not None:
+            self._redraw(generator)
+
+    def _redraw(self, generator: torch.Generator) -> None:
+        # PyTorch's own start for these layers: U(−1/√inputs, 1/√inputs), weights and biases.
+        with torch.no_grad():
+            for part in self.modules():
+                if isinstance(part, nn.Linear | nn.Conv1d):
+                    bound = part.weight[0].numel() ** -0.5
+                    part.weight.uniform_(-bound, bound, generator=generator)
+                    assert part.bias is not None
+                    part.bias.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, info: TaskInfo) -> Tensor:
+        """Weights (B,) in the dtype of `info`; differentiable with respect to δ only.
+
+        Raises:
+            ValueError: `info` is not of (B,) tensors, or of another B than the module was built for.
+        """
+        if info.query_loss.dim() != 1:
+            raise ValueError(f"info has shape {tuple(info.query_loss.shape)}, but it must be batched: (B,)")
+        tasks = info.query_loss.shape[0]
+        if self.tasks is not None and tasks != self.tasks:
+            raise ValueError(f"built for {self.tasks} tasks but given {tasks}: rebuild it, or use 'equivariant'")
+        dtype = next(self.parameters()).dtype
+        x = attention_features(info).to(dtype)
+        if self.standardize:
+            centred = x - x.mean(0)
+            spread = centred.square().mean(0).sqrt()
+            x = centred / torch.where(spread > 0, spread, 1.0)
+        if self.architecture == "paper":
+            scores = self.layers(self.mix(x.T.unsqueeze(0)).flatten())
+        else:
+            pooled = torch.cat([x.mean(0), x.amax(0)]).expand(tasks, -1)
+            scores = self.layers(torch.cat([x, pooled], dim=1)).squeeze(1)
+        return torch.softmax(scores, 0).to(info.query_loss.dtype)
+
+
+def weighted_sum(weights: Tensor, task_grads: Params) -> Params:
+    """Σ_i w_i g_i: weights (B,), leaves (B, ...) -> leaves (...), in the leaves' dtype."""
+    return {name: torch.tensordot(weights.to(g.dtype), g, dims=1) for name, g in task_grads.items()}
+
+
+def weight_gradient(task_grads: Params, probe_gradient: Params, pull: Callable[[Params], Params]) -> Tensor:
+    """∂L/∂w_i = ⟨g_i, Jᵀ G⟩ for every task, (B,): how the probe loss L answers to the tasks' weights.
+
+    θ' depends on w only through Σ w_i g_i, so no third-order graph is needed (paper, eq. 3).
+
+    Args:
+        task_grads: g_i, leaves (B, ...).
+        probe_gradient: G = ∇_{θ'} L, leaves (...).
+        pull: G -> Jᵀ G, the vector-Jacobian product of the outer step with respect to its gradient.
+    """
+    pulled = pull(probe_gradient)
+    products = [g.flatten(1) @ pulled[name].flatten() for name, g in task_grads.items()]
+    return torch.stack(products).sum(0)
