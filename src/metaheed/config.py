@@ -240,8 +240,6 @@ class TrainingConfig:
 class RunConfig:
     """Everything that decides a run."""
 
-    algorithm: str
-    """The pair's name: a key of ALGORITHMS."""
     episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
     learner: LearnerConfig
     rule: RuleConfig
@@ -258,6 +256,14 @@ class RunConfig:
             f"{self.learner.name}'s head has one output for each of the {ways} training classes: "
             f"use at most {ways}, or train with more --ways",
         )
+
+    @property
+    def algorithm(self) -> str:
+        """The name of this pair of learner and rule: a key of ALGORITHMS, or RULE-LEARNER for one without a name."""
+        for name, (learner, rule, _) in ALGORITHMS.items():
+            if (learner, rule) == (self.learner.name, self.rule.name):
+                return name
+        return f"{self.rule.name}-{self.learner.name}"
 
     @property
     def run_name(self) -> str:
@@ -310,12 +316,16 @@ def default_config(algorithm: str) -> RunConfig:
     if algorithm not in ALGORITHMS:
         raise unknown("algorithm", algorithm, ALGORITHMS)
     learner, rule, _ = ALGORITHMS[algorithm]
-    return RunConfig(algorithm=algorithm, learner=LEARNERS[learner](), rule=RULES[rule]())
+    return RunConfig(learner=LEARNERS[learner](), rule=RULES[rule]())
 
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain values for YAML; learner and rule carry their name."""
-    result: dict[str, Any] = {"name": config.name} if isinstance(config, LearnerConfig | RuleConfig) else {}
+    result: dict[str, Any] = {}
+    if isinstance(config, RunConfig):
+        result["algorithm"] = config.algorithm
+    elif isinstance(config, LearnerConfig | RuleConfig):
+        result["name"] = config.name
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
@@ -332,20 +342,20 @@ def from_dict(values: Any) -> RunConfig:
     """
     groups = dict(_mapping(values, "config"))
     algorithm = groups.pop("algorithm", None)
-    if not isinstance(algorithm, str):
-        raise ConfigError(f"config: algorithm is {algorithm!r}, but it must be one of {', '.join(sorted(ALGORITHMS))}")
     learner = dict(_mapping(groups.pop("learner", None), "learner"))
     rule = dict(_mapping(groups.pop("rule", None), "rule"))
     kinds: dict[str, type[Any]] = {"episodes": EpisodeConfig, "outer": OuterConfig, "training": TrainingConfig}
     for name in groups:
         if name not in kinds:
-            raise unknown("group of the config", name, [*kinds, "algorithm", "learner", "rule"])
-    return RunConfig(
-        algorithm=algorithm,
+            raise unknown("group of the config", str(name), [*kinds, "algorithm", "learner", "rule"])
+    config = RunConfig(
         learner=_build(_named(LEARNERS, "learner", learner), learner, "learner"),
         rule=_build(_named(RULES, "rule", rule), rule, "rule"),
         **{name: _build(kind, groups.get(name), name) for name, kind in kinds.items()},
     )
+    if algorithm != config.algorithm:
+        raise ConfigError(f"config: algorithm is {algorithm!r}, but its learner and rule make {config.algorithm!r}")
+    return config
 
 
 def _named(known: dict[str, Any], what: str, values: dict[str, Any]) -> Any:

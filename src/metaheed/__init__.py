@@ -1,0 +1,31 @@
+"""Few-shot meta-learning in which the tasks of a meta-batch are weighted by a learned attention module."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from metaheed.learners import Learner
+    from metaheed.types import Params
+
+__version__ = "0.1.0"
+
+__all__ = ["load"]
+
+
+def load(run: str | Path, checkpoint: str = "best") -> "tuple[Learner, Params]":
+    """A trained run as (learner, meta), for one's own loops; needs no data.
+
+        learner, meta = metaheed.load("runs/omniglot-5way1shot-ta-maml-seed0")
+        adapted = learner.adapt(meta, support_x, support_y)
+        logits = learner.predict(adapted, query_x)
+
+    Args:
+        run: the run folder.
+        checkpoint: "best" (on validation) or "last".
+
+    Raises:
+        RunError: not a run, no such checkpoint, or one whose parameters are not those of the run's network.
+    """
+    from metaheed.runs import load as load_run  # here, so that importing metaheed does not import torch
+
+    return load_run(run, checkpoint)

@@ -1,0 +1,7 @@
+"""`python -m metaheed`."""
+
+import sys
+
+from metaheed.cli import main
+
+sys.exit(main())

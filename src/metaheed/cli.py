@@ -1,0 +1,218 @@
+"""The command line: parsing only; each command is one call into the package.
+
+Heavy imports are made inside the commands, so that --help and mistakes answer at once.
+"""
+
+import contextlib
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+import metaheed
+from metaheed.config import ALGORITHMS, EvaluationConfig, RunConfig, default_config
+from metaheed.errors import Interrupted, MetaheedError, unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Continue a run where its newest checkpoint stands."""
+
+    resume: Path
+    """The run folder. Nothing else is needed."""
+    iterations: int | None = None
+    """Train to this many iterations instead."""
+    data_root: Path | None = None
+    """Where the data lies, if it has moved."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Judge a run on frozen tasks: accuracy ± 95% interval, per-task accuracies in its result.json."""
+
+    run: tyro.conf.Positional[Path]
+    """The run folder."""
+    judging: EvaluationConfig = field(default_factory=EvaluationConfig)
+    data_root: Path | None = None
+    """Where the data lies, if it has moved."""
+    device: str | None = None
+    """Where to compute; none: as in training, if that device is here."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compare:
+    """Paired differences of accuracy on the same frozen tasks, over one or several training seeds."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Evaluated runs of one algorithm, one a seed."""
+    against: tuple[Path, ...]
+    """Evaluated runs of another, of the same seeds."""
+    json: bool = False
+    """Print the result as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Train MAML and TA-MAML on the built-in glyphs, judge and compare them, and draw a figure. A few minutes."""
+
+    out: Path = Path("runs/demo")
+    """Folder of its runs and its figure; what is there already is continued."""
+    iterations: int = 300
+    """Outer steps of each of the two."""
+    seed: int = 0
+    """Training seed."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; its exit status."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(arguments)
+    except Interrupted as stop:
+        print(str(stop), file=sys.stderr)
+        return 128 + stop.signal_number
+    except MetaheedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        # The reader of our output has gone, as `| head` does: nothing is left to say, nor anyone to say it to.
+        with contextlib.suppress(OSError):
+            sys.stdout.close()
+        return 0
+    except (OSError, MemoryError) as error:
+        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if arguments == ["--version"]:
+        print(f"metaheed {metaheed.__version__}")
+        return 0
+    resuming = any(a.split("=")[0] == "--resume" for a in arguments)
+    if arguments[:1] == ["train"] and resuming:
+        return _resume(_parse(Resume, "train", arguments))
+    if arguments[:1] == ["train"]:
+        named = arguments[1:2]
+        if named and not named[0].startswith("-") and named[0] not in ALGORITHMS:
+            raise unknown("algorithm", named[0], ALGORITHMS)
+        return _train(_parse(_algorithms(), "train", arguments, _TRAIN))
+    commands = {"evaluate": (Evaluate, _evaluate), "compare": (Compare, _compare), "demo": (Demo, _demo)}
+    if arguments and arguments[0] in commands:
+        kind, command = commands[arguments[0]]
+        return command(_parse(kind, arguments[0], arguments))
+    if arguments and not arguments[0].startswith("-"):
+        raise unknown("command", arguments[0], ["train", *commands])
+    print(_USAGE)
+    return 0 if arguments in (["-h"], ["--help"]) else 2
+
+
+_USAGE = """metaheed: few-shot meta-learning with task attention
+
+  metaheed train ALGORITHM [options]    train a new run
+  metaheed train --resume RUN           continue one; needs nothing else
+  metaheed evaluate RUN [options]       judge it on frozen test tasks
+  metaheed compare RUN... --against RUN...
+                                        paired differences on the same tasks
+  metaheed demo                         all of it on built-in data, in minutes
+  metaheed --version
+
+algorithms: {algorithms}
+Each command has --help.""".format(algorithms=", ".join(sorted(ALGORITHMS)))
+
+_TRAIN = "Train a new run. To continue one: metaheed train --resume RUN"
+
+
+def _parse(kind: Any, command: str, arguments: list[str], description: str | None = None) -> Any:
+    return tyro.cli(
+        kind,
+        prog=f"metaheed {command}",
+        description=description,
+        args=arguments[1:],
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _algorithms() -> Any:
+    return tyro.extras.subcommand_type_from_defaults(
+        {name: default_config(name) for name in ALGORITHMS},
+        {name: description for name, (_, _, description) in ALGORITHMS.items()},
+    )
+
+
+def _tune_process() -> None:
+    from metaheed.process import keep_freed_memory, make_deterministic
+
+    keep_freed_memory()
+    make_deterministic()
+
+
+def _train(config: RunConfig) -> int:
+    from metaheed.progress import make_reporter
+    from metaheed.training import train
+
+    _tune_process()
+    path = train(config, make_reporter())
+    print(f"{path} is trained; judge it with 'metaheed evaluate {path}'")
+    return 0
+
+
+def _resume(command: Resume) -> int:
+    from metaheed.progress import make_reporter
+    from metaheed.training import resume
+
+    _tune_process()
+    path = resume(command.resume, command.iterations, command.data_root, make_reporter())
+    print(f"{path} is trained; judge it with 'metaheed evaluate {path}'")
+    return 0
+
+
+def _evaluate(command: Evaluate) -> int:
+    from metaheed.evaluation import evaluate_run
+
+    _tune_process()
+    result = evaluate_run(command.run, command.judging, command.data_root, command.device)
+    if command.json:
+        print(json.dumps(result))
+        return 0
+    print(
+        f"{result['algorithm']} on {result['data']} {result['split']}, {result['ways']}-way {result['shots']}-shot: "
+        f"{result['accuracy']:.2%} ± {result['half_width_95']:.2%} over {result['tasks']} tasks "
+        f"({result['checkpoint']} checkpoint, iteration {result['iteration']}; before adaptation "
+        f"{result['initial_accuracy']:.2%})"
+    )
+    return 0
+
+
+def _compare(command: Compare) -> int:
+    from metaheed.evaluation import compare
+
+    difference = compare(command.runs, command.against)
+    if command.json:
+        print(json.dumps(difference._asdict()))
+        return 0
+    print(f"{difference.accuracy:.2%} against {difference.accuracy_against:.2%}")
+    print(f"difference {100 * difference.mean:+.2f} ± {100 * difference.half_width:.2f} points ({difference.covers})")
+    if len(difference.per_seed) > 1:
+        for seed, mean in difference.per_seed.items():
+            print(f"  seed {seed}: {100 * mean:+.2f}")
+    return 0
+
+
+def _demo(command: Demo) -> int:
+    from metaheed.demo import demo
+
+    _tune_process()
+    demo(command.out, command.iterations, command.seed)
+    return 0
+
+

@@ -1,0 +1,125 @@
+"""Telling a person how training goes: a live bar on a terminal, plain lines elsewhere. Both on standard error."""
+
+import sys
+import time
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+def make_reporter() -> "Bar | Lines":
+    """A bar if standard error is a terminal, else lines."""
+    console = Console(stderr=True)
+    return Bar(console) if console.is_terminal else Lines()
+
+
+class Bar:
+    """A live progress bar with loss, accuracy, iterations a second and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._smooth = _Smooth()
+        self._rate = _Rate()
+
+    def start(self, iteration: int, iterations: int) -> None:
+        """Show the bar."""
+        self._progress = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}"),
+            TextColumn("{task.fields[rate]:.2f} it/s  left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        fields = {"loss": float("nan"), "accuracy": float("nan"), "rate": 0.0}
+        self._task = self._progress.add_task("train", total=iterations, completed=iteration, **fields)
+        self._progress.start()
+        self._rate.start(iteration)
+
+    def step(self, iteration: int, loss: float, accuracy: float) -> None:
+        """Advance."""
+        assert self._progress is not None
+        loss, accuracy = self._smooth(loss, accuracy)
+        rate = self._rate(iteration)
+        self._progress.update(self._task, completed=iteration, loss=loss, accuracy=accuracy, rate=rate)
+
+    def validation(self, iteration: int, accuracy: float, half_width: float, best: bool) -> None:
+        """A line above the bar."""
+        self._console.print(_validation(iteration, accuracy, half_width, best), highlight=False)
+
+    def message(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, highlight=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class Lines:
+    """A line every ten seconds at most, and one for each validation."""
+
+    def __init__(self) -> None:
+        self._iterations = 0
+        self._smooth = _Smooth()
+        self._rate = _Rate()
+        self._said = 0.0
+
+    def start(self, iteration: int, iterations: int) -> None:
+        """Begin the clock."""
+        self._iterations = iterations
+        self._rate.start(iteration)
+        self._said = time.monotonic()
+
+    def step(self, iteration: int, loss: float, accuracy: float) -> None:
+        """Say how it stands, now and then."""
+        loss, accuracy = self._smooth(loss, accuracy)
+        rate = self._rate(iteration)
+        if time.monotonic() - self._said >= 10 or iteration == self._iterations:
+            self._said = time.monotonic()
+            left = int((self._iterations - iteration) / rate) if rate else 0
+            self.message(
+                f"iteration {iteration}/{self._iterations}  loss {loss:.3f}  accuracy {accuracy:.3f}  "
+                f"{rate:.2f} it/s  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+            )
+
+    def validation(self, iteration: int, accuracy: float, half_width: float, best: bool) -> None:
+        """Say it."""
+        self.message(_validation(iteration, accuracy, half_width, best))
+
+    def message(self, text: str) -> None:
+        """Say it."""
+        print(text, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Nothing to put away."""
+
+
+def _validation(iteration: int, accuracy: float, half_width: float, best: bool) -> str:
+    return f"validation after {iteration}: {accuracy:.2%} ± {half_width:.2%}{' (best so far)' if best else ''}"
+
+
+class _Smooth:
+    """Running means of loss and accuracy: single batches of few tasks say little."""
+
+    def __init__(self) -> None:
+        self._means: tuple[float, float] | None = None
+
+    def __call__(self, loss: float, accuracy: float) -> tuple[float, float]:
+        before = self._means or (loss, accuracy)
+        self._means = (0.95 * before[0] + 0.05 * loss, 0.95 * before[1] + 0.05 * accuracy)
+        return self._means
+
+
+class _Rate:
+    """Iterations a second since the start of this process's work, validations included."""
+
+    def start(self, iteration: int) -> None:
+        self._first, self._since = iteration, time.monotonic()
+
+    def __call__(self, iteration: int) -> float:
+        return (iteration - self._first) / max(time.monotonic() - self._since, 1e-9)

@@ -1,0 +1,357 @@
+"""A run folder: what is in it, how it is written so that nothing half-written is ever taken for whole, and read back.
+
+    config.yaml                    everything that decided the run; written first
+    metrics.jsonl                  a line an iteration (loss, accuracy), and one a validation
+    tasks.jsonl                    a line an iteration: attention's inputs and the weight of every task
+    checkpoints/last.safetensors   the whole state, for exact resume; previous.safetensors is the one before
+    checkpoints/best.safetensors   θ at the best validation accuracy, under the backbone's own names
+    result.json                    the evaluation on test tasks
+    lock                           held by the process that trains
+
+Files hold iterations and never the clock, so that the same run leaves the same bytes.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+
+from metaheed.config import RunConfig, from_dict, to_dict
+from metaheed.errors import RunError
+from metaheed.learners import Learner, build_learner
+from metaheed.outer import OuterState
+from metaheed.types import Params
+
+_FORMAT = 1
+
+
+class Progress(NamedTuple):
+    """Where a run stands: what a checkpoint holds beside tensors."""
+
+    iteration: int = 0
+    """Outer steps done."""
+    validated: int = 0
+    """The iteration of the newest validation; 0: none."""
+    best_iteration: int = 0
+    """The iteration of the best validation; 0: none."""
+    best_accuracy: float = -1.0
+    """Its mean accuracy."""
+    metrics_bytes: int = 0
+    """Length of metrics.jsonl at this point."""
+    tasks_bytes: int = 0
+    """Length of tasks.jsonl at this point."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The whole state of a run."""
+
+    progress: Progress
+    state: OuterState
+    best: Params
+    """θ at the best validation; empty before the first."""
+    image_shape: tuple[int, int, int]
+
+
+class RunFolder:
+    """The paths of a run and the reading and writing of its files."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.tasks_file = path / "tasks.jsonl"
+        self.result_file = path / "result.json"
+        self.lock_file = path / "lock"
+        self.checkpoints = path / "checkpoints"
+        self.last = self.checkpoints / "last.safetensors"
+        self.previous = self.checkpoints / "previous.safetensors"
+        self.best = self.checkpoints / "best.safetensors"
+
+    def holds_a_run(self) -> bool:
+        """Whether any file of a run is here."""
+        return any(file.exists() for file in (self.config_file, self.metrics_file, self.checkpoints, self.result_file))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for this process, creating it; the operating system frees it when the process ends, however.
+
+        Raises:
+            RunError: another living process holds it, or it cannot be written.
+        """
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock_file.open("a+")
+        with file:
+            if not _try_lock(file):
+                file.seek(0)
+                raise RunError(
+                    f"{self.path} is being trained by another process ({file.read().strip() or 'unknown'}): "
+                    "wait for it, stop it, or choose another --out"
+                )
+            with _writing(self.path):
+                file.truncate(0)
+                file.write(f"process {os.getpid()}\n")
+                file.flush()
+            # The file stays when the lock goes: were it deleted, two processes could lock two files of that name.
+            yield
+
+    def read_config(self) -> RunConfig:
+        """The run's config.
+
+        Raises:
+            RunError: the folder holds no run, or its config.yaml is not one.
+        """
+        try:
+            text = self.config_file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise RunError(f"{self.path} is not a run folder: config.yaml cannot be read ({error.strerror})") from error
+        try:
+            return from_dict(yaml.safe_load(text))
+        except (yaml.YAMLError, ValueError) as error:
+            raise RunError(f"{self.config_file} is not a config of this program: {error}") from error
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write config.yaml, whole or not at all."""
+        write_whole(self.config_file, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+
+    def write_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Make this the last checkpoint and the last one the previous; write best.safetensors where it is due."""
+        groups = {**checkpoint.state._asdict(), "best": checkpoint.best}
+        tensors = {f"{group}.{name}": leaf for group, tree in groups.items() for name, leaf in tree.items()}
+        about = {**checkpoint.progress._asdict(), "image_shape": checkpoint.image_shape}
+        with _writing(self.path):
+            self.checkpoints.mkdir(exist_ok=True)
+            part = self.last.with_suffix(".part")
+            _write_synced(part, _packed(tensors, about))
+            if self.last.exists():
+                self.last.replace(self.previous)
+            part.replace(self.last)
+        self.write_best(checkpoint)
+
+    def write_best(self, checkpoint: Checkpoint) -> None:
+        """Bring best.safetensors to what the checkpoint says."""
+        if checkpoint.best:
+            about = {
+                "iteration": checkpoint.progress.best_iteration,
+                "validation_accuracy": checkpoint.progress.best_accuracy,
+                "image_shape": checkpoint.image_shape,
+            }
+            write_whole(self.best, _packed(checkpoint.best, about))
+
+    def read_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
+        """The newest whole checkpoint, and a notice for each damaged one passed over. None: there is no whole one."""
+        notices = []
+        for path in (self.last, self.previous):
+            if not path.exists():
+                continue
+            try:
+                tensors, about = _unpacked(path)
+                return _checkpoint(tensors, about), notices
+            except (RunError, KeyError, TypeError, ValueError) as error:
+                notices.append(f"checkpoint {path} is damaged ({error}); falling back to the one before")
+        return None, notices
+
+    def read_weights(self, which: str) -> tuple[Params, dict[str, Any]]:
+        """θ at the "best" or "last" checkpoint, with iteration and image_shape.
+
+        Raises:
+            RunError: there is none yet, or none that is whole.
+        """
+        damaged = ""
+        if which == "best" and self.best.exists():
+            try:
+                return _unpacked(self.best)
+            except RunError as error:
+                damaged = f"; {error}"
+        checkpoint, notices = self.read_checkpoint()
+        if checkpoint is None:
+            reason = "; ".join(notices) + damaged or "none has been written yet: train it first"
+            raise RunError(f"{self.path} has no checkpoint to read ({reason})")
+        shape = {"image_shape": list(checkpoint.image_shape)}
+        if which == "last":
+            return checkpoint.state.meta, {"iteration": checkpoint.progress.iteration, **shape}
+        if not checkpoint.best:
+            raise RunError(
+                f"{self.path} has not been validated yet, so it has no best checkpoint: train on, or use --checkpoint last"
+            )
+        return checkpoint.best, {"iteration": checkpoint.progress.best_iteration, **shape}
+
+    def remove_leftovers(self) -> None:
+        """Delete what an interrupted write left beside its target."""
+        for folder in (self.path, self.checkpoints):
+            for part in folder.glob("*.part"):
+                part.unlink()
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line, cut back to a known length when a run resumes."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        self._path = path
+        with _writing(path):
+            present = path.stat().st_size if path.exists() else 0
+            if present < length:
+                raise RunError(
+                    f"{path} has {present} bytes, but the checkpoint was written after {length}: it has been altered. "
+                    "Delete the run folder and train anew"
+                )
+            self._file = path.open("ab")
+            self._file.truncate(length)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append a line and hand it to the operating system."""
+        with _writing(self._path):
+            self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")
+            self._file.flush()
+
+    def sync(self) -> int:
+        """Bring everything to the disk; the file's length."""
+        with _writing(self._path):
+            os.fsync(self._file.fileno())
+            return os.fstat(self._file.fileno()).st_size
+
+    def close(self) -> None:
+        """Close the file."""
+        with _writing(self._path):
+            self._file.close()
+
+
+def load(run: str | Path, checkpoint: str = "best") -> tuple[Learner, Params]:
+    """A trained run as (learner, meta), for one's own loops; needs no data.
+
+    Args:
+        run: the run folder.
+        checkpoint: "best" (on validation) or "last".
+
+    Raises:
+        RunError: not a run, no such checkpoint, or one whose parameters are not those of the run's network.
+    """
+    if checkpoint not in ("best", "last"):
+        raise RunError(f"checkpoint is {checkpoint!r}, but it must be 'best' or 'last'")
+    folder = RunFolder(Path(run))
+    learner, meta, _ = load_weights(folder, folder.read_config(), checkpoint)
+    return learner, meta
+
+
+def load_weights(folder: RunFolder, config: RunConfig, which: str) -> tuple[Learner, Params, dict[str, Any]]:
+    """As `load`, with what the checkpoint says of itself."""
+    meta, about = folder.read_weights(which)
+    channels, height, width = about["image_shape"]
+    ways, seed = config.episodes.ways, config.training.seed
+    learner = build_learner(config.learner, ways, (channels, height, width), seed)
+    check_fits(learner, meta, f"{folder.path}'s {which} checkpoint")
+    return learner, meta, about
+
+
+def check_fits(learner: Learner, meta: Params, what: str) -> None:
+    """Raise RunError unless `meta` has the names and shapes of the learner's θ."""
+    expected = {name: tuple(p.shape) for name, p in learner.init(torch.Generator().manual_seed(0)).items()}
+    found = {name: tuple(p.shape) for name, p in meta.items()}
+    for name in sorted({**expected, **found}):
+        if expected.get(name) != found.get(name):
+            raise RunError(
+                f"{what} is of another architecture: parameter {name!r} is {found.get(name, 'absent')} there and "
+                f"{expected.get(name, 'absent')} in the configured network. Use the checkpoint's own config.yaml"
+            )
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place and rename it there, so that it is whole or not there.
+
+    Raises:
+        RunError: it cannot be written; nothing is left behind.
+    """
+    part = path.with_suffix(".part")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(part, content)
+        part.replace(path)
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"cannot write {error.filename or path}: {error.strerror or error}. Choose another --out, or make room and resume"
+        ) from error
+
+
+def _packed(tensors: Params, about: dict[str, Any]) -> bytes:
+    # Copies: θ and the best θ may be the same tensors, which the format refuses to write twice.
+    tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()}
+    about = {"format": _FORMAT, **about, "sha256": _digest(tensors)}
+    # One metadata entry: the order of several in the file is random from process to process.
+    return save_tensors(tensors, {"metaheed": json.dumps(about)})
+
+
+def _unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["metaheed"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise RunError(f"{path} is not a checkpoint: {error}") from error
+    if about.get("format") != _FORMAT:
+        raise RunError(f"{path} has checkpoint format {about.get('format')!r}, but this program reads {_FORMAT}")
+    if about.pop("sha256", None) != _digest(tensors):
+        raise RunError(f"{path} is damaged: its checksum does not match its content")
+    return tensors, about
+
+
+def _digest(tensors: Params) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        leaf = tensors[name]
+        digest.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
+        digest.update(leaf.reshape(-1).view(torch.uint8).numpy() if leaf.numel() else b"")
+    return digest.hexdigest()
+
+
+def _checkpoint(tensors: Params, about: dict[str, Any]) -> Checkpoint:
+    groups: dict[str, Params] = {"meta": {}, "optimizer": {}, "rule": {}, "best": {}}
+    for name, leaf in tensors.items():
+        group, _, rest = name.partition(".")
+        groups[group][rest] = leaf
+    channels, height, width = about["image_shape"]
+    progress = Progress(**{field: about[field] for field in Progress._fields})
+    best = groups.pop("best")
+    return Checkpoint(progress, OuterState(**groups), best, (channels, height, width))
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,450 @@
+"""The training loop: rule step, log, validation, checkpoint; resumable at any iteration, bit for bit.
+
+Nothing here is random: θ and δ are drawn from the seed, and batch t of each stream is a function of the seed and t. So
+the state of a run is its tensors and its iteration, and a run that was cut off continues as if it never had been.
+"""
+
+import contextlib
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from metaheed.config import RunConfig
+from metaheed.data import Dataset, Episodes, check_name, load_dataset
+from metaheed.errors import ConfigError, Interrupted, MetaheedError, NonFiniteError, RunError
+from metaheed.evaluation import evaluate, interval
+from metaheed.learners import Learner, build_learner, find_backbone
+from metaheed.outer import (
+    OuterState,
+    Rule,
+    StepRecord,
+    Tools,
+    adapted_outcome,
+    build_execution,
+    build_optimizer,
+    build_rule,
+    initial_gradient,
+)
+from metaheed.process import pick_device
+from metaheed.runs import Checkpoint, JsonLines, Progress, RunFolder, check_fits
+from metaheed.types import Episode, Params, TaskInfo
+
+VALIDATION_SEED = 0
+"""The frozen validation tasks are the same for every run and seed."""
+
+
+class Reporter(Protocol):
+    """Who is told how training goes."""
+
+    def start(self, iteration: int, iterations: int) -> None:
+        """Training begins after `iteration`."""
+
+    def step(self, iteration: int, loss: float, accuracy: float) -> None:
+        """An outer step is done; means over the meta-batch."""
+
+    def validation(self, iteration: int, accuracy: float, half_width: float, best: bool) -> None:
+        """A validation is done."""
+
+    def message(self, text: str) -> None:
+        """Something worth a line."""
+
+    def stop(self) -> None:
+        """No more will be told."""
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def start(self, iteration: int, iterations: int) -> None:  # noqa: D102
+        pass
+
+    def step(self, iteration: int, loss: float, accuracy: float) -> None:  # noqa: D102
+        pass
+
+    def validation(self, iteration: int, accuracy: float, half_width: float, best: bool) -> None:  # noqa: D102
+        pass
+
+    def message(self, text: str) -> None:  # noqa: D102
+        pass
+
+    def stop(self) -> None:  # noqa: D102
+        pass
+
+
+def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
+    """Train a new run.
+
+    What can be known to be wrong is refused before the folder is made; if data or network turn out unusable before the
+    first iteration, the folder is removed again.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ConfigError, DataError: the setting, the data or the network cannot be used.
+        RunError: the folder holds a run already, is being trained in, or cannot be written.
+        NonFiniteError: a loss or gradient stopped being finite; the last checkpoint is kept.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
+    """
+    check_name(config.episodes.data)
+    find_backbone(config.learner.backbone)
+    training = config.training
+    training = replace(
+        training,
+        device=str(pick_device(training.device)),
+        threads=training.threads or torch.get_num_threads(),
+        out=training.out or Path("runs") / config.run_name,
+    )
+    root = config.episodes.data_root
+    config = replace(
+        config, training=training, episodes=replace(config.episodes, data_root=root and root.expanduser().absolute())
+    )
+    _check_tensorboard(config)
+    assert training.out is not None  # set above
+    folder = RunFolder(training.out)
+    existed = folder.path.exists()
+    try:
+        with folder.locked():
+            if folder.holds_a_run():
+                raise RunError(
+                    f"{folder.path} holds a run already: continue it with 'metaheed train --resume {folder.path}', "
+                    "or choose another --out"
+                )
+            try:
+                folder.write_config(config)
+                _run(folder, config, reporter or Silent())
+            except (Interrupted, NonFiniteError):
+                raise
+            except MetaheedError:
+                if not folder.checkpoints.exists():
+                    for file in (folder.config_file, folder.metrics_file, folder.tasks_file, folder.lock_file):
+                        file.unlink(missing_ok=True)
+                raise
+    finally:
+        if not existed:
+            with contextlib.suppress(OSError):  # not empty: the run is there
+                folder.path.rmdir()
+    return folder.path
+
+
+def resume(
+    path: Path, iterations: int | None = None, data_root: Path | None = None, reporter: Reporter | None = None
+) -> Path:
+    """Continue a run where its newest whole checkpoint stands, to the bits it would have had uninterrupted.
+
+    Args:
+        path: the run folder.
+        iterations: train to this many instead; not fewer than are done.
+        data_root: where the data lies now; none: where it lay.
+        reporter: told how it goes.
+
+    Raises:
+        As `train`; RunError also where the folder holds no run.
+    """
+    reporter = reporter or Silent()
+    folder = RunFolder(path)
+    folder.read_config()  # refuses what is not a run before anything is made there
+    with folder.locked():
+        config = folder.read_config()
+        if iterations is not None or data_root is not None:
+            changed = replace(config.training, iterations=iterations or config.training.iterations)
+            root = data_root.expanduser().absolute() if data_root else config.episodes.data_root
+            config = replace(config, training=changed, episodes=replace(config.episodes, data_root=root))
+            checkpoint, _ = folder.read_checkpoint()
+            done = checkpoint.progress.iteration if checkpoint else 0
+            if config.training.iterations < done:
+                raise ConfigError(
+                    f"--iterations is {iterations}, but {path} has done {done}: it can be raised, not lowered"
+                )
+            folder.write_config(config)
+        _check_tensorboard(config)
+        _run(folder, config, reporter)
+    return path
+
+
+@dataclass
+class _Session:
+    """One process's work on a run."""
+
+    config: RunConfig
+    folder: RunFolder
+    learner: Learner
+    rule: Rule
+    tools: Tools
+    validation: Callable[[Params, Callable[[int], None]], tuple[float, float, float]]
+    image_shape: tuple[int, int, int]
+    device: torch.device
+
+
+def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
+    with _threads(config.training.threads), _signals() as received:
+        folder.remove_leftovers()
+        checkpoint, notices = folder.read_checkpoint()
+        for notice in notices:
+            reporter.message(notice)
+        if checkpoint is None and notices:
+            reporter.message("no whole checkpoint is left; starting at iteration 0")
+        if checkpoint is not None and _finished(checkpoint.progress, config):
+            folder.write_best(checkpoint)
+            reporter.message(f"{folder.path} is finished: all {config.training.iterations} iterations are done")
+            return
+        session = _set_up(folder, config)
+        if checkpoint is None:
+            checkpoint = _fresh(session)
+        else:
+            check_fits(session.learner, checkpoint.state.meta, f"the checkpoint of {folder.path}")
+            folder.write_best(checkpoint)
+            reporter.message(f"resuming {folder.path} after iteration {checkpoint.progress.iteration}")
+        _loop(session, checkpoint, reporter, received)
+
+
+def _finished(progress: Progress, config: RunConfig) -> bool:
+    total = config.training.iterations
+    return progress.iteration >= total and progress.validated >= total
+
+
+def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
+    device = pick_device(config.training.device)
+    dataset = load_dataset(config.episodes.data, config.episodes.data_root).to(device)
+    seed = config.training.seed
+    learner = build_learner(config.learner, config.episodes.ways, dataset.image_shape, seed)
+    B = config.outer.meta_batch_size
+    streams = _Streams(dataset, config)
+    gradients = build_execution(config.training, device, learner)
+    tools = Tools(
+        gradients=lambda meta, batch: _checked(gradients(meta, batch), streams.latest),
+        initial_gradients=build_execution(config.training, device, learner, initial_gradient),
+        optimizer=build_optimizer(config.outer),
+        train=lambda t: streams.batch("training", t, B),
+        probe=lambda t: streams.batch("probe", t, B),
+    )
+    frozen = Episodes(dataset, "val", *config.episodes.test_shape, VALIDATION_SEED)
+    # Found now rather than after a long training: test tasks of this shape exist as well.
+    Episodes(dataset, "test", *config.episodes.test_shape, VALIDATION_SEED)
+    outcome = build_execution(config.training, device, learner, adapted_outcome)
+
+    def validation(meta: Params, on_tasks: Callable[[int], None]) -> tuple[float, float, float]:
+        outcomes = evaluate(outcome, meta, frozen, config.training.val_tasks, on_tasks)
+        accuracy, half_width = interval(outcomes.accuracies) if len(outcomes.accuracies) > 1 else (
+            float(outcomes.accuracies[0]),
+            math.inf,
+        )
+        return accuracy, half_width, float(outcomes.losses.mean())
+
+    # δ has a generator of its own, so that θ's start is the same under every rule.
+    rule = build_rule(config.rule, config.outer, torch.Generator().manual_seed(seed + 1))
+    return _Session(config, folder, learner, rule, tools, validation, dataset.image_shape, device)
+
+
+class _Streams:
+    """Training and probe batches, and which was asked for last (for messages)."""
+
+    def __init__(self, dataset: Dataset, config: RunConfig) -> None:
+        shape, seed = config.episodes.train_shape, config.training.seed
+        self._episodes = {
+            "training": Episodes(dataset, "train", *shape, seed, stream="train"),
+            "probe": Episodes(dataset, "train", *shape, seed, stream="probe"),
+        }
+        self.latest = ""
+
+    def batch(self, stream: str, t: int, tasks: int) -> Episode:
+        self.latest = stream
+        return self._episodes[stream].batch(t * tasks, tasks)
+
+
+def _checked(result: tuple[Params, TaskInfo], stream: str) -> tuple[Params, TaskInfo]:
+    grads, info = result
+    finite_loss = torch.isfinite(info.query_loss) & torch.isfinite(info.initial_loss)
+    finite_gradient = torch.stack([torch.isfinite(g).flatten(1).all(1) for g in grads.values()]).all(0)
+    if not bool((finite_loss & finite_gradient).all()):
+        for task, (loss, gradient) in enumerate(zip(finite_loss.tolist(), finite_gradient.tolist(), strict=True)):
+            if not (loss and gradient):
+                what = "gradient" if loss else "loss"
+                raise NonFiniteError(f"the {what} of task {task} of the {stream} batch is not finite")
+    return result
+
+
+def _fresh(session: _Session) -> Checkpoint:
+    generator = torch.Generator().manual_seed(session.config.training.seed)
+    meta = session.learner.init(generator)
+    state = OuterState(meta, session.tools.optimizer.init(meta), session.rule.init(meta))
+    return Checkpoint(Progress(), state, {}, session.image_shape)
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: list[int]) -> None:
+    training, folder = session.config.training, session.folder
+    progress, best = start.progress, start.best
+    state = _to(start.state, session.device)
+    metrics = JsonLines(folder.metrics_file, progress.metrics_bytes)
+    tasks = JsonLines(folder.tasks_file, progress.tasks_bytes)
+    events = _Events(session.config, folder, progress.iteration)
+
+    def save() -> None:
+        nonlocal progress
+        progress = progress._replace(metrics_bytes=metrics.sync(), tasks_bytes=tasks.sync())
+        folder.write_checkpoint(Checkpoint(progress, state, best, session.image_shape))
+
+    def check_stop(_: int = 0) -> None:
+        if received:
+            raise _Stopped
+
+    reporter.start(progress.iteration, training.iterations)
+    try:
+        while not _finished(progress, session.config):
+            due = progress.iteration % training.val_every == 0 or progress.iteration == training.iterations
+            if progress.iteration > progress.validated and due:
+                accuracy, half_width, loss = session.validation(state.meta, check_stop)
+                iteration = progress.iteration
+                better = accuracy > progress.best_accuracy
+                progress = progress._replace(validated=iteration)
+                if better:
+                    progress = progress._replace(best_iteration=iteration, best_accuracy=accuracy)
+                    best = dict(state.meta)
+                line = {"iteration": iteration, "validation_accuracy": accuracy, "validation_loss": _short(loss)}
+                metrics.write(line)
+                events.write(iteration, {"validation/accuracy": accuracy, "validation/loss": loss})
+                reporter.validation(iteration, accuracy, half_width, better)
+                # Kept at once: a validation costs as much as many steps.
+                save()
+                continue
+            check_stop()
+            state, record = _step(session, state, progress.iteration)
+            progress = progress._replace(iteration=progress.iteration + 1)
+            loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
+            reporter.step(progress.iteration, loss, accuracy)
+            if progress.iteration % training.checkpoint_every == 0:
+                save()
+    except _Stopped:
+        save()
+        raise Interrupted(
+            f"stopped after iteration {progress.iteration}; continue with 'metaheed train --resume {folder.path}'",
+            received[0],
+        ) from None
+    finally:
+        reporter.stop()
+        events.close()
+        metrics.close()
+        tasks.close()
+
+
+def _step(session: _Session, state: OuterState, t: int) -> tuple[OuterState, StepRecord]:
+    try:
+        state, record = session.rule.step(state, t, session.tools)
+        for group, tree in (("parameters", state.meta), ("attention", state.rule)):
+            for name, leaf in tree.items():
+                if not bool(torch.isfinite(leaf).all()):
+                    raise NonFiniteError(f"{name!r} of the {group} is not finite after the outer step")
+        return state, record
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            f"iteration {t + 1}: {error}. Checkpoints before it are kept; lower --fast-lr or --meta-lr, or set --clip-norm"
+        ) from error
+
+
+def _log(
+    record: StepRecord, iteration: int, metrics: JsonLines, tasks: JsonLines, events: "_Events"
+) -> tuple[float, float]:
+    columns = {name: values.tolist() for name, values in record.info._asdict().items()}
+    columns["weights"] = record.weights.tolist()
+    means = {name: sum(values) / len(values) for name, values in columns.items()}
+    loss, accuracy = means["query_loss"], means["query_accuracy"]
+    metrics.write(
+        {
+            "iteration": iteration,
+            "loss": _short(loss),
+            "accuracy": _short(accuracy),
+            "initial_loss": _short(means["initial_loss"]),
+        }
+    )
+    tasks.write({"iteration": iteration, **{name: [_short(v) for v in values] for name, values in columns.items()}})
+    weights = columns["weights"]
+    events.write(
+        iteration,
+        {
+            "train/loss": loss,
+            "train/accuracy": accuracy,
+            "attention/largest_weight": max(weights),
+            "attention/smallest_weight": min(weights),
+        },
+    )
+    return loss, accuracy
+
+
+def _short(value: float) -> float:
+    # What a float32 holds, and no more.
+    return float(f"{value:.8g}")
+
+
+def _to(state: OuterState, device: torch.device) -> OuterState:
+    return OuterState(*({name: leaf.to(device) for name, leaf in tree.items()} for tree in state))
+
+
+def _check_tensorboard(config: RunConfig) -> None:
+    if config.training.tensorboard:
+        try:
+            import torch.utils.tensorboard  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(f"--tensorboard needs 'pip install metaheed[tensorboard]' ({error})") from error
+
+
+class _Events:
+    """TensorBoard's scalars, where they were asked for."""
+
+    def __init__(self, config: RunConfig, folder: RunFolder, iteration: int) -> None:
+        self._writer: Any = None
+        if config.training.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Events of iterations that a cut-off process did after its last checkpoint are purged.
+            self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=iteration + 1)
+
+    def write(self, iteration: int, values: dict[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, iteration)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them; a second one interrupts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread only
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
