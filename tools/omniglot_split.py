@@ -1,6 +1,6 @@
 """Write the committed Omniglot class lists: the sorted names, permuted by numpy.random.default_rng(0), 980/220/423.
 
-    python tools/omniglot_split.py FOLDER_WITH_THE_ZIPS
+python tools/omniglot_split.py FOLDER_WITH_THE_ZIPS
 """
 
 import sys

@@ -7,7 +7,7 @@ import contextlib
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,11 @@ def _dispatch(arguments: list[str]) -> int:
         if named and not named[0].startswith("-") and named[0] not in ALGORITHMS:
             raise unknown("algorithm", named[0], ALGORITHMS)
         return _train(_parse(_algorithms(), "train", arguments, _TRAIN))
-    commands = {"evaluate": (Evaluate, _evaluate), "compare": (Compare, _compare), "demo": (Demo, _demo)}
+    commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
+        "evaluate": (Evaluate, _evaluate),
+        "compare": (Compare, _compare),
+        "demo": (Demo, _demo),
+    }
     if arguments and arguments[0] in commands:
         kind, command = commands[arguments[0]]
         return command(_parse(kind, arguments[0], arguments))
@@ -154,6 +158,8 @@ def _tune_process() -> None:
 
     keep_freed_memory()
     make_deterministic()
+    # So that --backbone finds a module beside the user, as `python -m` would.
+    sys.path.append(str(Path.cwd()))
 
 
 def _train(config: RunConfig) -> int:
@@ -214,5 +220,3 @@ def _demo(command: Demo) -> int:
     _tune_process()
     demo(command.out, command.iterations, command.seed)
     return 0
-
-

@@ -1,8 +1,8 @@
 """Every setting of a run, its default and its bounds: the only home of a default.
 
-A `RunConfig` is five groups: which episodes, which learner, which batch rule, which outer step, which training loop. The
-command line is generated from these classes (each field's explanation is its help text), a run's config.yaml holds one,
-and constructors elsewhere read their defaults from here.
+A `RunConfig` is five groups: which episodes, which learner, which batch rule, which outer step, which training loop.
+The command line is generated from these classes (each field's explanation is its help text), a run's config.yaml holds
+one, and constructors elsewhere read their defaults from here.
 """
 
 import dataclasses
@@ -46,9 +46,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(_describe(kind) for kind in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return {int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "none"}.get(
-        hint, hint.__name__.lower()
-    )
+    plain = {int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "none"}
+    return plain.get(hint) or str(hint.__name__.lower())
 
 
 def _at_least(config: Any, bound: int, *names: str) -> None:

@@ -27,7 +27,7 @@ class NonFiniteError(MetaheedError, ArithmeticError):
     """A loss or gradient that is not a finite number."""
 
 
-class Interrupted(MetaheedError):
+class Interrupted(MetaheedError):  # noqa: N818  # an end asked for, not a fault
     """Training was stopped by a signal after its state had been written."""
 
     def __init__(self, message: str, signal_number: int) -> None:

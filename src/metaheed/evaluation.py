@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,9 +98,14 @@ def evaluate_run(
     if list(dataset.image_shape) != list(about["image_shape"]):
         raise DataError(f"{path} was trained on images {about['image_shape']}, but these are {dataset.image_shape}")
     episodes = Episodes(dataset, config.split, ways, shots, queries, config.episode_seed)
-    adapted = evaluate(build_execution(run.training, where, learner, adapted_outcome), meta, episodes, config.tasks, on_tasks)
-    initial = evaluate(build_execution(run.training, where, learner, initial_outcome), meta, episodes, config.tasks)
+    adapted = evaluate(
+        build_execution(run.training, where, partial(adapted_outcome, learner)), meta, episodes, config.tasks, on_tasks
+    )
+    initial = evaluate(
+        build_execution(run.training, where, partial(initial_outcome, learner)), meta, episodes, config.tasks
+    )
     accuracy, half_width = interval(adapted.accuracies)
+    initial_accuracy, initial_half_width = interval(initial.accuracies)
     result = {
         "algorithm": run.algorithm,
         "data": run.episodes.data,
@@ -116,11 +122,13 @@ def evaluate_run(
         "accuracy": accuracy,
         "half_width_95": half_width,
         "loss": float(adapted.losses.mean()),
-        "initial_accuracy": float(initial.accuracies.mean()),
+        "initial_accuracy": initial_accuracy,
+        "initial_half_width_95": initial_half_width,
         "initial_loss": float(initial.losses.mean()),
         "accuracies": [round(a, 6) for a in adapted.accuracies.tolist()],
     }
-    write_whole(folder.result_file, (json.dumps(result, indent=1) + "\n").encode())
+    file = folder.result_file if config.split == "test" else folder.validation_result_file
+    write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
@@ -244,4 +252,3 @@ def read_result(path: Path) -> dict[str, Any]:
     if missing:
         raise RunError(f"{file} lacks {', '.join(sorted(missing))}: run 'metaheed evaluate {path}' again")
     return dict(result)
-

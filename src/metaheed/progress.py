@@ -33,8 +33,10 @@ class Bar:
             TimeRemainingColumn(),
             console=self._console,
         )
-        fields = {"loss": float("nan"), "accuracy": float("nan"), "rate": 0.0}
-        self._task = self._progress.add_task("train", total=iterations, completed=iteration, **fields)
+        nan = float("nan")
+        self._task = self._progress.add_task(
+            "train", total=iterations, completed=iteration, loss=nan, accuracy=nan, rate=0.0
+        )
         self._progress.start()
         self._rate.start(iteration)
 

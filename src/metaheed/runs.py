@@ -5,7 +5,7 @@
     tasks.jsonl                    a line an iteration: attention's inputs and the weight of every task
     checkpoints/last.safetensors   the whole state, for exact resume; previous.safetensors is the one before
     checkpoints/best.safetensors   θ at the best validation accuracy, under the backbone's own names
-    result.json                    the evaluation on test tasks
+    result.json                    the evaluation on test tasks (result-val.json: on validation tasks)
     lock                           held by the process that trains
 
 Files hold iterations and never the clock, so that the same run leaves the same bytes.
@@ -71,6 +71,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.jsonl"
         self.tasks_file = path / "tasks.jsonl"
         self.result_file = path / "result.json"
+        self.validation_result_file = path / "result-val.json"
         self.lock_file = path / "lock"
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
@@ -150,7 +151,7 @@ class RunFolder:
 
     def read_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, and a notice for each damaged one passed over. None: there is no whole one."""
-        notices = []
+        notices: list[str] = []
         for path in (self.last, self.previous):
             if not path.exists():
                 continue
@@ -182,7 +183,8 @@ class RunFolder:
             return checkpoint.state.meta, {"iteration": checkpoint.progress.iteration, **shape}
         if not checkpoint.best:
             raise RunError(
-                f"{self.path} has not been validated yet, so it has no best checkpoint: train on, or use --checkpoint last"
+                f"{self.path} has not been validated yet, so it has no best checkpoint: "
+                "train on, or use --checkpoint last"
             )
         return checkpoint.best, {"iteration": checkpoint.progress.best_iteration, **shape}
 
@@ -296,14 +298,16 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(
-            f"cannot write {error.filename or path}: {error.strerror or error}. Choose another --out, or make room and resume"
+            f"cannot write {error.filename or path}: {error.strerror or error}. "
+            "Choose another --out, or make room and resume"
         ) from error
 
 
 def _packed(tensors: Params, about: dict[str, Any]) -> bytes:
     # Copies: θ and the best θ may be the same tensors, which the format refuses to write twice.
     tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()}
-    about = {"format": _FORMAT, **about, "sha256": _digest(tensors)}
+    # The file sorts its tensors; their order decides the order of sums, and so bits, and must come back as it was.
+    about = {"format": _FORMAT, **about, "names": list(tensors), "sha256": _digest(tensors)}
     # One metadata entry: the order of several in the file is random from process to process.
     return save_tensors(tensors, {"metaheed": json.dumps(about)})
 
@@ -312,13 +316,18 @@ def _unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["metaheed"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dict
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+            names = about.get("names", [])
+            if sorted(names) != sorted(file.keys()):
+                raise ValueError("its list of tensors does not match its content")
+            # Copied into memory of PyTorch's own alignment: vector kernels round differently at another one.
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+    except (OSError, SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise RunError(f"{path} is not a checkpoint: {error}") from error
     if about.get("format") != _FORMAT:
         raise RunError(f"{path} has checkpoint format {about.get('format')!r}, but this program reads {_FORMAT}")
     if about.pop("sha256", None) != _digest(tensors):
         raise RunError(f"{path} is damaged: its checksum does not match its content")
+    del about["names"]
     return tensors, about
 
 
@@ -327,7 +336,7 @@ def _digest(tensors: Params) -> str:
     for name in sorted(tensors):
         leaf = tensors[name]
         digest.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
-        digest.update(leaf.reshape(-1).view(torch.uint8).numpy() if leaf.numel() else b"")
+        digest.update(leaf.reshape(-1).view(torch.uint8).numpy().tobytes() if leaf.numel() else b"")
     return digest.hexdigest()
 
 

@@ -10,6 +10,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -31,6 +32,7 @@ from metaheed.outer import (
     build_optimizer,
     build_rule,
     initial_gradient,
+    task_gradient,
 )
 from metaheed.process import pick_device
 from metaheed.runs import Checkpoint, JsonLines, Progress, RunFolder, check_fits
@@ -217,10 +219,10 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     learner = build_learner(config.learner, config.episodes.ways, dataset.image_shape, seed)
     B = config.outer.meta_batch_size
     streams = _Streams(dataset, config)
-    gradients = build_execution(config.training, device, learner)
+    gradients = build_execution(config.training, device, partial(task_gradient, learner))
     tools = Tools(
         gradients=lambda meta, batch: _checked(gradients(meta, batch), streams.latest),
-        initial_gradients=build_execution(config.training, device, learner, initial_gradient),
+        initial_gradients=build_execution(config.training, device, partial(initial_gradient, learner)),
         optimizer=build_optimizer(config.outer),
         train=lambda t: streams.batch("training", t, B),
         probe=lambda t: streams.batch("probe", t, B),
@@ -228,13 +230,17 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     frozen = Episodes(dataset, "val", *config.episodes.test_shape, VALIDATION_SEED)
     # Found now rather than after a long training: test tasks of this shape exist as well.
     Episodes(dataset, "test", *config.episodes.test_shape, VALIDATION_SEED)
-    outcome = build_execution(config.training, device, learner, adapted_outcome)
+    outcome = build_execution(config.training, device, partial(adapted_outcome, learner))
 
     def validation(meta: Params, on_tasks: Callable[[int], None]) -> tuple[float, float, float]:
         outcomes = evaluate(outcome, meta, frozen, config.training.val_tasks, on_tasks)
-        accuracy, half_width = interval(outcomes.accuracies) if len(outcomes.accuracies) > 1 else (
-            float(outcomes.accuracies[0]),
-            math.inf,
+        accuracy, half_width = (
+            interval(outcomes.accuracies)
+            if len(outcomes.accuracies) > 1
+            else (
+                float(outcomes.accuracies[0]),
+                math.inf,
+            )
         )
         return accuracy, half_width, float(outcomes.losses.mean())
 
@@ -262,9 +268,9 @@ class _Streams:
 def _checked(result: tuple[Params, TaskInfo], stream: str) -> tuple[Params, TaskInfo]:
     grads, info = result
     finite_loss = torch.isfinite(info.query_loss) & torch.isfinite(info.initial_loss)
-    finite_gradient = torch.stack([torch.isfinite(g).flatten(1).all(1) for g in grads.values()]).all(0)
+    finite_gradient = torch.stack([torch.isfinite(g).reshape(len(g), -1).all(1) for g in grads.values()]).all(0)
     if not bool((finite_loss & finite_gradient).all()):
-        for task, (loss, gradient) in enumerate(zip(finite_loss.tolist(), finite_gradient.tolist(), strict=True)):
+        for task, (loss, gradient) in enumerate(zip(finite_loss.tolist(), finite_gradient.tolist(), strict=True), 1):
             if not (loss and gradient):
                 what = "gradient" if loss else "loss"
                 raise NonFiniteError(f"the {what} of task {task} of the {stream} batch is not finite")
@@ -278,7 +284,7 @@ def _fresh(session: _Session) -> Checkpoint:
     return Checkpoint(Progress(), state, {}, session.image_shape)
 
 
-class _Stopped(Exception):
+class _StopRequested(Exception):  # noqa: N818  # a request, not an error
     pass
 
 
@@ -297,7 +303,7 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
 
     def check_stop(_: int = 0) -> None:
         if received:
-            raise _Stopped
+            raise _StopRequested
 
     reporter.start(progress.iteration, training.iterations)
     try:
@@ -325,7 +331,7 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
             reporter.step(progress.iteration, loss, accuracy)
             if progress.iteration % training.checkpoint_every == 0:
                 save()
-    except _Stopped:
+    except _StopRequested:
         save()
         raise Interrupted(
             f"stopped after iteration {progress.iteration}; continue with 'metaheed train --resume {folder.path}'",
@@ -348,7 +354,8 @@ def _step(session: _Session, state: OuterState, t: int) -> tuple[OuterState, Ste
         return state, record
     except NonFiniteError as error:
         raise NonFiniteError(
-            f"iteration {t + 1}: {error}. Checkpoints before it are kept; lower --fast-lr or --meta-lr, or set --clip-norm"
+            f"iteration {t + 1}: {error}. Checkpoints before it are kept; "
+            "lower --fast-lr or --meta-lr, or set --clip-norm"
         ) from error
 
 

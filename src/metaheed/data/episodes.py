@@ -58,8 +58,8 @@ class Episodes:
         if shots + queries > fewest:
             label = self.split.classes[self.split.counts.index(fewest)]
             raise DataError(
-                f"{shots} shots + {queries} queries = {shots + queries} images per class, but class {label!r} of {where} "
-                f"has {fewest}: use fewer shots or queries"
+                f"{shots} shots + {queries} queries = {shots + queries} images per class, but class {label!r} of "
+                f"{where} has {fewest}: use fewer shots or queries"
             )
 
     def rows(self, index: int) -> np.ndarray:
@@ -92,7 +92,7 @@ class Episodes:
         """SHA-256 of the first `count` tasks: the split's images, the shape of a task, and every row drawn."""
         digest = hashlib.sha256(repr((self.split.fingerprint, self.ways, self.shots, self.queries, count)).encode())
         for index in range(count):
-            digest.update(np.ascontiguousarray(self.rows(index), dtype="<i8"))
+            digest.update(self.rows(index).astype("<i8").tobytes())
         return digest.hexdigest()
 
 

@@ -148,7 +148,8 @@ def _bilinear(values: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     (y0, fy), (x0, fx) = np.divmod(y, _ONE), np.divmod(x, _ONE)
     top = values[which, y0, x0] * (_ONE - fx) + values[which, y0, x0 + 1] * fx
     bottom = values[which, y0 + 1, x0] * (_ONE - fx) + values[which, y0 + 1, x0 + 1] * fx
-    return (top * (_ONE - fy) + bottom * fy) // (_ONE * _ONE)
+    rounded: np.ndarray = (top * (_ONE - fy) + bottom * fy) // (_ONE * _ONE)
+    return rounded
 
 
 def _uniform(code: int, count: int) -> np.ndarray:

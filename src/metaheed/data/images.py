@@ -38,7 +38,7 @@ class Split:
     def fingerprint(self) -> str:
         """SHA-256 of the class names, counts and pixels."""
         digest = hashlib.sha256(repr((self.classes, self.counts, tuple(self.images.shape))).encode())
-        digest.update(self.images.cpu().contiguous().numpy())
+        digest.update(self.images.cpu().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -101,7 +101,7 @@ def make_split(name: str, classes: Sequence[str], images: Sequence[np.ndarray]) 
 
 
 def with_rotations(split: Split) -> Split:
-    """Every class four times: as it is and turned by 90, 180 and 270 degrees (counter-clockwise), as classes of their own.
+    """Every class four times: as it is and turned by 90, 180 and 270 degrees, as classes of their own.
 
     Rotated copies are made once in memory, so that sampling stays one indexing operation.
     """

@@ -22,7 +22,9 @@ def folders(root: Path | None, dataset: str, subfolders: Sequence[str], expected
     if root is None:
         raise DataError(f"{dataset} needs --data-root, the folder with {expected}, published at {published}")
     if not root.is_dir():
-        raise DataError(f"--data-root {root} is not a folder; {dataset} needs {expected} in it, published at {published}")
+        raise DataError(
+            f"--data-root {root} is not a folder; {dataset} needs {expected} in it, published at {published}"
+        )
     return [root, *(root / sub for sub in subfolders if (root / sub).is_dir())]
 
 

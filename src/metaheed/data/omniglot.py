@@ -37,15 +37,15 @@ def load(root: Path | None) -> Dataset:
     for path in found:
         for character, name, image in _read(path):
             drawings.setdefault(character, []).append((name, image))
+    names_of = {split: class_list(f"omniglot_{split}") for split in SPLITS}
+    missing = sorted({name for names in names_of.values() for name in names} - set(drawings))
+    if missing:
+        raise DataError(
+            f"{len(missing)} characters are in neither of {', '.join(map(str, found))} "
+            f"(first: {missing[0]}): fetch both anew from {PUBLISHED}"
+        )
     splits = {}
-    for split in SPLITS:
-        names = class_list(f"omniglot_{split}")
-        missing = [name for name in names if name not in drawings]
-        if missing:
-            raise DataError(
-                f"{len(missing)} characters are in neither of {', '.join(map(str, found))} "
-                f"(first: {missing[0]}): fetch both anew from {PUBLISHED}"
-            )
+    for split, names in names_of.items():
         arrays = [np.stack([image for _, image in sorted(drawings[n], key=lambda d: d[0])])[:, None] for n in names]
         splits[split] = with_rotations(make_split(split, names, arrays))
     return Dataset("omniglot", splits, mean=(0.0,), std=(1.0,))
@@ -67,7 +67,9 @@ def _read(path: Path) -> list[tuple[str, str, np.ndarray]]:
             f"{path} is damaged ({type(error).__name__}: {error}): fetch it anew from {PUBLISHED}"
         ) from error
     if not result:
-        raise DataError(f"{path} holds no drawing of the form images_*/ALPHABET/characterNN/NNNN_NN.png: see {PUBLISHED}")
+        raise DataError(
+            f"{path} holds no drawing of the form images_*/ALPHABET/characterNN/NNNN_NN.png: see {PUBLISHED}"
+        )
     return result
 
 

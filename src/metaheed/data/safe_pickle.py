@@ -31,8 +31,8 @@ def loads_arrays(file: Any, name: str, published: str) -> Any:
         return _ArrayUnpickler(file, encoding="bytes").load()
     except _RefusedError as error:
         raise DataError(
-            f"{name} is not read: its pickle asks for {error}, which a file of arrays has no use for and which could run "
-            f"code. Fetch the file anew from {published}"
+            f"{name} is not read: its pickle asks for {error}, which a file of arrays has no use for and which could "
+            f"run code. Fetch the file anew from {published}"
         ) from error
     except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
         raise DataError(

@@ -48,9 +48,9 @@ class Backbone:
     The module is copied; the caller's own stays as it is.
 
     Args:
-        module: any network from images (n, C, H, W) to logits (n, N). Batch norm with running statistics is converted to
-            batch statistics (with a warning), for a task's adaptation must not write into shared buffers. Parameters with
-            requires_grad=False stay constants of the module.
+        module: any network from images (n, C, H, W) to logits (n, N). Batch norm with running statistics is converted
+            to batch statistics (with a warning), for a task's adaptation must not write into shared buffers. Parameters
+            with requires_grad=False stay constants of the module.
 
     Raises:
         ConfigError: the module has active dropout, tied or uninitialised parameters, or none that can be trained.
@@ -62,7 +62,7 @@ class Backbone:
         converted = [name for name, part in self.module.named_modules() if _use_batch_statistics(part)]
         if converted:
             warnings.warn(
-                f"running statistics of {', '.join(converted)} are replaced by batch statistics on a copy of the network",
+                f"running statistics of {', '.join(converted)} are made batch statistics, on a copy of the network",
                 stacklevel=3,
             )
 
@@ -80,9 +80,9 @@ class Backbone:
         return logits
 
     def _constants(self, dtype: torch.dtype) -> Params:
-        constants = [(n, p) for n, p in self.module.named_parameters() if not p.requires_grad]
-        constants += list(self.module.named_buffers())
-        return {name: c.to(dtype) for name, c in constants if c.is_floating_point() and c.dtype != dtype}
+        frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
+        constants = {**frozen, **dict(self.module.named_buffers())}
+        return {name: c.to(dtype) for name, c in constants.items() if c.is_floating_point() and c.dtype != dtype}
 
     def to(self, device: torch.device) -> None:
         """Move the module's constants and buffers."""
@@ -91,7 +91,7 @@ class Backbone:
 
 def _refuse(module: nn.Module) -> None:
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"the backbone is {module!r}, but it must be a torch.nn.Module: pass an instance, not a class")
+        raise ConfigError(f"the backbone is {module!r}, but it must be a torch.nn.Module (an instance, not a class)")
     seen: dict[int, str] = {}
     for name, p in module.named_parameters(remove_duplicate=False):
         if isinstance(p, nn.parameter.UninitializedParameter):

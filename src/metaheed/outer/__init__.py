@@ -1,24 +1,27 @@
 """The outer level: per-task gradients, how they are executed, weighted and turned into the next θ."""
 
+from collections.abc import Callable
+
 import torch
 
 from metaheed.config import AttendedConfig, OuterConfig, RuleConfig, TrainingConfig, UniformConfig
 from metaheed.errors import ConfigError
-from metaheed.learners.base import Learner
 from metaheed.outer.attention import FEATURES, TaskAttention, attention_features, weight_gradient, weighted_sum
 from metaheed.outer.gradients import (
     Execution,
-    PerTask,
     T,
     adapted_outcome,
     initial_gradient,
     initial_outcome,
     looped,
+    map_looped,
+    map_vectorized,
     task_gradient,
     vectorized,
 )
 from metaheed.outer.optimizers import OptState, OuterOptimizer, adam, clipped, sgd
 from metaheed.outer.rules import OuterState, Rule, StepRecord, Tools, attended, uniform
+from metaheed.types import Episode, Params
 
 __all__ = [
     "FEATURES",
@@ -41,6 +44,8 @@ __all__ = [
     "initial_gradient",
     "initial_outcome",
     "looped",
+    "map_looped",
+    "map_vectorized",
     "sgd",
     "task_gradient",
     "uniform",
@@ -69,12 +74,12 @@ def build_rule(config: RuleConfig, outer: OuterConfig, generator: torch.Generato
 
 
 def build_execution(
-    config: TrainingConfig, device: torch.device, learner: Learner, per_task: PerTask[T] = task_gradient
+    config: TrainingConfig, device: torch.device, per_task: Callable[[Params, Episode], T]
 ) -> Execution[T]:
     """How the tasks of a batch are run: as configured, or by device (a CPU gains nothing from vectorising)."""
     chosen = config.execution
     if chosen == "auto":
         chosen = "looped" if device.type == "cpu" else "vectorized"
     if chosen == "looped":
-        return looped(learner, per_task)
-    return vectorized(learner, config.chunk_size, per_task)
+        return map_looped(per_task)
+    return map_vectorized(per_task, config.chunk_size)

@@ -133,5 +133,5 @@ def weight_gradient(task_grads: Params, probe_gradient: Params, pull: Callable[[
         pull: G -> Jᵀ G, the vector-Jacobian product of the outer step with respect to its gradient.
     """
     pulled = pull(probe_gradient)
-    products = [g.flatten(1) @ pulled[name].flatten() for name, g in task_grads.items()]
+    products = [g.reshape(len(g), -1) @ pulled[name].flatten() for name, g in task_grads.items()]
     return torch.stack(products).sum(0)

@@ -4,7 +4,8 @@ Legend: B tasks; Params with a leading B hold one gradient a task; TaskInfo batc
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,12 +28,11 @@ def task_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Par
     Returns:
         Gradient with θ's names, shapes and dtype; TaskInfo of 0-d tensors.
     """
-    adapted, pullback = vjp(lambda m: learner.adapt(m, episode.support_x, episode.support_y), meta)
-    v, (loss, logits) = grad_and_value(
-        lambda p: task_loss(learner, p, episode.query_x, episode.query_y), has_aux=True
-    )(adapted)
-    (gradient,) = pullback(v)
-    return gradient, TaskInfo(
+    adapted, pullback = value_and_pullback(lambda m: learner.adapt(m, episode.support_x, episode.support_y), meta)
+    v, (loss, logits) = grad_and_value(lambda p: task_loss(learner, p, episode.query_x, episode.query_y), has_aux=True)(
+        adapted
+    )
+    return pullback(v), TaskInfo(
         query_loss=loss,
         query_accuracy=accuracy(logits, episode.query_y),
         initial_loss=initial_outcome(learner, meta, episode)[0],
@@ -75,26 +75,43 @@ def global_norm(tree: Params) -> Tensor:
     return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
 
 
-PerTask = Callable[[Learner, Params, Episode], T]
+def value_and_pullback(function: Callable[[Params], T], at: Params) -> tuple[T, Callable[[T], Params]]:
+    """function(at), and its vector-Jacobian product there: a cotangent of the value -> a cotangent of `at`."""
+    value, pull = vjp(function, at)  # type: ignore[misc]  # torch's annotation covers its has_aux form too
+
+    def pullback(cotangent: T) -> Params:
+        (result,) = pull(cotangent)
+        return dict(result)
+
+    return value, pullback
 
 
-def looped(learner: Learner, per_task: PerTask[T] = task_gradient) -> Execution[T]:
-    """One task after another: the least memory, and on a CPU the fastest of the two."""
+def looped(learner: Learner) -> Execution[tuple[Params, TaskInfo]]:
+    """`task_gradient` of one task after another: the least memory, and on a CPU mostly the fastest."""
+    return map_looped(partial(task_gradient, learner))
+
+
+def vectorized(learner: Learner, chunk_size: int | None = None) -> Execution[tuple[Params, TaskInfo]]:
+    """`task_gradient` of all tasks, or `chunk_size` at once, as one program; agrees with `looped` to rounding."""
+    return map_vectorized(partial(task_gradient, learner), chunk_size)
+
+
+def map_looped(per_task: Callable[[Params, Episode], T]) -> Execution[T]:
+    """Any per-task function over a batch, one task after another."""
 
     def run(meta: Params, batch: Episode) -> T:
-        return _stack([per_task(learner, meta, Episode(*task)) for task in zip(*batch, strict=True)])
+        result: T = _stack([per_task(meta, Episode(*task)) for task in zip(*batch, strict=True)])
+        return result
 
     return run
 
 
-def vectorized(
-    learner: Learner, chunk_size: int | None = None, per_task: PerTask[T] = task_gradient
-) -> Execution[T]:
-    """All tasks of a batch, or `chunk_size` of them, in one program by `torch.func.vmap`; agrees with `looped` to rounding."""
+def map_vectorized(per_task: Callable[[Params, Episode], T], chunk_size: int | None = None) -> Execution[T]:
+    """Any per-task function over a batch, `chunk_size` tasks at once (none: all), by `torch.func.vmap`."""
 
     def run(meta: Params, batch: Episode) -> T:
-        mapped = vmap(lambda task: per_task(learner, meta, task), chunk_size=chunk_size)
-        return cast(T, mapped(batch))
+        result: T = vmap(partial(per_task, meta), chunk_size=chunk_size)(batch)
+        return result
 
     return run
 
@@ -107,5 +124,3 @@ def _stack(results: Sequence[Any]) -> Any:
         return {name: torch.stack([r[name] for r in results]) for name in first}
     fields = [_stack(column) for column in zip(*results, strict=True)]
     return type(first)(*fields) if hasattr(first, "_fields") else tuple(fields)
-
-

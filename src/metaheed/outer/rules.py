@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vjp
+from torch.func import functional_call
 
 from metaheed.config import AttendedConfig
 from metaheed.errors import unknown
 from metaheed.outer.attention import TaskAttention, weight_gradient, weighted_sum
+from metaheed.outer.gradients import value_and_pullback
 from metaheed.outer.optimizers import OptState, OuterOptimizer
 from metaheed.types import Episode, Params, TaskInfo
 
@@ -109,7 +110,7 @@ def attended(
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
         delta, delta_state = _split(state.rule)
         task_grads, info = tools.gradients(state.meta, tools.train(t))
-        weights, pull_delta = vjp(lambda d: functional_call(attention, d, (info,)), delta)
+        weights, pull_delta = value_and_pullback(lambda d: functional_call(attention, d, (info,)), delta)
         combined = weighted_sum(weights, task_grads)
         meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, combined)
 
@@ -119,11 +120,12 @@ def attended(
         def pull(v: Params) -> Params:
             if jacobian == "sgd":
                 return {name: -meta_lr * leaf for name, leaf in v.items()}
-            _, pull_step = vjp(lambda g: tools.optimizer.step(state.meta, state.optimizer, g)[0], combined)
-            (pulled,) = pull_step(v)
-            return pulled  # type: ignore[no-any-return]  # vjp is untyped
+            _, pull_step = value_and_pullback(
+                lambda g: tools.optimizer.step(state.meta, state.optimizer, g)[0], combined
+            )
+            return pull_step(v)
 
-        (delta_gradient,) = pull_delta(weight_gradient(task_grads, G, pull).to(weights.dtype))
+        delta_gradient = pull_delta(weight_gradient(task_grads, G, pull).to(weights.dtype))
         delta, delta_state = attention_optimizer.step(delta, delta_state, delta_gradient)
         return OuterState(meta, optimizer, _join(delta, delta_state)), StepRecord(info, weights)
 
@@ -131,7 +133,7 @@ def attended(
 
 
 def uniform_weights(info: TaskInfo) -> Tensor:
-    """(B,) of 1/B."""
+    """1/B for each of the B tasks, (B,)."""
     return torch.full_like(info.query_loss, 1 / info.query_loss.shape[0])
 
 

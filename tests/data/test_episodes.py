@@ -1,0 +1,115 @@
+import numpy as np
+import pytest
+import torch
+
+from metaheed.data import Dataset, Episodes
+from metaheed.data.images import make_split, with_rotations
+from metaheed.errors import ConfigError, DataError
+
+RECORDED = [[[234, 223, 238], [190, 191, 184], [92, 87, 96]], [[14, 9, 19], [39, 20, 30], [108, 104, 107]]]
+
+
+def test_classes_are_distinct_and_support_and_query_disjoint(small_dataset: Dataset) -> None:
+    episodes = Episodes(small_dataset, "train", 5, 2, 7, seed=3)
+    split = small_dataset.split("train")
+    class_of = np.repeat(np.arange(12), split.counts)
+    for index in range(50):
+        rows = episodes.rows(index)
+        assert rows.shape == (5, 9)
+        classes = class_of[rows]
+        assert (classes == classes[:, :1]).all(), "a row of the task is one class"
+        assert len(set(classes[:, 0])) == 5
+        assert len(np.unique(rows)) == rows.size
+
+
+def test_an_episode_is_a_pure_function(small_dataset: Dataset) -> None:
+    a, b = (Episodes(small_dataset, "train", 5, 1, 3, seed=3) for _ in range(2))
+    a.rows(7)
+    assert np.array_equal(a.rows(4), b.rows(4))
+    batch = a.batch(2, 5)
+    one = b[4]
+    assert all(torch.equal(part[2], whole) for part, whole in zip(batch, one, strict=True))
+
+
+def test_index_seed_split_and_stream_all_matter(small_dataset: Dataset) -> None:
+    def rows(seed: int = 0, index: int = 0, split: str = "train", stream: str | None = None) -> bytes:
+        return Episodes(small_dataset, split, 5, 2, 5, seed, stream).rows(index).tobytes()
+
+    others = [rows(seed=1), rows(index=1), rows(seed=2**62), rows(stream="probe"), rows(split="val")]
+    assert len({rows(), *others}) == 6
+
+
+def test_the_draw_is_fixed_for_ever(small_dataset: Dataset) -> None:
+    """Recorded once: a change here would silently change every frozen task."""
+    episodes = Episodes(small_dataset, "train", 3, 1, 2, seed=11)
+    assert [episodes.rows(index).tolist() for index in (0, 1000)] == RECORDED
+
+
+def test_the_draw_is_uniform(small_dataset: Dataset) -> None:
+    episodes = Episodes(small_dataset, "train", 5, 1, 3, seed=0)
+    counts = np.bincount(np.concatenate([episodes.rows(i).ravel() for i in range(3000)]), minlength=240)
+    expected = 3000 * 20 / 240
+    chi2 = ((counts - expected) ** 2 / expected).sum()
+    assert 160 < chi2 < 330  # 239 degrees of freedom: ± 4 standard deviations
+
+
+def test_batches_carry_the_right_images(small_dataset: Dataset) -> None:
+    episodes = Episodes(small_dataset, "test", 4, 2, 3, seed=1)
+    batch = episodes.batch(3, 2)
+    assert batch.support_x.shape == (2, 8, 1, 16, 16)
+    assert batch.query_x.shape == (2, 12, 1, 16, 16)
+    assert batch.support_y[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert batch.query_y[1].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    assert batch.support_y.dtype == torch.int64
+    rows = episodes.rows(4)
+    images = small_dataset.split("test").images
+    assert torch.equal(batch.support_x[1, 3], images[rows[1, 1]].float() / 255)
+    assert torch.equal(batch.query_x[1, 11], images[rows[3, 4]].float() / 255)
+
+
+def test_pixels_are_standardised() -> None:
+    image = np.full((4, 2, 16, 16), 51, np.uint8)
+    splits = {name: make_split(name, [name + "a", name + "b"], [image, image]) for name in ("train", "val", "test")}
+    dataset = Dataset("d", splits, mean=(0.1, 0.2), std=(0.5, 0.1))
+    x = Episodes(dataset, "train", 2, 1, 1, 0).batch(0, 1).support_x
+    torch.testing.assert_close(x[0, 0, :, 0, 0], torch.tensor([0.2, 0.0]), atol=1e-6, rtol=0)
+
+
+def test_too_few_classes_or_images_is_a_clear_error(small_dataset: Dataset) -> None:
+    with pytest.raises(DataError, match=r"8 ways, but split 'test' of small has 7 classes"):
+        Episodes(small_dataset, "test", 8, 1, 1, 0)
+    with pytest.raises(DataError, match=r"4 shots \+ 15 queries = 19 images per class, but class 'test0' .* has 18"):
+        Episodes(small_dataset, "test", 5, 4, 15, 0)
+    with pytest.raises(ConfigError, match=r"unknown split 'tset': did you mean 'test'"):
+        Episodes(small_dataset, "tset", 5, 1, 1, 0)
+
+
+def test_rotations_are_extra_classes() -> None:
+    image = np.zeros((2, 1, 16, 16), np.uint8)
+    image[:, :, 0, :4] = 255  # top left
+    split = with_rotations(make_split("train", ["a", "b"], [image, image]))
+    assert split.classes == ("a", "b", "a@90", "b@90", "a@180", "b@180", "a@270", "b@270")
+    assert split.counts == (2,) * 8
+    turned = [split.images[split.starts[k], 0] for k in range(0, 8, 2)]
+    for turn, picture in enumerate(turned):
+        assert torch.equal(picture, torch.from_numpy(np.rot90(image[0, 0], turn).copy()))
+
+
+def test_fingerprint_knows_tasks_and_images(small_dataset: Dataset) -> None:
+    prints = {
+        Episodes(small_dataset, "test", 5, 1, 3, 0).fingerprint(20),
+        Episodes(small_dataset, "test", 5, 1, 3, 0).fingerprint(21),
+        Episodes(small_dataset, "test", 5, 1, 3, 1).fingerprint(20),
+        Episodes(small_dataset, "test", 5, 2, 2, 0).fingerprint(20),
+    }
+    assert len(prints) == 4
+    assert Episodes(small_dataset, "test", 5, 1, 3, 0).fingerprint(20) in prints
+    before = small_dataset.split("train").fingerprint
+    altered = {}
+    for name, split in small_dataset.splits.items():
+        images = split.images.numpy().copy()
+        images[0, 0, 0, 0] ^= name == "test"
+        altered[name] = make_split(name, split.classes, np.split(images, split.starts[1:]))
+    changed = Dataset("small", altered, (0.0,), (1.0,))
+    assert Episodes(changed, "test", 5, 1, 3, 0).fingerprint(20) not in prints
+    assert changed.split("train").fingerprint == before

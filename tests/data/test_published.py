@@ -1,0 +1,208 @@
+"""Omniglot and CIFAR-FS from their published files: what is read, and what is said of damaged ones."""
+
+import gzip
+import io
+import pickle
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metaheed.data import SPLITS, load_dataset
+from metaheed.data.locate import class_list
+from metaheed.errors import DataError
+from tests.conftest import python2_pickle
+
+
+def test_class_lists_have_the_sizes_of_the_splits_and_are_disjoint() -> None:
+    for name, sizes in (("omniglot", (980, 220, 423)), ("cifar_fs", (64, 16, 20))):
+        lists = [class_list(f"{name}_{split}") for split in SPLITS]
+        assert tuple(map(len, lists)) == sizes
+        assert len({c for part in lists for c in part}) == sum(sizes)
+
+
+def test_omniglot_split_is_the_documented_permutation() -> None:
+    lists = [name for split in SPLITS for name in class_list(f"omniglot_{split}")]
+    order = np.random.default_rng(0).permutation(1623)
+    assert [sorted(lists)[i] for i in order] == lists
+
+
+class TestOmniglot:
+    def test_read(self, omniglot_zips: Path) -> None:
+        dataset = load_dataset("omniglot", omniglot_zips)
+        assert dataset.image_shape == (1, 28, 28)
+        assert [len(dataset.split(s).classes) for s in SPLITS] == [4 * 980, 4 * 220, 4 * 423]
+        assert dataset.split("val").classes[:1] == tuple(class_list("omniglot_val")[:1])
+        pixels = dataset.split("train").images
+        assert int(pixels.max()) == 255, "ink is 1"
+        assert float(pixels.float().mean()) < 40, "paper is 0"
+        assert (dataset.mean, dataset.std) == ((0.0,), (1.0,))
+
+    def test_root_may_be_the_folder_above(self, omniglot_zips: Path, tmp_path: Path) -> None:
+        (tmp_path / "omniglot").symlink_to(omniglot_zips, target_is_directory=True)
+        assert load_dataset("omniglot", tmp_path).split("test").counts[0] == 2
+
+    def test_missing(self, omniglot_zips: Path, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"needs --data-root.*images_background.zip.*github.com/brendenlake"):
+            load_dataset("omniglot")
+        with pytest.raises(DataError, match=r"nowhere is not a folder"):
+            load_dataset("omniglot", tmp_path / "nowhere")
+        shutil.copy(omniglot_zips / "images_background.zip", tmp_path)
+        with pytest.raises(DataError, match=r"images_evaluation.zip not found in .*github.com/brendenlake") as error:
+            load_dataset("omniglot", tmp_path)
+        assert "images_background" not in str(error.value)
+
+    @pytest.mark.parametrize("damage", ["truncated", "not a zip", "another zip", "bad image", "bomb"])
+    def test_damaged(self, damage: str, omniglot_zips: Path, tmp_path: Path) -> None:
+        for archive in omniglot_zips.iterdir():
+            shutil.copy(archive, tmp_path)
+        victim = tmp_path / "images_background.zip"
+        if damage == "truncated":
+            victim.write_bytes(victim.read_bytes()[:50_000])
+        elif damage == "not a zip":
+            victim.write_bytes(b"<html>404</html>")
+        else:
+            content = {"another zip": b"", "bad image": b"\x89PNG\r\n", "bomb": b"\0" * (1 << 22)}[damage]
+            name = "other.txt" if damage == "another zip" else "images_background/Greek/character01/0001_01.png"
+            with zipfile.ZipFile(victim, "w", zipfile.ZIP_DEFLATED) as file:
+                file.writestr(name, content)
+        with pytest.raises(DataError, match=r"images_background.zip (is damaged|holds no drawing).*github.com/brenden"):
+            load_dataset("omniglot", tmp_path)
+
+    def test_incomplete(self, omniglot_zips: Path, tmp_path: Path) -> None:
+        for archive in omniglot_zips.iterdir():
+            with zipfile.ZipFile(archive) as old, zipfile.ZipFile(tmp_path / archive.name, "w") as new:
+                for member in old.infolist():
+                    if "/Greek/" not in member.filename:
+                        new.writestr(member, old.read(member))
+        with pytest.raises(DataError, match=r"24 characters are in neither.*first: Greek/character01"):
+            load_dataset("omniglot", tmp_path)
+
+    def test_the_real_one(self, published: Path) -> None:
+        dataset = load_dataset("omniglot", published)
+        assert all(set(dataset.split(s).counts) == {20} for s in SPLITS)
+        ink = float(dataset.split("train").images.float().mean()) / 255
+        assert 0.05 < ink < 0.12
+
+
+class TestCifarFs:
+    def test_read(self, cifar_folder: Path) -> None:
+        dataset = load_dataset("cifar-fs", cifar_folder)
+        assert dataset.image_shape == (3, 32, 32)
+        assert [len(dataset.split(s).classes) for s in SPLITS] == [64, 16, 20]
+        split = dataset.split("test")
+        names = sorted(name for s in SPLITS for name in class_list(f"cifar_fs_{s}"))
+        for k, name in enumerate(split.classes):
+            images = split.images[split.starts[k] : split.starts[k] + split.counts[k]]
+            assert split.counts[k] == 30
+            assert (images[:, 1:] == names.index(name)).all()
+            assert (images[:, 0] == names.index(name) + 100).all(), "red is the first channel"
+
+    def test_statistics_are_the_train_splits(self, cifar_folder: Path) -> None:
+        dataset = load_dataset("cifar-fs", cifar_folder)
+        train = dataset.split("train").images.double() / 255
+        assert dataset.mean == pytest.approx(train.mean((0, 2, 3)).tolist())
+        assert dataset.std == pytest.approx(train.std((0, 2, 3), correction=0).tolist())
+
+    def test_root_may_be_the_folder_itself(self, cifar_folder: Path) -> None:
+        direct = load_dataset("cifar-fs", cifar_folder / "cifar-100-python")
+        assert direct.split("val").fingerprint == load_dataset("cifar-fs", cifar_folder).split("val").fingerprint
+
+    def test_archive(self, cifar_folder: Path, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "cifar-100-python.tar.gz", "w:gz") as archive:
+            archive.add(cifar_folder / "cifar-100-python", "cifar-100-python")
+        dataset = load_dataset("cifar-fs", tmp_path)
+        assert dataset.split("val").fingerprint == load_dataset("cifar-fs", cifar_folder).split("val").fingerprint
+        whole = (tmp_path / "cifar-100-python.tar.gz").read_bytes()
+        for part in (whole[: len(whole) // 2], b"<html>", gzip.compress(b"")):
+            (tmp_path / "cifar-100-python.tar.gz").write_bytes(part)
+            with pytest.raises(DataError, match=r"tar.gz (is damaged|lacks).*cs.toronto.edu"):
+                load_dataset("cifar-fs", tmp_path)
+
+    def test_missing(self, cifar_folder: Path, tmp_path: Path) -> None:
+        with pytest.raises(DataError, match=r"neither cifar-100-python/.* or cifar-100-python.tar.gz.*cs.toronto.edu"):
+            load_dataset("cifar-fs", tmp_path)
+        shutil.copytree(cifar_folder, tmp_path, dirs_exist_ok=True)
+        (tmp_path / "cifar-100-python" / "meta").unlink()
+        with pytest.raises(DataError, match=r"cifar-100-python/meta not found; published at https"):
+            load_dataset("cifar-fs", tmp_path)
+
+    @pytest.mark.parametrize(
+        ("part", "content"),
+        [
+            ("train", b""),
+            ("train", python2_pickle({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0]})),
+            ("train", python2_pickle({b"data": np.zeros((1, 3000), np.uint8), b"fine_labels": [0]})),
+            ("train", python2_pickle({b"data": np.zeros((1, 3072), np.uint8), b"fine_labels": [100]})),
+            ("test", python2_pickle([1, 2])),
+            ("meta", python2_pickle({b"fine_label_names": [b"apple"]})),
+        ],
+    )
+    def test_damaged(self, part: str, content: bytes, cifar_folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(cifar_folder, tmp_path, dirs_exist_ok=True)
+        (tmp_path / "cifar-100-python" / part).write_bytes(content)
+        with pytest.raises(DataError, match=rf"{part}.*fetch it anew from https"):
+            load_dataset("cifar-fs", tmp_path)
+
+    def test_written_anew_by_python_3(self, cifar_folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(cifar_folder, tmp_path, dirs_exist_ok=True)
+        for part in ("train", "test", "meta"):
+            path = tmp_path / "cifar-100-python" / part
+            values = pickle.loads(path.read_bytes(), encoding="bytes")  # ours, written by this test run
+            for protocol in (2, 4):
+                path.write_bytes(pickle.dumps({k.decode(): v for k, v in values.items()}, protocol=protocol))
+        dataset = load_dataset("cifar-fs", tmp_path)
+        assert dataset.split("val").fingerprint == load_dataset("cifar-fs", cifar_folder).split("val").fingerprint
+
+    def test_the_real_one(self, published: Path) -> None:
+        dataset = load_dataset("cifar-fs", published)
+        assert all(set(dataset.split(s).counts) == {600} for s in SPLITS)
+        assert dataset.mean == pytest.approx((0.507, 0.487, 0.441), abs=0.01)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (exec, ("open('executed', 'w')",))
+
+
+@pytest.mark.parametrize(
+    ("value", "offender"),
+    [
+        (Evil(), r"builtins.exec|__builtin__.exec"),
+        ({b"data": np.array([Evil()], dtype=object)}, r".*exec|an array of Python objects"),
+        (io.BytesIO, r"_io.BytesIO"),
+        (np.float64(1.0), r"numpy.*scalar"),
+        ({"a": np.random.default_rng}, r"numpy.random.*default_rng"),
+    ],
+)
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_a_pickle_never_runs_code(
+    value: object, offender: str, protocol: int, cifar_folder: Path, in_folder: Path
+) -> None:
+    shutil.copytree(cifar_folder, in_folder, dirs_exist_ok=True)
+    (in_folder / "cifar-100-python" / "meta").write_bytes(pickle.dumps(value, protocol=protocol))
+    with pytest.raises(DataError, match=rf"meta is not read: its pickle asks for ({offender})"):
+        load_dataset("cifar-fs", in_folder)
+    assert not (in_folder / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        b"cos\nsystem\n(S'touch executed'\ntR.",
+        b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(L9999999999999L\ntS'b'\ntR.",  # a huge array
+        b"cnumpy\ndtype\n(S'O'\ntR.",
+        b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
+        b"(lp0\n" * 100_000,
+        b"\x80\x02Pid\n.",
+    ],
+)
+def test_hand_made_attacks(attack: bytes, cifar_folder: Path, in_folder: Path) -> None:
+    shutil.copytree(cifar_folder, in_folder, dirs_exist_ok=True)
+    (in_folder / "cifar-100-python" / "meta").write_bytes(attack)
+    with pytest.raises(DataError, match=r"meta"):
+        load_dataset("cifar-fs", in_folder)
+    assert not (in_folder / "executed").exists()

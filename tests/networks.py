@@ -1,0 +1,52 @@
+"""Small networks for the tests; also found by name from the command line, as a user's own would be."""
+
+import torch
+from torch import Tensor, nn
+
+
+class Tiny(nn.Sequential):
+    """Smooth, so that finite differences are exact to their order; 8×8 pixels after pooling."""
+
+    def __init__(self, ways: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(
+            nn.AvgPool2d(2),
+            nn.Conv2d(image_shape[0], 4, 3, stride=2),
+            nn.BatchNorm2d(4, track_running_stats=False),
+            nn.Tanh(),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(16, ways),
+        )
+
+
+class WithStatistics(Tiny):
+    """As Tiny, with the running statistics that most networks in the wild have."""
+
+    def __init__(self, ways: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(ways, image_shape)
+        self[2] = nn.BatchNorm2d(4)
+
+
+class WithDropout(Tiny):
+    def __init__(self, ways: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(ways, image_shape)
+        self.append(nn.Dropout(0.5))
+
+
+class Exploding(Tiny):
+    """Finite at first and then not: its output is divided by a parameter that training drives away."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = super().forward(x)
+        spread = (self[1].weight - self.start.to(self[1].weight.dtype)).abs().amax()
+        return torch.where(spread > 0.04, torch.full_like(logits, float("nan")), logits)
+
+    def __init__(self, ways: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(ways, image_shape)
+        self.start: Tensor
+        self.register_buffer("start", self[1].weight.detach().clone())
+
+
+class WrongWays(Tiny):
+    def __init__(self, ways: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(ways + 1, image_shape)

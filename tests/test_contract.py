@@ -1,0 +1,368 @@
+"""What holds for every learner, every rule and every execution. Adding one is a row here.
+
+Everything in float64 against references that share no code with the package.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from metaheed.learners import MAML, Conv4, Learner
+from metaheed.outer import (
+    Execution,
+    OuterOptimizer,
+    OuterState,
+    Rule,
+    TaskAttention,
+    Tools,
+    adam,
+    adapted_outcome,
+    attended,
+    clipped,
+    initial_gradient,
+    initial_outcome,
+    looped,
+    map_looped,
+    sgd,
+    task_gradient,
+    uniform,
+    vectorized,
+    weighted_sum,
+)
+from metaheed.types import Episode, Params, TaskInfo
+from tests.conftest import make_batch, task
+from tests.networks import Tiny
+from tests.reference import assert_close, gradient, maml_query_loss, with_grad
+
+WAYS, SHAPE, TASKS = 3, (1, 16, 16), 4
+
+
+class LearnerRow(NamedTuple):
+    build: Callable[[nn.Module], Learner]
+    query_loss: Callable[[nn.Module, Params, Episode], tuple[torch.Tensor, Params]]
+    """The reference: query loss after adaptation and the adapted parameters."""
+    exact: bool
+    """Whether the meta-gradient is the loss's true gradient, so that finite differences agree."""
+
+
+LEARNERS = {
+    "maml": LearnerRow(
+        lambda net: MAML(net, adaptation_steps=3, fast_lr=0.3),
+        lambda net, meta, episode: maml_query_loss(net, meta, episode, 3, 0.3),
+        exact=True,
+    ),
+    "fomaml": LearnerRow(
+        lambda net: MAML(net, adaptation_steps=3, fast_lr=0.3, first_order=True),
+        lambda net, meta, episode: maml_query_loss(net, meta, episode, 3, 0.3, first_order=True),
+        exact=False,
+    ),
+}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "tiny": lambda: Tiny(WAYS, SHAPE),
+    "conv4": lambda: Conv4(WAYS, SHAPE, hidden=4),
+    "conv4-strided": lambda: Conv4(WAYS, SHAPE, hidden=4, downsample="stride"),
+}
+EXECUTIONS: dict[str, Callable[[Learner], Execution[tuple[Params, TaskInfo]]]] = {
+    "looped": looped,
+    "vectorized": vectorized,
+    "vectorized by 3": lambda learner: vectorized(learner, chunk_size=3),
+}
+RULES: dict[str, Callable[[], Rule]] = {
+    "uniform": uniform,
+    "attended": lambda: attended(_attention(), adam(0.05), 0.01),
+    "attended through optimizer": lambda: attended(_attention(), adam(0.05), 0.01, "optimizer"),
+    "attended equivariant": lambda: attended(_attention("equivariant", standardize=True), adam(0.05), 0.01),
+}
+
+
+def _attention(architecture: str = "paper", standardize: bool = False) -> TaskAttention:
+    generator = torch.Generator().manual_seed(2)
+    return TaskAttention(TASKS, architecture, standardize, generator=generator).double()
+
+
+@pytest.fixture(params=sorted(LEARNERS))
+def row(request: pytest.FixtureRequest) -> LearnerRow:
+    return LEARNERS[request.param]
+
+
+@pytest.fixture(params=sorted(NETWORKS))
+def network(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(3)
+    return NETWORKS[request.param]().double()
+
+
+@pytest.fixture
+def learner(row: LearnerRow, network: nn.Module) -> Learner:
+    return row.build(network)
+
+
+@pytest.fixture
+def meta(learner: Learner, rng: torch.Generator) -> Params:
+    return {name: p.double() for name, p in learner.init(rng).items()}
+
+
+@pytest.fixture
+def batch() -> Episode:
+    return make_batch(TASKS, WAYS, 2, 4, SHAPE)
+
+
+@pytest.fixture
+def probe() -> Episode:
+    first = make_batch(2 * TASKS, WAYS, 2, 4, SHAPE)
+    return Episode(*(part[TASKS:] for part in first))
+
+
+def test_meta_gradient_is_the_reference(
+    row: LearnerRow, network: nn.Module, learner: Learner, meta: Params, batch: Episode
+) -> None:
+    for index in range(2):
+        episode = task(batch, index)
+        start = with_grad(meta)
+        loss, phi = row.query_loss(network, start, episode)
+        g, info = task_gradient(learner, meta, episode)
+        assert_close(g, gradient(loss, start))
+        torch.testing.assert_close(info.query_loss, loss.detach(), rtol=1e-12, atol=0)
+        norm = torch.stack([v.square().sum() for v in gradient(loss, phi).values()]).sum().sqrt()
+        torch.testing.assert_close(info.grad_norm, norm, rtol=1e-10, atol=0)
+        assert all(g[name].dtype == torch.float64 and g[name].shape == meta[name].shape for name in meta)
+        assert all(value.dtype == torch.float64 and value.shape == () for value in info)
+
+
+@pytest.mark.parametrize("row", [name for name, row in LEARNERS.items() if row.exact], indirect=True)
+@pytest.mark.parametrize("network", ["tiny"], indirect=True)  # a smooth one
+def test_meta_gradient_is_the_finite_difference(learner: Learner, meta: Params, batch: Episode) -> None:
+    episode = task(batch, 0)
+    g, _ = task_gradient(learner, meta, episode)
+    generator = torch.Generator().manual_seed(9)
+    for _ in range(4):
+        direction = {n: torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in meta.items()}
+        h = 1e-5
+
+        def at(step: float, direction: Params = direction) -> float:
+            moved = {n: p + step * direction[n] for n, p in meta.items()}
+            loss, _ = adapted_outcome(learner, moved, episode)
+            return float(loss)
+
+        difference = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
+        product = sum(float((g[n] * direction[n]).sum()) for n in g)
+        assert difference == pytest.approx(product, rel=1e-7, abs=1e-9)
+
+
+def test_infos_are_what_they_say(learner: Learner, meta: Params, batch: Episode) -> None:
+    episode = task(batch, 1)
+    _, info = task_gradient(learner, meta, episode)
+    logits = learner.predict(learner.adapt(meta, episode.support_x, episode.support_y), episode.query_x)
+    assert float(info.query_accuracy) == pytest.approx(float((logits.argmax(1) == episode.query_y).double().mean()))
+    before = learner.predict(learner.initial(meta), episode.query_x)
+    torch.testing.assert_close(info.initial_loss, nn.functional.cross_entropy(before, episode.query_y))
+
+
+def test_initial_gradient_is_the_reference(
+    network: nn.Module, learner: Learner, meta: Params, batch: Episode
+) -> None:
+    episode = task(batch, 0)
+    start = with_grad(meta)
+    loss = nn.functional.cross_entropy(learner.predict(learner.initial(start), episode.query_x), episode.query_y)
+    g, value = initial_gradient(learner, meta, episode)
+    assert_close(g, gradient(loss, start))
+    torch.testing.assert_close(value, loss.detach())
+
+
+@pytest.mark.parametrize("execution", sorted(EXECUTIONS))
+def test_executions_agree(execution: str, learner: Learner, meta: Params, batch: Episode) -> None:
+    grads, info = EXECUTIONS[execution](learner)(meta, batch)
+    for index in range(TASKS):
+        g, one = task_gradient(learner, meta, task(batch, index))
+        assert_close({name: leaf[index] for name, leaf in grads.items()}, g)
+        torch.testing.assert_close(torch.stack([*one]), torch.stack([part[index] for part in info]))
+
+
+@pytest.mark.parametrize("execution", sorted(EXECUTIONS))
+def test_tasks_do_not_touch_each_other(execution: str, learner: Learner, meta: Params, batch: Episode) -> None:
+    run = EXECUTIONS[execution](learner)
+    grads, info = run(meta, batch)
+    others = Episode(*(torch.cat([part[:1], part[1:].flip(0)]) for part in batch))
+    others = others._replace(query_x=torch.cat([others.query_x[:1], 3 * others.query_x[1:]]))
+    grads2, info2 = run(meta, others)
+    assert_close({n: g[0] for n, g in grads.items()}, {n: g[0] for n, g in grads2.items()})
+    torch.testing.assert_close(info.query_loss[0], info2.query_loss[0])
+
+
+def test_training_and_test_adapt_identically(learner: Learner, meta: Params, batch: Episode) -> None:
+    """The loss of the training step and that of evaluation are the same bits."""
+    _, info = looped(learner)(meta, batch)
+    losses, accuracies = map_looped(lambda m, e: adapted_outcome(learner, m, e))(meta, batch)
+    before, _ = map_looped(lambda m, e: initial_outcome(learner, m, e))(meta, batch)
+    assert torch.equal(info.query_loss, losses)
+    assert torch.equal(info.query_accuracy, accuracies)
+    assert torch.equal(info.initial_loss, before)
+
+
+def test_float32_follows_float64(learner: Learner, meta: Params, batch: Episode) -> None:
+    single = {name: p.float() for name, p in meta.items()}
+    g, info = task_gradient(learner, single, task(batch, 0))
+    assert all(leaf.dtype == torch.float32 for leaf in [*g.values(), *info])
+    exact, _ = task_gradient(learner, meta, task(batch, 0))
+    scale = max(float(leaf.abs().max()) for leaf in exact.values())
+    assert max(float((g[n] - exact[n]).abs().max()) for n in g) < 1e-3 * scale
+
+
+def _tools(learner: Learner, optimizer: OuterOptimizer, train: Episode, probe: Episode) -> Tools:
+    initial = map_looped(lambda m, e: initial_gradient(learner, m, e))
+    return Tools(looped(learner), initial, optimizer, lambda t: train, lambda t: probe)
+
+
+def _start(rule: Rule, optimizer: OuterOptimizer, meta: Params) -> OuterState:
+    return OuterState(meta, optimizer.init(meta), rule.init(meta))
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_rule_steps_on_the_weighted_gradients(
+    rule: str, learner: Learner, meta: Params, batch: Episode, probe: Episode
+) -> None:
+    chosen, optimizer = RULES[rule](), adam(0.01)
+    state = _start(chosen, optimizer, meta)
+    after, record = chosen.step(state, 0, _tools(learner, optimizer, batch, probe))
+    grads, _ = looped(learner)(meta, batch)
+    assert float(record.weights.sum()) == pytest.approx(1)
+    by_hand = {n: sum(record.weights[i] * g[i] for i in range(TASKS)) for n, g in grads.items()}
+    expected, _ = optimizer.step(meta, optimizer.init(meta), by_hand)  # type: ignore[arg-type]  # sum of tensors
+    # A gradient that is zero but for rounding (a bias before a norm) moves by its sign under Adam's first step.
+    real = [n for n, g in by_hand.items() if float(g.abs().max()) > 1e-9]  # type: ignore[union-attr]
+    assert_close({n: after.meta[n] for n in real}, {n: expected[n] for n in real}, rtol=1e-6)
+
+
+@pytest.mark.parametrize("rule", sorted(RULES))
+def test_nothing_of_the_probe_batch_reaches_theta(
+    rule: str, learner: Learner, meta: Params, batch: Episode, probe: Episode
+) -> None:
+    chosen, optimizer = RULES[rule](), adam(0.01)
+    state = _start(chosen, optimizer, meta)
+    one, _ = chosen.step(state, 0, _tools(learner, optimizer, batch, probe))
+    other_probe = probe._replace(query_x=-2 * probe.query_x)
+    two, _ = chosen.step(state, 0, _tools(learner, optimizer, batch, other_probe))
+    assert all(torch.equal(one.meta[n], two.meta[n]) for n in meta)
+    assert all(torch.equal(one.optimizer[n], two.optimizer[n]) for n in one.optimizer)
+
+
+@pytest.mark.parametrize("optimizer", [sgd(0.1), adam(0.01), clipped(adam(0.01), 0.1)], ids=["sgd", "adam", "clipped"])
+@pytest.mark.parametrize("jacobian", ["sgd", "optimizer"])
+def test_frozen_attention_is_uniform_bit_for_bit(
+    jacobian: str, optimizer: OuterOptimizer, learner: Learner, meta: Params, batch: Episode, probe: Episode
+) -> None:
+    attention = _attention()
+    with torch.no_grad():
+        for p in attention.layers[-1].parameters():
+            p.zero_()
+    still = OuterOptimizer(lambda params: {}, lambda params, state, gradient: (params, state))
+    frozen, plain = attended(attention, still, 0.01, jacobian), uniform()
+    tools = _tools(learner, optimizer, batch, probe)
+    a, b = _start(frozen, optimizer, meta), _start(plain, optimizer, meta)
+    for t in range(3):
+        a, record = frozen.step(a, t, tools)
+        b, _ = plain.step(b, t, tools)
+        assert torch.equal(record.weights, torch.full((TASKS,), 1 / TASKS, dtype=torch.float64))
+    assert all(torch.equal(a.meta[n], b.meta[n]) for n in meta)
+    assert all(torch.equal(a.optimizer[n], b.optimizer[n]) for n in a.optimizer)
+
+
+@pytest.mark.parametrize("rule", [name for name in sorted(RULES) if name.startswith("attended")])
+def test_delta_changes_when_trained(rule: str, learner: Learner, meta: Params, batch: Episode, probe: Episode) -> None:
+    chosen, optimizer = RULES[rule](), adam(0.01)
+    state = _start(chosen, optimizer, meta)
+    after, _ = chosen.step(state, 0, _tools(learner, optimizer, batch, probe))
+    delta = [name for name in state.rule if name.startswith("attention.")]
+    assert delta
+    moved = [name for name in delta if not torch.equal(state.rule[name], after.rule[name])]
+    assert any("layers.4.weight" in name for name in moved)
+    assert all(bool(torch.isfinite(leaf).all()) for leaf in after.rule.values())
+
+
+@pytest.mark.parametrize("network", ["tiny"], indirect=True)  # the network changes nothing here
+@pytest.mark.parametrize("clip", [None, 0.05], ids=["unclipped", "clipped"])
+@pytest.mark.parametrize("steps_before", [0, 1, 9], ids=["step 1", "step 2", "step 10"])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_delta_gradient_is_full_autograd(
+    kind: str,
+    steps_before: int,
+    clip: float | None,
+    row: LearnerRow,
+    network: nn.Module,
+    learner: Learner,
+    meta: Params,
+    batch: Episode,
+    probe: Episode,
+) -> None:
+    """∂L/∂δ of the rule against one autograd graph: δ -> weights -> clipping -> outer step -> θ' -> probe adaptation -> L."""
+    base = sgd(0.1) if kind == "sgd" else adam(0.01)
+    optimizer = base if clip is None else clipped(base, clip)
+    attention = _attention()
+    seen: list[Params] = []
+
+    def note(params: Params, state: Params, g: Params) -> tuple[Params, Params]:
+        seen.append(g)
+        return params, state
+
+    rule = attended(attention, OuterOptimizer(lambda params: {}, note), 0.01, "optimizer")
+    tools = _tools(learner, optimizer, batch, probe)
+    state = _start(rule, optimizer, meta)
+    for t in range(steps_before):
+        state, _ = rule.step(state, t, tools)
+    seen.clear()
+    rule.step(state, steps_before, tools)
+
+    # The graph, written out with torch.optim's formulas.
+    delta = dict(attention.named_parameters())
+    grads, info = looped(learner)(state.meta, batch)
+    weights = attention(info)
+    combined = {n: torch.tensordot(weights, g, dims=1) for n, g in grads.items()}
+    if clip is not None:
+        norm = torch.cat([g.flatten() for g in combined.values()]).norm()
+        combined = {n: g * torch.clamp(clip / norm, max=1.0) for n, g in combined.items()}
+    if kind == "sgd":
+        theta = {n: p - 0.1 * combined[n] for n, p in state.meta.items()}
+    else:
+        count = steps_before + 1
+        assert int(state.optimizer["count"]) == steps_before
+        theta = {}
+        for n, p in state.meta.items():
+            m = 0.9 * state.optimizer[f"mean.{n}"] + 0.1 * combined[n]
+            v = 0.999 * state.optimizer[f"square.{n}"] + 0.001 * combined[n] ** 2
+            theta[n] = p - 0.01 * (m / (1 - 0.9**count)) / ((v / (1 - 0.999**count)).sqrt() + 1e-8)
+    # First-order learners: their G is not the loss's gradient, so it is entered where the rule enters it.
+    probe_grads, _ = looped(learner)({n: p.detach() for n, p in theta.items()}, probe)
+    G = weighted_sum(torch.full((TASKS,), 1 / TASKS, dtype=torch.float64), probe_grads)
+    if row.exact:
+        losses = [row.query_loss(network, theta, task(probe, j))[0] for j in range(TASKS)]
+        objective = torch.stack(losses).mean()
+    else:
+        objective = torch.stack([(G[n] * theta[n]).sum() for n in theta]).sum()
+    expected = torch.autograd.grad(objective, list(delta.values()))
+    found = {n: seen[0][n] for n in delta}
+    assert max(float(g.abs().max()) for g in expected) > 1e-7, "the comparison would be empty"
+    assert_close(found, dict(zip(delta, expected, strict=True)), rtol=1e-6, atol=1e-12)
+
+
+def test_lookahead_jacobian_is_minus_beta(learner: Learner, meta: Params, batch: Episode, probe: Episode) -> None:
+    """With J = "sgd", δ's gradient is that of a plain SGD look-ahead whatever the real optimiser, G being at θ'."""
+    attention, beta, seen = _attention(), 0.37, []
+
+    def note(params: Params, state: Params, g: Params) -> tuple[Params, Params]:
+        seen.append(g)
+        return params, state
+
+    optimizer = adam(0.01)
+    rule = attended(attention, OuterOptimizer(lambda params: {}, note), beta, "sgd")
+    state = _start(rule, optimizer, meta)
+    after, _ = rule.step(state, 0, _tools(learner, optimizer, batch, probe))
+    probe_grads, _ = looped(learner)(after.meta, probe)
+    grads, info = looped(learner)(meta, batch)
+    weights = attention(info)
+    lookahead = {n: meta[n] - beta * torch.tensordot(weights, g, dims=1) for n, g in grads.items()}
+    objective = torch.stack([(probe_grads[n].mean(0) * lookahead[n]).sum() for n in meta]).sum()
+    delta = dict(attention.named_parameters())
+    expected = dict(zip(delta, torch.autograd.grad(objective, list(delta.values())), strict=True))
+    assert_close({n: seen[0][n] for n in delta}, expected, rtol=1e-7, atol=1e-13)

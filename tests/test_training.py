@@ -1,0 +1,411 @@
+"""The training loop through the command line: run folder, resume after any death, signals, faults."""
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import metaheed as package
+from metaheed.config import default_config, from_dict, to_dict
+from tests.conftest import ROOT, Run
+
+SMALL = [
+    *("--backbone", "tests.networks:Tiny", "--adaptation-steps", "2", "--queries", "3", "--meta-batch-size", "2"),
+    *("--val-every", "4", "--val-tasks", "12", "--checkpoint-every", "3", "--threads", "1"),
+]
+FILES = ("config.yaml", "metrics.jsonl", "tasks.jsonl")
+CHECKPOINTS = ("last.safetensors", "previous.safetensors", "best.safetensors")
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "metaheed", *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def content(run: Path) -> dict[str, str]:
+    """Hashes of everything a run leaves, but for where it was written to."""
+    files = {name: (run / name).read_bytes() for name in FILES[1:]}
+    files |= {name: (run / "checkpoints" / name).read_bytes() for name in CHECKPOINTS}
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    del config["training"]["out"]
+    files["config.yaml"] = json.dumps(config).encode()
+    return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Uninterrupted runs of ten iterations."""
+    from metaheed.cli import main
+
+    folder = tmp_path_factory.mktemp("whole")
+    runs = {}
+    os.environ["METAHEED_CACHE"] = str(tmp_path_factory.getbasetemp() / "cache")
+    for algorithm in ("maml", "ta-maml"):
+        runs[algorithm] = folder / algorithm
+        assert main(["train", algorithm, *SMALL, "--iterations", "10", "--out", str(runs[algorithm])]) == 0
+    return runs
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "ta-maml"])
+def test_run_folder(algorithm: str, whole: dict[str, Path]) -> None:
+    run = whole[algorithm]
+    config = from_dict(yaml.safe_load((run / "config.yaml").read_text()))
+    assert config.algorithm == algorithm
+    assert config.training.iterations == 10
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    validations = [line for line in lines if "validation_accuracy" in line]
+    assert [line["iteration"] for line in steps] == list(range(1, 11))
+    assert [line["iteration"] for line in validations] == [4, 8, 10]
+    tasks = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in tasks] == list(range(1, 11))
+    for step, line in zip(steps, tasks, strict=True):
+        assert set(line) == {"iteration", "query_loss", "query_accuracy", "initial_loss", "grad_norm", "weights"}
+        assert sum(line["query_loss"]) / 2 == pytest.approx(step["loss"], rel=1e-6)
+        assert sum(line["weights"]) == pytest.approx(1, abs=1e-6)
+        assert (line["weights"] == [0.5, 0.5]) == (algorithm == "maml")
+    best = max(validations, key=lambda line: line["validation_accuracy"])
+    weights = load_file(run / "checkpoints" / "best.safetensors")
+    learner, meta = package.load(run)
+    assert all(torch.equal(weights[name], meta[name]) for name in meta)
+    assert list(learner.init(torch.Generator())) == list(meta)
+    from metaheed.runs import RunFolder
+
+    _, about = RunFolder(run).read_weights("best")
+    assert about["iteration"] == best["iteration"]
+
+
+def test_same_seed_same_bits_and_other_seed_others(whole: dict[str, Path], metaheed: Run, tmp_path: Path) -> None:
+    metaheed("train", "ta-maml", *SMALL, "--iterations", 10, "--out", tmp_path / "again")
+    metaheed("train", "ta-maml", *SMALL, "--iterations", 10, "--out", tmp_path / "other", "--seed", 1)
+    assert content(tmp_path / "again") == content(whole["ta-maml"])
+    assert content(tmp_path / "other")["tasks.jsonl"] != content(whole["ta-maml"])["tasks.jsonl"]
+
+
+def test_both_rules_see_the_same_training_batches_from_the_same_start(whole: dict[str, Path]) -> None:
+    first = [json.loads((run / "tasks.jsonl").read_text().splitlines()[0]) for run in whole.values()]
+    for name in ("query_loss", "query_accuracy", "initial_loss", "grad_norm"):
+        assert first[0][name] == first[1][name]
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+import metaheed.runs as runs
+count = 0
+def dying(original):
+    def call(*arguments, **options):
+        global count
+        count += 1
+        if count == {kill_at}:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*arguments, **options)
+    return call
+os.fsync = dying(os.fsync)
+Path.replace = dying(Path.replace)
+runs.JsonLines.write = dying(runs.JsonLines.write)
+from metaheed.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("kill_at", [1, 2, 4, 9, 11, 12, 13, 27, 42])
+def test_killed_at_any_moment_it_ends_bit_for_bit_the_same(
+    kill_at: int, whole: dict[str, Path], metaheed: Run, tmp_path: Path
+) -> None:
+    """Killed at the n-th sync, rename or line: in the config, before the first checkpoint, within one, between two."""
+    run = tmp_path / "run"
+    arguments = ["train", "ta-maml", *SMALL, "--iterations", "10", "--out", str(run)]
+    died = subprocess.run(
+        [sys.executable, "-c", KILLER.format(kill_at=kill_at), *arguments],
+        env=environment(),
+        capture_output=True,
+        check=False,
+    )
+    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    if not (run / "config.yaml").exists():  # killed while it was written: there is no run, and a new one may begin
+        status, _, err = metaheed("train", "--resume", run)
+        assert (status, "not a run folder" in err) == (1, True)
+        status, _, _ = metaheed(*arguments)
+    else:
+        status, _, _ = metaheed("train", "--resume", run)
+    assert status == 0
+    assert content(run) == content(whole["ta-maml"])
+    assert not [*run.rglob("*.part")]
+
+
+def test_killed_twice_by_the_clock(whole: dict[str, Path], metaheed: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = command("train", "maml", *SMALL, "--iterations", "400", "--out", run)
+    for arguments in (first, command("train", "--resume", run)):
+        process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE)
+        before = _lines(run)
+        while _lines(run) < before + 8 and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    done = _lines(run)
+    status, _, _ = metaheed("train", "--resume", run, "--iterations", max(30, done))
+    assert status == 0
+    metaheed("train", "maml", *SMALL, "--iterations", max(30, done), "--out", tmp_path / "straight")
+    assert content(run) == content(tmp_path / "straight")
+
+
+def _lines(run: Path) -> int:
+    file = run / "tasks.jsonl"
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_and_says_how_to_go_on(
+    number: signal.Signals, metaheed: Run, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = command("train", "maml", *SMALL, "--iterations", 100_000, "--checkpoint-every", 90_000, "--out", run)
+    process = subprocess.Popen(arguments, env=environment(), stderr=subprocess.PIPE, text=True)
+    while _lines(run) < 6 and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"continue with 'metaheed train --resume {run}'" in err
+    assert "Traceback" not in err
+    done = _lines(run)
+    status, _, err = metaheed("train", "--resume", run, "--iterations", done + 3)
+    assert (status, f"after iteration {done}" in err) == (0, True)
+    # --checkpoint-every was given twice; the later one counts.
+    straight = [*SMALL, "--checkpoint-every", 90_000, "--iterations", done + 3]
+    metaheed("train", "maml", *straight, "--out", tmp_path / "straight")
+    one, other = content(run), content(tmp_path / "straight")
+    del one["previous.safetensors"], other["previous.safetensors"]  # the signal's own checkpoint lies between
+    assert one == other
+
+
+def test_a_finished_run_says_so(whole: dict[str, Path], metaheed: Run) -> None:
+    before = content(whole["maml"])
+    status, _, err = metaheed("train", "--resume", whole["maml"])
+    assert (status, "is finished: all 10 iterations are done" in err) == (0, True)
+    assert content(whole["maml"]) == before
+
+
+def test_iterations_may_be_raised_not_lowered(whole: dict[str, Path], metaheed: Run, tmp_path: Path) -> None:
+    shutil.copytree(whole["ta-maml"], tmp_path / "run")
+    status, _, err = metaheed("train", "--resume", tmp_path / "run", "--iterations", 9)
+    assert (status, "has done 10: it can be raised, not lowered" in err) == (1, True)
+    assert metaheed("train", "--resume", tmp_path / "run", "--iterations", 13)[0] == 0
+    assert _lines(tmp_path / "run") == 13
+    metaheed("train", "ta-maml", *SMALL, "--iterations", 13, "--out", tmp_path / "straight")
+    theta = [load_file(tmp_path / run / "checkpoints" / "last.safetensors") for run in ("run", "straight")]
+    assert all(torch.equal(theta[0][n], theta[1][n]) for n in theta[1] if not n.startswith("best."))
+
+
+def test_a_folder_that_holds_a_run_is_refused(whole: dict[str, Path], metaheed: Run) -> None:
+    before = content(whole["maml"])
+    status, _, err = metaheed("train", "maml", *SMALL, "--out", whole["maml"])
+    assert status == 1
+    assert "holds a run already" in err
+    assert "--resume" in err
+    assert content(whole["maml"]) == before
+
+
+def test_the_lock_of_the_living_refuses_and_of_the_dead_does_not(metaheed: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        command("train", "maml", *SMALL, "--iterations", 100_000, "--out", run),
+        env=environment(),
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while _lines(run) < 2 and process.poll() is None:
+            time.sleep(0.02)
+        for arguments in (("train", "--resume", run), ("train", "maml", *SMALL, "--out", run)):
+            status, _, err = metaheed(*arguments)
+            assert (status, f"trained by another process (process {process.pid})" in err) == (1, True)
+    finally:
+        process.kill()
+        process.wait()
+    assert metaheed("train", "--resume", run, "--iterations", _lines(run) + 2)[0] == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other"])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
+    damage: str, whole: dict[str, Path], metaheed: Run, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole["ta-maml"], run)
+    last = run / "checkpoints" / "last.safetensors"
+    data = bytearray(last.read_bytes())
+    data[-10] ^= 1
+    last.write_bytes({"truncated": data[:-50], "flipped": data, "empty": b"", "other": b"PK\x03\x04" * 99}[damage])
+    status, _, err = metaheed("train", "--resume", run)
+    assert status == 0
+    assert "last.safetensors" in err
+    assert "falling back to the one before" in err
+    one, other = content(run), content(whole["ta-maml"])
+    del one["previous.safetensors"], other["previous.safetensors"]  # now the repaired successor of another one
+    assert one == other
+
+
+def test_with_no_whole_checkpoint_left_it_starts_anew(whole: dict[str, Path], metaheed: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole["maml"], run)
+    for name in CHECKPOINTS:
+        (run / "checkpoints" / name).write_bytes(b"junk")
+    status, _, err = metaheed("evaluate", run)
+    assert (status, "no checkpoint to read" in err) == (1, True)
+    status, _, err = metaheed("train", "--resume", run)
+    assert (status, "starting at iteration 0" in err) == (0, True)
+    assert content(run) == content(whole["maml"])
+
+
+def test_a_damaged_best_checkpoint_is_found_in_the_last(whole: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(whole["maml"], tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "best.safetensors").write_bytes(b"junk")
+    _, expected = package.load(whole["maml"])
+    _, found = package.load(tmp_path / "run")
+    assert all(torch.equal(found[n], expected[n]) for n in expected)
+
+
+def test_logs_cut_short_are_refused(whole: dict[str, Path], metaheed: Run, tmp_path: Path) -> None:
+    shutil.copytree(whole["maml"], tmp_path / "run")
+    log = tmp_path / "run" / "metrics.jsonl"
+    log.write_bytes(log.read_bytes()[:40])
+    status, _, err = metaheed("train", "--resume", tmp_path / "run", "--iterations", 12)
+    assert (status, "has been altered" in err) == (1, True)
+
+
+def test_a_checkpoint_of_another_architecture(whole: dict[str, Path], metaheed: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole["maml"], run)
+    text = (run / "config.yaml").read_text().replace("tests.networks:Tiny", "conv4-32")
+    (run / "config.yaml").write_text(text)
+    for arguments in (("train", "--resume", run, "--iterations", 12), ("evaluate", run)):
+        status, _, err = metaheed(*arguments)
+        assert (status, "is of another architecture: parameter '1.bias'" in err) == (1, True)
+
+
+def test_a_checkpoint_of_another_program(whole: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(whole["maml"], tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    for name in CHECKPOINTS:
+        save_file({"a": torch.zeros(2)}, folder / name)
+    from metaheed.errors import RunError
+
+    with pytest.raises(RunError, match=r"is not a checkpoint"):
+        package.load(tmp_path / "run")
+    with pytest.raises(RunError, match=r"'bset', but it must be 'best' or 'last'"):
+        package.load(tmp_path / "run", "bset")
+
+
+def test_non_finite_loss_stops_with_iteration_and_task(metaheed: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [*SMALL, "--backbone", "tests.networks:Exploding", "--iterations", 60, "--meta-lr", 1e-2, "--fast-lr", 0.01]
+    status, _, err = metaheed("train", "maml", *arguments, "--out", run)
+    assert status == 1
+    assert "of the training batch is not finite" in err
+    iteration = int(err.split("error: iteration ")[1].split(":")[0])
+    assert iteration > 3
+    assert " of task 1 " in err
+    from metaheed.runs import RunFolder
+
+    checkpoint, notices = RunFolder(run).read_checkpoint()
+    assert checkpoint is not None
+    assert not notices
+    assert 3 <= checkpoint.progress.iteration < iteration
+    assert all(bool(torch.isfinite(p).all()) for p in checkpoint.state.meta.values())
+    # Nothing has changed, so the same happens again, in the same words.
+    assert metaheed("train", "--resume", run)[2].split("error: ")[1] == err.split("error: ")[1]
+
+
+def test_a_full_disk_is_reported_and_survived(whole: dict[str, Path], metaheed: Run, tmp_path: Path) -> None:
+    """A limit on file sizes stands for the full disk: writes fail in the same way."""
+    run = tmp_path / "run"
+    limit = (whole["maml"] / "tasks.jsonl").stat().st_size * 3 // 4
+    died = subprocess.run(
+        command("train", "maml", *SMALL, "--iterations", 10, "--out", run),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    assert died.returncode == 1
+    assert "error: cannot write" in died.stderr
+    assert "Traceback" not in died.stderr
+    assert not [*run.rglob("*.part")]
+
+
+def test_a_folder_that_cannot_be_written(metaheed: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file" / "run", Path("/proc/run")):
+        status, _, err = metaheed("train", "maml", *SMALL, "--out", out)
+        assert (status, f"error: cannot write {out}" in err) == (1, True), err
+
+
+def test_a_refused_start_leaves_nothing(metaheed: Run, tmp_path: Path) -> None:
+    for wrong in (["--ways", 700], ["--data", "omniglot"], ["--backbone", "tests.networks:WithDropout"]):
+        status, _, _ = metaheed("train", "maml", *SMALL, *wrong, "--out", tmp_path / "run")
+        assert status == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_defaults_make_the_folder_name(metaheed: Run, in_folder: Path) -> None:
+    metaheed("train", "ta-maml", *SMALL, "--iterations", 1, "--seed", 3)
+    assert (in_folder / "runs" / "glyphs-5way1shot-ta-maml-seed3" / "config.yaml").exists()
+
+
+def test_tensorboard_events(metaheed: Run, tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    run = tmp_path / "run"
+    assert metaheed("train", "ta-maml", *SMALL, "--iterations", 4, "--tensorboard", "--out", run)[0] == 0
+    assert metaheed("train", "--resume", run, "--iterations", 6)[0] == 0
+    events = event_accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in events.Scalars("validation/accuracy")] == [4, 6]
+
+
+def test_config_round_trip() -> None:
+    for algorithm in ("maml", "ta-maml"):
+        config = default_config(algorithm)
+        assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("learner", {"name": "mamml"}), r"unknown learner 'mamml': did you mean 'maml'"),
+        (("trainng", {}), r"unknown group of the config 'trainng': did you mean 'training'"),
+        (("outer", {"meta_lrr": 1.0}), r"unknown field of outer 'meta_lrr': did you mean 'meta_lr'"),
+        (("outer", {"meta_lr": "fast"}), r"--meta-lr is 'fast', but it must be a number"),
+        (("outer", [1]), r"outer is \[1\], but it must be a mapping"),
+        (("algorithm", "taml"), r"algorithm is 'taml', but its learner and rule make 'maml'"),
+    ],
+)
+def test_a_hand_edited_config_is_explained(change: tuple[str, object], message: str, tmp_path: Path) -> None:
+    from metaheed.errors import RunError
+    from metaheed.runs import RunFolder
+
+    values = to_dict(default_config("maml"))
+    values[change[0]] = change[1]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(RunError, match=message):
+        RunFolder(tmp_path).read_config()
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(RunError, match=r"is not a config"):
+        RunFolder(tmp_path).read_config()
