@@ -34,17 +34,24 @@ class WithDropout(Tiny):
 
 
 class Exploding(Tiny):
-    """Finite at first and then not: its output is divided by a parameter that training drives away."""
+    """Finite at first, and not a number once training has moved its first weights far enough."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits = super().forward(x)
-        spread = (self[1].weight - self.start.to(self[1].weight.dtype)).abs().amax()
-        return torch.where(spread > 0.04, torch.full_like(logits, float("nan")), logits)
+    start: Tensor
 
     def __init__(self, ways: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(ways, image_shape)
-        self.start: Tensor
-        self.register_buffer("start", self[1].weight.detach().clone())
+        self.register_buffer("start", self._first().detach().clone())
+
+    def _first(self) -> Tensor:
+        weight = self[1].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        first = self._first()
+        spread = (first - self.start.to(first.dtype)).abs().amax()
+        return torch.where(spread > 0.04, torch.full_like(logits, float("nan")), logits)
 
 
 class WrongWays(Tiny):

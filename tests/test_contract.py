@@ -160,9 +160,7 @@ def test_infos_are_what_they_say(learner: Learner, meta: Params, batch: Episode)
     torch.testing.assert_close(info.initial_loss, nn.functional.cross_entropy(before, episode.query_y))
 
 
-def test_initial_gradient_is_the_reference(
-    network: nn.Module, learner: Learner, meta: Params, batch: Episode
-) -> None:
+def test_initial_gradient_is_the_reference(network: nn.Module, learner: Learner, meta: Params, batch: Episode) -> None:
     episode = task(batch, 0)
     start = with_grad(meta)
     loss = nn.functional.cross_entropy(learner.predict(learner.initial(start), episode.query_x), episode.query_y)
@@ -296,7 +294,7 @@ def test_delta_gradient_is_full_autograd(
     batch: Episode,
     probe: Episode,
 ) -> None:
-    """∂L/∂δ of the rule against one autograd graph: δ -> weights -> clipping -> outer step -> θ' -> probe adaptation -> L."""
+    """∂L/∂δ of the rule against one autograd graph: δ -> weights -> clipping -> step -> θ' -> probe adaptation -> L."""
     base = sgd(0.1) if kind == "sgd" else adam(0.01)
     optimizer = base if clip is None else clipped(base, clip)
     attention = _attention()

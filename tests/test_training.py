@@ -251,7 +251,8 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     last = run / "checkpoints" / "last.safetensors"
     data = bytearray(last.read_bytes())
     data[-10] ^= 1
-    last.write_bytes({"truncated": data[:-50], "flipped": data, "empty": b"", "other": b"PK\x03\x04" * 99}[damage])
+    content_of = {"truncated": data[:-50], "flipped": data, "empty": b"", "other": b"PK\x03\x04" * 99}
+    last.write_bytes(bytes(content_of[damage]))
     status, _, err = metaheed("train", "--resume", run)
     assert status == 0
     assert "last.safetensors" in err
@@ -314,7 +315,17 @@ def test_a_checkpoint_of_another_program(whole: dict[str, Path], tmp_path: Path)
 
 def test_non_finite_loss_stops_with_iteration_and_task(metaheed: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = [*SMALL, "--backbone", "tests.networks:Exploding", "--iterations", 60, "--meta-lr", 1e-2, "--fast-lr", 0.01]
+    arguments = [
+        *SMALL,
+        "--backbone",
+        "tests.networks:Exploding",
+        "--iterations",
+        60,
+        "--meta-lr",
+        1e-2,
+        "--fast-lr",
+        0.01,
+    ]
     status, _, err = metaheed("train", "maml", *arguments, "--out", run)
     assert status == 1
     assert "of the training batch is not finite" in err

@@ -240,10 +240,15 @@ class RunConfig:
     """Everything that decides a run."""
 
     episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
+    """Which images, and how tasks are made of them."""
     learner: LearnerConfig
+    """How one task is adapted."""
     rule: RuleConfig
+    """How the tasks of a meta-batch are combined."""
     outer: OuterConfig = field(default_factory=OuterConfig)
+    """The outer step on θ."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The training loop."""
 
     def __post_init__(self) -> None:
         ways = self.episodes.ways

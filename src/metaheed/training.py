@@ -111,7 +111,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     _check_tensorboard(config)
     assert training.out is not None  # set above
     folder = RunFolder(training.out)
-    existed = folder.path.exists()
+    made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
     try:
         with folder.locked():
             if folder.holds_a_run():
@@ -130,9 +130,9 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
                         file.unlink(missing_ok=True)
                 raise
     finally:
-        if not existed:
-            with contextlib.suppress(OSError):  # not empty: the run is there
-                folder.path.rmdir()
+        with contextlib.suppress(OSError):  # not empty: the run is there
+            for path in made:
+                path.rmdir()
     return folder.path
 
 

@@ -139,4 +139,4 @@ def test_bad_names_are_explained(name: str, message: str) -> None:
 def test_bad_settings_are_refused() -> None:
     for wrong in ({"adaptation_steps": 0}, {"fast_lr": -0.1}, {"fast_lr": float("nan")}):
         with pytest.raises(ConfigError, match=next(iter(wrong)).replace("_", "-")):
-            MAML(Tiny(3, (1, 16, 16)), **wrong)  # type: ignore[arg-type]
+            MAML(Tiny(3, (1, 16, 16)), **wrong)

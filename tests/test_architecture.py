@@ -1,0 +1,120 @@
+"""Rules about the code itself: imports point one way, defaults have one home, the README's paths exist."""
+
+import ast
+import dataclasses
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from metaheed import config
+from metaheed.learners import MAML
+from metaheed.outer import TaskAttention, attended
+from tests.conftest import ROOT
+
+SOURCE = ROOT / "src" / "metaheed"
+LAYERS = (
+    ("errors",),
+    ("types", "config"),
+    ("data", "learners"),
+    ("outer",),
+    ("process", "runs"),
+    ("evaluation",),
+    ("training", "figures"),
+    ("progress",),
+    ("demo",),
+    ("cli",),
+)
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+
+
+def _imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+def _part(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_one_way(path: Path) -> None:
+    part = _part(path)
+    if part in ("__init__", "__main__"):
+        return
+    for module in _imports(path):
+        if module.startswith("metaheed."):
+            other = module.split(".")[1]
+            assert other == part or LEVEL[other] < LEVEL[part], f"{path} imports {module}"
+
+
+def test_every_module_has_a_layer() -> None:
+    parts = {_part(path) for path in SOURCE.rglob("*.py")} - {"__init__", "__main__"}
+    assert parts == set(LEVEL)
+
+
+def test_attention_needs_torch_and_types_only() -> None:
+    imported = _imports(SOURCE / "outer" / "attention.py")
+    assert {name.split(".")[0] for name in imported} <= {"torch", "collections", "metaheed"}
+    assert {name for name in imported if name.startswith("metaheed")} == {"metaheed.types"}
+
+
+def test_config_does_not_need_torch() -> None:
+    for name in ("config", "errors", "cli", "__init__"):
+        top_level = ast.parse((SOURCE / f"{name}.py").read_text()).body
+        modules = [n.module or "" for n in top_level if isinstance(n, ast.ImportFrom)]
+        modules += [alias.name for n in top_level if isinstance(n, ast.Import) for alias in n.names]
+        assert not any(m.split(".")[0] in ("torch", "numpy") for m in modules)
+
+
+def test_constructors_read_their_defaults_from_config() -> None:
+    for function, kind in ((MAML, config.MAMLConfig),):
+        fields = {f.name: f.default for f in dataclasses.fields(kind)}
+        for name, parameter in inspect.signature(function).parameters.items():
+            if parameter.default is not inspect.Parameter.empty:
+                assert parameter.default == fields[name]
+    defaults = config.AttendedConfig()
+    # TaskAttention stands alone, so its signature repeats two defaults: they must agree.
+    signature = inspect.signature(TaskAttention).parameters
+    assert signature["architecture"].default == defaults.attention_architecture
+    assert signature["standardize"].default == defaults.attention_standardize
+    assert inspect.signature(attended).parameters["jacobian"].default == defaults.attention_jacobian
+
+
+def test_every_config_field_is_explained() -> None:
+    tree = ast.parse((SOURCE / "config.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            for field, after in zip(node.body, [*node.body[1:], None], strict=True):
+                if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
+                    assert isinstance(after, ast.Expr), f"{node.name}.{ast.unparse(field.target)}"
+
+
+def test_every_config_field_is_used() -> None:
+    """No option is parsed and ignored: each field's name is read somewhere outside the config."""
+    text = "\n".join(p.read_text() for p in SOURCE.rglob("*.py") if p.name != "config.py")
+    text += "\n".join(re.findall(r"self\.\w+", (SOURCE / "config.py").read_text()))
+    for kind in vars(config).values():
+        if inspect.isclass(kind) and dataclasses.is_dataclass(kind):
+            for field in dataclasses.fields(kind):
+                assert re.search(rf"\.{field.name}\b", text), f"{kind.__name__}.{field.name}"
+
+
+def test_readme_paths_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("## Dive into the code")[1].split("\n## ")[0]
+    paths = re.findall(r"`((?:src|tests|docs|tools|benchmarks|experiments|results)/[\w./-]+)`", section)
+    assert len(paths) >= 8
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+def test_no_data_is_committed() -> None:
+    largest = max((p.stat().st_size, str(p)) for p in SOURCE.rglob("*") if p.is_file() and "__pycache__" not in str(p))
+    assert largest[0] < 100_000, largest
