@@ -1,6 +1,6 @@
 """Copy the evidence of runs into results/STUDY: config, logs, results; no weights, and not where the data lay.
 
-    python tools/collect_runs.py STUDY RUN...
+python tools/collect_runs.py STUDY RUN...
 """
 
 import shutil

@@ -1,6 +1,6 @@
 """Write the README's results table from results/, between its two markers.
 
-    python tools/results_table.py
+python tools/results_table.py
 """
 
 from collections import defaultdict

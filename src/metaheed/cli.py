@@ -64,7 +64,7 @@ class Demo:
 
     out: Path = Path("runs/demo")
     """Folder of its runs and its figure; what is there already is continued."""
-    iterations: int = 300
+    iterations: int = 150
     """Outer steps of each of the two."""
     seed: int = 0
     """Training seed."""

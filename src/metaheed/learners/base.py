@@ -75,18 +75,15 @@ class Backbone:
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         """Logits (n, N) in the parameters' dtype."""
-        dtype = next(iter(params.values())).dtype
-        logits: Tensor = functional_call(self.module, {**self._constants(dtype), **params}, (x.to(dtype),))
+        like = next(iter(params.values()))
+        logits: Tensor = functional_call(self.module, {**self._constants(like), **params}, (x.to(like.dtype),))
         return logits
 
-    def _constants(self, dtype: torch.dtype) -> Params:
+    def _constants(self, like: Tensor) -> Params:
+        """Frozen parameters and buffers, where they must follow the parameters to their device and dtype."""
         frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
         constants = {**frozen, **dict(self.module.named_buffers())}
-        return {name: c.to(dtype) for name, c in constants.items() if c.is_floating_point() and c.dtype != dtype}
-
-    def to(self, device: torch.device) -> None:
-        """Move the module's constants and buffers."""
-        self.module.to(device)
+        return {n: c.to(like.device, like.dtype if c.is_floating_point() else c.dtype) for n, c in constants.items()}
 
 
 def _refuse(module: nn.Module) -> None:
