@@ -4,6 +4,7 @@ Heavy imports are made inside the commands, so that --help and mistakes answer a
 """
 
 import contextlib
+import io
 import json
 import signal
 import sys
@@ -29,6 +30,8 @@ class Resume:
     """Train to this many iterations instead."""
     data_root: Path | None = None
     """Where the data lies, if it has moved."""
+    device: str | None = None
+    """Compute here instead (cpu, cuda, cuda:N); bits then differ from an uninterrupted run's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,9 @@ class Demo:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a console that has no ± still gets the number
     try:
         return _dispatch(arguments)
     except Interrupted as stop:
@@ -85,10 +91,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader of our output has gone, as `| head` does: nothing is left to say, nor anyone to say it to.
+        # The reader of our output has gone, as `| head` does: nobody is left to talk to.
         with contextlib.suppress(OSError):
             sys.stdout.close()
-        return 0
+        return 128 + 13  # as if ended by SIGPIPE, the custom of such programs
     except (OSError, MemoryError) as error:
         print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 1
@@ -158,8 +164,6 @@ def _tune_process() -> None:
 
     keep_freed_memory()
     make_deterministic()
-    # So that --backbone finds a module beside the user, as `python -m` would.
-    sys.path.append(str(Path.cwd()))
 
 
 def _train(config: RunConfig) -> int:
@@ -177,7 +181,7 @@ def _resume(command: Resume) -> int:
     from metaheed.training import resume
 
     _tune_process()
-    path = resume(command.resume, command.iterations, command.data_root, make_reporter())
+    path = resume(command.resume, command.iterations, command.data_root, command.device, make_reporter())
     print(f"{path} is trained; judge it with 'metaheed evaluate {path}'")
     return 0
 

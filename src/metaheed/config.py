@@ -50,10 +50,11 @@ def _describe(hint: Any) -> str:
     return plain.get(hint) or str(hint.__name__.lower())
 
 
-def _at_least(config: Any, bound: int, *names: str) -> None:
+def _at_least(config: Any, bound: int, *names: str, most: int = 10**9) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value is None or value >= bound, name, value, f"it must be at least {bound}")
+        _require(value is None or value <= most, name, value, f"it must be at most {most}")
 
 
 def _positive(config: Any, *names: str) -> None:
@@ -74,7 +75,8 @@ class EpisodeConfig:
     data: str = "glyphs"
     """Data set: glyphs (built in, needs no files), omniglot, cifar-fs."""
     data_root: Path | None = None
-    """Folder that holds the published files, itself or in their customary subfolder (omniglot/, cifar-100-python/)."""
+    """Folder that holds the published files, itself or in their customary subfolder (omniglot/, cifar-100-python/);
+    glyphs needs none."""
     ways: int = 5
     """N, classes in a training task."""
     shots: int = 1
@@ -116,6 +118,9 @@ class LearnerConfig:
     backbone: str = "conv4-32"
     """Network: conv4-32, conv4-64, conv4-64-strided (Finn et al.'s for Omniglot), or module:Class, called as
     Class(ways, image_shape) with image_shape = (channels, height, width)."""
+    backbone_path: Path | None = None
+    """Folder in which the module of module:Class is looked for first; none: the current one. Recorded, so that the
+    run can be continued from anywhere."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -216,7 +221,8 @@ class TrainingConfig:
     threads: int | None = None
     """CPU threads; none: PyTorch's choice, which is then recorded, for the sums' order depends on it."""
     execution: Literal["auto", "looped", "vectorized"] = "auto"
-    """How the tasks of a batch are run: one after another, or vectorised over tasks; auto: by device."""
+    """How the tasks of a batch are run: one after another, or vectorised over tasks; auto: looped on a CPU, vectorised
+    on CUDA."""
     chunk_size: int | None = None
     """Tasks at once under the vectorised execution; none: the whole meta-batch."""
     tensorboard: bool = False
@@ -224,9 +230,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         _check_types(self)
-        _at_least(self, 0, "seed")
-        _require(self.seed < 2**63, "seed", self.seed, "it must be below 2**63")
-        _at_least(self, 1, "iterations", "val_every", "val_tasks", "checkpoint_every", "threads", "chunk_size")
+        _at_least(self, 0, "seed", most=2**63 - 1)
+        _at_least(self, 1, "iterations", "val_every", "val_tasks", "checkpoint_every", "chunk_size")
+        _at_least(self, 1, "threads", most=10_000)
         _require(
             self.chunk_size is None or self.execution != "looped",
             "chunk_size",
@@ -298,7 +304,7 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least(self, 2, "tasks", "ways")
-        _at_least(self, 0, "episode_seed")
+        _at_least(self, 0, "episode_seed", most=2**63 - 1)
         _at_least(self, 1, "shots", "queries")
 
 

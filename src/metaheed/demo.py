@@ -44,7 +44,8 @@ def demo(out: Path, iterations: int, seed: int, tasks: int = 300) -> Path:
         folder = RunFolder(out / algorithm)
         if folder.config_file.exists():
             found = folder.read_config()
-            if replace(found, training=replace(found.training, threads=None, device="auto")) != config:
+            recorded = replace(found.training, threads=None, device="auto", out=config.training.out)
+            if replace(found, training=recorded) != config:
                 raise RunError(f"{folder.path} holds a demo of other settings: choose another --out, or delete it")
             runs[algorithm] = resume(folder.path, reporter=make_reporter())
         else:

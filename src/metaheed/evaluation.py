@@ -13,10 +13,10 @@ from torch import Tensor
 
 from metaheed.config import EvaluationConfig
 from metaheed.data import Episodes, load_dataset
-from metaheed.errors import DataError, RunError
+from metaheed.errors import DataError, NonFiniteError, RunError
 from metaheed.outer import Execution, adapted_outcome, build_execution, initial_outcome
 from metaheed.process import pick_device
-from metaheed.runs import RunFolder, load_weights, write_whole
+from metaheed.runs import RunFolder, check_writable, load_weights, write_whole
 from metaheed.types import Params
 
 _AT_ONCE = 10  # tasks a batch in evaluation: bounds memory, and how long an interruption waits
@@ -44,6 +44,9 @@ def evaluate(
         episodes: the frozen tasks.
         tasks: how many.
         on_tasks: called with the number done after each few; may raise to stop.
+
+    Raises:
+        NonFiniteError: a loss is not finite, so that its accuracy would mean nothing.
     """
     losses, accuracies = np.zeros(tasks), np.zeros(tasks)
     for first in range(0, tasks, _AT_ONCE):
@@ -53,6 +56,9 @@ def evaluate(
         accuracies[first : first + count] = accuracy.double().cpu().numpy()
         if on_tasks is not None:
             on_tasks(first + count)
+    if not np.isfinite(losses).all():
+        task = int(np.flatnonzero(~np.isfinite(losses))[0])
+        raise NonFiniteError(f"the loss of task {task + 1} of the {episodes.split.name} tasks is not finite")
     return Outcomes(losses, accuracies)
 
 
@@ -86,6 +92,8 @@ def evaluate_run(
     """
     folder = RunFolder(path)
     run = folder.read_config()
+    file = folder.result_file if config.split == "test" else folder.validation_result_file
+    check_writable(file)
     learner, meta, about = load_weights(folder, run, config.checkpoint)
     where = pick_device(device or run.training.device, fall_back=device is None)
     meta = {name: p.to(where) for name, p in meta.items()}
@@ -127,7 +135,6 @@ def evaluate_run(
         "initial_loss": float(initial.losses.mean()),
         "accuracies": [round(a, 6) for a in adapted.accuracies.tolist()],
     }
-    file = folder.result_file if config.split == "test" else folder.validation_result_file
     write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
@@ -168,10 +175,21 @@ def compare(runs: Sequence[Path], against: Sequence[Path]) -> Difference:
             )
     elif set(left) != set(right):
         raise RunError(f"seeds {sorted(left)} are set against seeds {sorted(right)}: give the same seeds on both sides")
-    hashes = {r["episodes_sha256"]: p for side in (left, right) for p, r in side.values()}
-    if len(hashes) > 1:
-        a, b = list(hashes.values())[:2]
-        raise RunError(f"{a} and {b} were evaluated on different tasks: evaluate them with the same settings")
+    for field, what in (("episodes_sha256", "on different tasks"), ("checkpoint", "at different kinds of checkpoint")):
+        values = {r[field]: p for side in (left, right) for p, r in side.values()}
+        if len(values) > 1:
+            a, b = list(values.values())[:2]
+            raise RunError(f"{a} and {b} were evaluated {what}: evaluate them with the same settings")
+    for side in (left, right):
+        names = {r["algorithm"]: p for p, r in side.values()}
+        if len(names) > 1:
+            raise RunError(
+                f"{' and '.join(map(str, names.values()))} are of different algorithms ({', '.join(names)}): "
+                "give one algorithm a side"
+            )
+    same = {p.resolve() for p, _ in left.values()} & {p.resolve() for p, _ in right.values()}
+    if same:
+        raise RunError(f"{min(same)} stands on both sides: a run cannot be set against itself")
     differences = {
         seed: np.array(left[seed][1]["accuracies"]) - np.array(right[seed][1]["accuracies"]) for seed in sorted(left)
     }
@@ -235,6 +253,12 @@ def _by_seed(paths: Sequence[Path]) -> dict[int, tuple[Path, dict[str, Any]]]:
     return found
 
 
+_RESULT_FIELDS: dict[str, type] = {
+    **{"algorithm": str, "checkpoint": str, "episodes_sha256": str},
+    **{"accuracies": list, "accuracy": float, "seed": int, "tasks": int},
+}
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """A run's result.json.
 
@@ -244,7 +268,14 @@ def read_result(path: Path) -> dict[str, Any]:
     file = RunFolder(path).result_file
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        missing = {"episodes_sha256", "accuracies", "accuracy", "seed"} - set(result)
+        missing = {*_RESULT_FIELDS} - set(result)
+        for name in _RESULT_FIELDS:
+            if name in result and not isinstance(result[name], _RESULT_FIELDS[name]):
+                raise ValueError(f"its {name} is {result[name]!r}")
+        if not missing:
+            accuracies = np.array(result["accuracies"], dtype=np.float64)
+            if accuracies.shape != (result["tasks"],):
+                raise ValueError(f"it has {result['tasks']} tasks, but accuracies of shape {accuracies.shape}")
     except FileNotFoundError:
         raise RunError(f"{path} has no result.json: run 'metaheed evaluate {path}' first") from None
     except (OSError, ValueError, TypeError) as error:

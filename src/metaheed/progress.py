@@ -1,5 +1,6 @@
 """Telling a person how training goes: a live bar on a terminal, plain lines elsewhere. Both on standard error."""
 
+import contextlib
 import sys
 import time
 
@@ -94,8 +95,9 @@ class Lines:
         self.message(_validation(iteration, accuracy, half_width, best))
 
     def message(self, text: str) -> None:
-        """Say it."""
-        print(text, file=sys.stderr, flush=True)
+        """Say it, if anybody is left to hear it: a lost listener must not end a training."""
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
 
     def stop(self) -> None:
         """Nothing to put away."""

@@ -6,7 +6,7 @@
     checkpoints/last.safetensors   the whole state, for exact resume; previous.safetensors is the one before
     checkpoints/best.safetensors   θ at the best validation accuracy, under the backbone's own names
     result.json                    the evaluation on test tasks (result-val.json: on validation tasks)
-    lock                           held by the process that trains
+    run.lock                       held by the process that trains
 
 Files hold iterations and never the clock, so that the same run leaves the same bytes.
 """
@@ -72,7 +72,8 @@ class RunFolder:
         self.tasks_file = path / "tasks.jsonl"
         self.result_file = path / "result.json"
         self.validation_result_file = path / "result-val.json"
-        self.lock_file = path / "lock"
+        self.lock_file = path / "run.lock"
+        self._last_is_damaged = False
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.previous = self.checkpoints / "previous.safetensors"
@@ -113,7 +114,7 @@ class RunFolder:
             RunError: the folder holds no run, or its config.yaml is not one.
         """
         try:
-            text = self.config_file.read_text(encoding="utf-8")
+            text = self.config_file.read_bytes()
         except OSError as error:
             raise RunError(f"{self.path} is not a run folder: config.yaml cannot be read ({error.strerror})") from error
         try:
@@ -134,9 +135,11 @@ class RunFolder:
             self.checkpoints.mkdir(exist_ok=True)
             part = self.last.with_suffix(".part")
             _write_synced(part, _packed(tensors, about))
-            if self.last.exists():
+            # A damaged last one, found when the run was resumed, must not replace the whole one before it.
+            if self.last.exists() and not self._last_is_damaged:
                 self.last.replace(self.previous)
             part.replace(self.last)
+            self._last_is_damaged = False
         self.write_best(checkpoint)
 
     def write_best(self, checkpoint: Checkpoint) -> None:
@@ -160,6 +163,7 @@ class RunFolder:
                 return _checkpoint(tensors, about), notices
             except (RunError, KeyError, TypeError, ValueError) as error:
                 notices.append(f"checkpoint {path} is damaged ({error}); falling back to the one before")
+                self._last_is_damaged |= path == self.last
         return None, notices
 
     def read_weights(self, which: str) -> tuple[Params, dict[str, Any]]:
@@ -190,9 +194,8 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write left beside its target."""
-        for folder in (self.path, self.checkpoints):
-            for part in folder.glob("*.part"):
-                part.unlink()
+        for file in (self.config_file, self.result_file, self.validation_result_file, self.last, self.best):
+            file.with_suffix(".part").unlink(missing_ok=True)
 
 
 class JsonLines:
@@ -251,19 +254,18 @@ def load_weights(folder: RunFolder, config: RunConfig, which: str) -> tuple[Lear
     channels, height, width = about["image_shape"]
     ways, seed = config.episodes.ways, config.training.seed
     learner = build_learner(config.learner, ways, (channels, height, width), seed)
-    check_fits(learner, meta, f"{folder.path}'s {which} checkpoint")
+    check_fits(learner.init(torch.Generator().manual_seed(0)), meta, f"{folder.path}'s {which} checkpoint")
     return learner, meta, about
 
 
-def check_fits(learner: Learner, meta: Params, what: str) -> None:
-    """Raise RunError unless `meta` has the names and shapes of the learner's θ."""
-    expected = {name: tuple(p.shape) for name, p in learner.init(torch.Generator().manual_seed(0)).items()}
-    found = {name: tuple(p.shape) for name, p in meta.items()}
-    for name in sorted({**expected, **found}):
-        if expected.get(name) != found.get(name):
+def check_fits(configured: Params, found: Params, what: str) -> None:
+    """Raise RunError unless `found` has the names and shapes of `configured`."""
+    expected, there = ({name: tuple(p.shape) for name, p in tree.items()} for tree in (configured, found))
+    for name in sorted({**expected, **there}):
+        if expected.get(name) != there.get(name):
             raise RunError(
-                f"{what} is of another architecture: parameter {name!r} is {found.get(name, 'absent')} there and "
-                f"{expected.get(name, 'absent')} in the configured network. Use the checkpoint's own config.yaml"
+                f"{what} is of another architecture: {name!r} is {there.get(name, 'absent')} there and "
+                f"{expected.get(name, 'absent')} as configured. Use the checkpoint's own config.yaml"
             )
 
 
@@ -278,6 +280,14 @@ def write_whole(path: Path, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_synced(part, content)
         part.replace(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise RunError, before any work is lost, if a file cannot be written."""
+    part = path.with_suffix(".part")
+    with _writing(path):
+        part.touch()
+        part.unlink()
 
 
 def _write_synced(path: Path, content: bytes) -> None:
@@ -299,7 +309,7 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(
             f"cannot write {error.filename or path}: {error.strerror or error}. "
-            "Choose another --out, or make room and resume"
+            "Make room or grant permission there, or choose another folder"
         ) from error
 
 

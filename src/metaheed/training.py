@@ -32,6 +32,7 @@ from metaheed.outer import (
     build_optimizer,
     build_rule,
     initial_gradient,
+    pick_execution,
     task_gradient,
 )
 from metaheed.process import pick_device
@@ -96,18 +97,22 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     check_name(config.episodes.data)
-    find_backbone(config.learner.backbone)
+    learner = config.learner
+    if ":" in learner.backbone:
+        learner = replace(learner, backbone_path=(learner.backbone_path or Path()).expanduser().absolute())
+    find_backbone(learner.backbone, learner.backbone_path)
     training = config.training
+    device = pick_device(training.device)
     training = replace(
         training,
-        device=str(pick_device(training.device)),
+        device=str(device),
+        execution=pick_execution(training.execution, device),
         threads=training.threads or torch.get_num_threads(),
         out=training.out or Path("runs") / config.run_name,
     )
     root = config.episodes.data_root
-    config = replace(
-        config, training=training, episodes=replace(config.episodes, data_root=root and root.expanduser().absolute())
-    )
+    episodes = replace(config.episodes, data_root=root and root.expanduser().absolute())
+    config = replace(config, training=training, episodes=episodes, learner=learner)
     _check_tensorboard(config)
     assert training.out is not None  # set above
     folder = RunFolder(training.out)
@@ -125,8 +130,8 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
             except (Interrupted, NonFiniteError):
                 raise
             except MetaheedError:
-                if not folder.checkpoints.exists():
-                    for file in (folder.config_file, folder.metrics_file, folder.tasks_file, folder.lock_file):
+                if not folder.metrics_file.exists():  # the loop has not begun
+                    for file in (folder.config_file, folder.lock_file):
                         file.unlink(missing_ok=True)
                 raise
     finally:
@@ -137,7 +142,11 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
 
 
 def resume(
-    path: Path, iterations: int | None = None, data_root: Path | None = None, reporter: Reporter | None = None
+    path: Path,
+    iterations: int | None = None,
+    data_root: Path | None = None,
+    device: str | None = None,
+    reporter: Reporter | None = None,
 ) -> Path:
     """Continue a run where its newest whole checkpoint stands, to the bits it would have had uninterrupted.
 
@@ -145,6 +154,7 @@ def resume(
         path: the run folder.
         iterations: train to this many instead; not fewer than are done.
         data_root: where the data lies now; none: where it lay.
+        device: compute here instead, and give up on the same bits.
         reporter: told how it goes.
 
     Raises:
@@ -155,17 +165,20 @@ def resume(
     folder.read_config()  # refuses what is not a run before anything is made there
     with folder.locked():
         config = folder.read_config()
-        if iterations is not None or data_root is not None:
-            changed = replace(config.training, iterations=iterations or config.training.iterations)
-            root = data_root.expanduser().absolute() if data_root else config.episodes.data_root
-            config = replace(config, training=changed, episodes=replace(config.episodes, data_root=root))
-            checkpoint, _ = folder.read_checkpoint()
-            done = checkpoint.progress.iteration if checkpoint else 0
-            if config.training.iterations < done:
-                raise ConfigError(
-                    f"--iterations is {iterations}, but {path} has done {done}: it can be raised, not lowered"
-                )
-            folder.write_config(config)
+        training, episodes = config.training, config.episodes
+        if iterations is not None:
+            training = replace(training, iterations=iterations)
+        if device is not None:
+            training = replace(training, device=str(pick_device(device)))
+        if data_root is not None:
+            episodes = replace(episodes, data_root=data_root.expanduser().absolute())
+        config = replace(config, training=training, episodes=episodes)
+        checkpoint, _ = folder.read_checkpoint()
+        done = checkpoint.progress.iteration if checkpoint else 0
+        if training.iterations < done:
+            raise ConfigError(
+                f"--iterations is {iterations}, but {path} has done {done}: it can be raised, not lowered"
+            )
         _check_tensorboard(config)
         _run(folder, config, reporter)
     return path
@@ -198,12 +211,17 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             reporter.message(f"{folder.path} is finished: all {config.training.iterations} iterations are done")
             return
         session = _set_up(folder, config)
+        fresh = _fresh(session)
+        _try_out(session, fresh.state.meta)
         if checkpoint is None:
-            checkpoint = _fresh(session)
+            checkpoint = fresh
         else:
-            check_fits(session.learner, checkpoint.state.meta, f"the checkpoint of {folder.path}")
+            for part, configured, found in zip(OuterState._fields, fresh.state, checkpoint.state, strict=True):
+                check_fits(configured, found, f"the checkpoint of {folder.path} (its {part} state)")
             folder.write_best(checkpoint)
             reporter.message(f"resuming {folder.path} after iteration {checkpoint.progress.iteration}")
+        if config != folder.read_config():
+            folder.write_config(config)
         _loop(session, checkpoint, reporter, received)
 
 
@@ -215,10 +233,13 @@ def _finished(progress: Progress, config: RunConfig) -> bool:
 def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     device = pick_device(config.training.device)
     dataset = load_dataset(config.episodes.data, config.episodes.data_root).to(device)
+    # All episodes before the network, so that tasks the data cannot give are refused as such, test tasks included:
+    # rather now than after a long training.
+    streams = _Streams(dataset, config)
+    frozen, _ = (Episodes(dataset, name, *config.episodes.test_shape, VALIDATION_SEED) for name in ("val", "test"))
     seed = config.training.seed
     learner = build_learner(config.learner, config.episodes.ways, dataset.image_shape, seed)
     B = config.outer.meta_batch_size
-    streams = _Streams(dataset, config)
     gradients = build_execution(config.training, device, partial(task_gradient, learner))
     tools = Tools(
         gradients=lambda meta, batch: _checked(gradients(meta, batch), streams.latest),
@@ -227,9 +248,6 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
         train=lambda t: streams.batch("training", t, B),
         probe=lambda t: streams.batch("probe", t, B),
     )
-    frozen = Episodes(dataset, "val", *config.episodes.test_shape, VALIDATION_SEED)
-    # Found now rather than after a long training: test tasks of this shape exist as well.
-    Episodes(dataset, "test", *config.episodes.test_shape, VALIDATION_SEED)
     outcome = build_execution(config.training, device, partial(adapted_outcome, learner))
 
     def validation(meta: Params, on_tasks: Callable[[int], None]) -> tuple[float, float, float]:
@@ -268,7 +286,9 @@ class _Streams:
 def _checked(result: tuple[Params, TaskInfo], stream: str) -> tuple[Params, TaskInfo]:
     grads, info = result
     finite_loss = torch.isfinite(info.query_loss) & torch.isfinite(info.initial_loss)
-    finite_gradient = torch.stack([torch.isfinite(g).reshape(len(g), -1).all(1) for g in grads.values()]).all(0)
+    finite_gradient = torch.isfinite(info.grad_norm) & torch.stack(
+        [torch.isfinite(g).reshape(len(g), -1).all(1) for g in grads.values()]
+    ).all(0)
     if not bool((finite_loss & finite_gradient).all()):
         for task, (loss, gradient) in enumerate(zip(finite_loss.tolist(), finite_gradient.tolist(), strict=True), 1):
             if not (loss and gradient):
@@ -277,11 +297,42 @@ def _checked(result: tuple[Params, TaskInfo], stream: str) -> tuple[Params, Task
     return result
 
 
+def _try_out(session: _Session, meta: Params) -> None:
+    """Two gradients of one task: refuses a network that cannot be differentiated twice, or that is random.
+
+    Raises:
+        ConfigError: says what the network does, and the remedy.
+    """
+    meta = {name: p.to(session.device) for name, p in meta.items()}
+    backbone = session.config.learner.backbone
+    execution = build_execution(session.config.training, session.device, partial(task_gradient, session.learner))
+    task = Episode(*(part[:1] for part in session.tools.train(0)))
+    try:
+        (_, info), (_, again) = execution(meta, task), execution(meta, task)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"backbone {backbone!r} cannot be meta-learned under the {session.config.training.execution} execution "
+            f"({str(error).splitlines()[0]}). Try --execution looped; where it is attention whose second derivative is "
+            "missing, use torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in its forward; where it writes into its own "
+            "buffers, make it stop"
+        ) from error
+    # Kernels of a GPU may round differently from call to call; a loss that is not finite is found by the loop.
+    if not torch.allclose(info.query_loss, again.query_loss, rtol=1e-6, equal_nan=True):
+        raise ConfigError(
+            f"backbone {backbone!r} gave the same task the losses {float(info.query_loss)} and "
+            f"{float(again.query_loss)}: adaptation must be one and the same function every time, so remove what is "
+            "random in it (functional dropout, say) or changes with each call"
+        )
+
+
 def _fresh(session: _Session) -> Checkpoint:
     generator = torch.Generator().manual_seed(session.config.training.seed)
     meta = session.learner.init(generator)
     state = OuterState(meta, session.tools.optimizer.init(meta), session.rule.init(meta))
     return Checkpoint(Progress(), state, {}, session.image_shape)
+
+
+_REMEDY = "Checkpoints before it, if any, are kept; lower --fast-lr or --meta-lr, or set --clip-norm"
 
 
 class _StopRequested(Exception):  # noqa: N818  # a request, not an error
@@ -310,8 +361,11 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
         while not _finished(progress, session.config):
             due = progress.iteration % training.val_every == 0 or progress.iteration == training.iterations
             if progress.iteration > progress.validated and due:
-                accuracy, half_width, loss = session.validation(state.meta, check_stop)
                 iteration = progress.iteration
+                try:
+                    accuracy, half_width, loss = session.validation(state.meta, check_stop)
+                except NonFiniteError as error:
+                    raise NonFiniteError(f"validation after iteration {iteration}: {error}. {_REMEDY}") from error
                 better = accuracy > progress.best_accuracy
                 progress = progress._replace(validated=iteration)
                 if better:
@@ -353,10 +407,7 @@ def _step(session: _Session, state: OuterState, t: int) -> tuple[OuterState, Ste
                     raise NonFiniteError(f"{name!r} of the {group} is not finite after the outer step")
         return state, record
     except NonFiniteError as error:
-        raise NonFiniteError(
-            f"iteration {t + 1}: {error}. Checkpoints before it are kept; "
-            "lower --fast-lr or --meta-lr, or set --clip-norm"
-        ) from error
+        raise NonFiniteError(f"iteration {t + 1}: {error}. {_REMEDY}") from error
 
 
 def _log(

@@ -125,7 +125,7 @@ def test_networks_by_name() -> None:
     ("name", "message"),
     [
         ("conv4-46", r"unknown backbone 'conv4-46': did you mean 'conv4-64'"),
-        ("no_such_module:Net", r"importing 'no_such_module' failed with ModuleNotFoundError.*PYTHONPATH"),
+        ("no_such_module:Net", r"importing 'no_such_module' failed with ModuleNotFoundError.*--backbone-path"),
         ("tests.networks:Tinny", r"has no class or function 'Tinny'"),
         ("tests.networks:WrongWays", r"output of shape \(10, 6\), but it must be \(10, 5\)"),
         ("math:sqrt", r"failed with TypeError"),

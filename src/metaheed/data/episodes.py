@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from metaheed.data.images import Dataset
-from metaheed.errors import DataError
+from metaheed.errors import ConfigError, DataError
 from metaheed.types import Episode
 
 
@@ -32,6 +32,7 @@ class Episodes:
         stream: a name; none: the split's.
 
     Raises:
+        ConfigError: no such split, or a number out of its bounds.
         DataError: the split has fewer than N classes, or a class fewer than K+Q images.
     """
 
@@ -45,6 +46,11 @@ class Episodes:
         seed: int,
         stream: str | None = None,
     ) -> None:
+        if min(ways, shots, queries) < 1 or not 0 <= seed < 2**63:
+            raise ConfigError(
+                f"episodes of {ways} ways, {shots} shots, {queries} queries with seed {seed}: "
+                "each must be at least 1, the seed in [0, 2**63)"
+            )
         self.dataset = dataset
         self.split = dataset.split(split)
         self.ways, self.shots, self.queries = ways, shots, queries

@@ -1,9 +1,10 @@
 """Glyphs: the embedded data set, drawn from the DejaVu fonts that come with matplotlib.
 
 A class is a character; its 20 instances go through the faces that have it, each under its own small affine and elastic
-distortion. Scripts are disjoint between the splits: train is Latin, Greek, Cyrillic and Coptic; val Georgian, Armenian,
-Hebrew and Lao; test Canadian syllabics and Old Italic. Many characters look the same in several scripts, so the
-committed lists (made by tools/glyph_classes.py) hold only characters that differ clearly from each other in every face.
+distortion. Scripts are disjoint between the splits: train is Latin, Greek, Cyrillic, Coptic and the mathematical forms
+of Latin letters; val Georgian, Armenian, Hebrew and Lao; test Canadian syllabics. Many characters look the same in
+several scripts or in both cases, so the committed lists (made by tools/glyph_classes.py) hold only characters that
+differ clearly from each other in every face.
 
 The distortion is integer arithmetic throughout, so its bits are the same on every processor.
 """
@@ -12,13 +13,14 @@ import hashlib
 import os
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import PIL
-from fontTools.ttLib import TTFont  # a dependency of matplotlib
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from metaheed.data.images import SPLITS, Dataset, make_split
@@ -90,8 +92,7 @@ class Font:
     """One face: which characters it has, and their master bitmaps."""
 
     def __init__(self, face: str) -> None:
-        with TTFont(font_file(face)) as font:
-            self._characters = {chr(code) for code in font.getBestCmap()}
+        self._characters = {chr(code) for code in FT2Font(str(font_file(face))).get_charmap()}
         # Basic layout: the alternative depends on a library that is not everywhere.
         self._font = ImageFont.truetype(str(font_file(face)), 96, layout_engine=ImageFont.Layout.BASIC)
 
@@ -178,7 +179,7 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
         images: np.ndarray = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         print(f"glyphs: the cache {path} is not readable ({error}); building anew", file=sys.stderr)
         return None
     return images if images.shape == shape and images.dtype == np.uint8 else None

@@ -44,6 +44,13 @@ def load(root: Path | None) -> Dataset:
             f"{len(missing)} characters are in neither of {', '.join(map(str, found))} "
             f"(first: {missing[0]}): fetch both anew from {PUBLISHED}"
         )
+    most = max(map(len, drawings.values()))
+    short = sorted(name for name, drawn in drawings.items() if len(drawn) < most)
+    if short:
+        raise DataError(
+            f"character {short[0]} has {len(drawings[short[0]])} drawings in {' and '.join(map(str, found))}, "
+            f"others have {most}: fetch both anew from {PUBLISHED}"
+        )
     splits = {}
     for split, names in names_of.items():
         arrays = [np.stack([image for _, image in sorted(drawings[n], key=lambda d: d[0])])[:, None] for n in names]

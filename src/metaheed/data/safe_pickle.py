@@ -56,31 +56,42 @@ class _Array(np.ndarray[Any, Any]):
         super().__setstate__(state)
 
 
-def _reconstruct(kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
-    # An empty array whatever shape is asked for: the memory comes with the data, in __setstate__.
-    return np.ndarray.__new__(_Array, (0,), np.uint8)
+# The admitted callables are objects without attributes, for a pickle may try to set some on whatever it is handed.
+class _Reconstruct:
+    __slots__ = ()
+
+    def __call__(self, kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
+        # An empty array whatever shape is asked for: the memory comes with the data, in __setstate__.
+        return np.ndarray.__new__(_Array, (0,), np.uint8)
 
 
-def _encode(text: Any, encoding: Any = "latin1") -> bytes:
-    # How Python 3 writes bytes into a protocol-2 pickle.
-    if codecs.lookup(encoding).name != "iso8859-1" or not isinstance(text, str):
-        raise _RefusedError(f"_codecs.encode with {encoding!r}")
-    return text.encode("latin1")
+class _Encode:
+    """How Python 3 writes bytes into a protocol-2 pickle."""
+
+    __slots__ = ()
+
+    def __call__(self, text: Any, encoding: Any = "latin1") -> bytes:
+        if codecs.lookup(encoding).name != "iso8859-1" or not isinstance(text, str):
+            raise _RefusedError(f"_codecs.encode with {encoding!r}")
+        return text.encode("latin1")
 
 
-def _dtype(code: Any, *flags: Any) -> np.dtype[Any]:
-    dtype = np.dtype(code.decode("ascii") if isinstance(code, bytes) else str(code))
-    if dtype.hasobject:
-        raise _RefusedError("an array of Python objects")
-    return dtype
+class _DType:
+    __slots__ = ()
+
+    def __call__(self, code: Any, *flags: Any) -> np.dtype[Any]:
+        dtype = np.dtype(code.decode("ascii") if isinstance(code, bytes) else str(code))
+        if dtype.hasobject:
+            raise _RefusedError("an array of Python objects")
+        return dtype
 
 
 _ADMITTED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(),
+    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct(),
     ("numpy", "ndarray"): "numpy.ndarray",  # only ever handed to _reconstruct, which ignores it
-    ("numpy", "dtype"): _dtype,
-    ("_codecs", "encode"): _encode,
+    ("numpy", "dtype"): _DType(),
+    ("_codecs", "encode"): _Encode(),
 }
 
 

@@ -25,7 +25,7 @@ def build_learner(config: LearnerConfig, ways: int, image_shape: ImageShape, see
     Raises:
         ConfigError: the backbone cannot be built or adapted.
     """
-    backbone = build_backbone(config.backbone, ways, image_shape, seed)
+    backbone = build_backbone(config.backbone, ways, image_shape, seed, config.backbone_path)
     if isinstance(config, MAMLConfig):
         return MAML(backbone, config.adaptation_steps, config.fast_lr, config.first_order)
     raise ConfigError(f"no learner is built from {type(config).__name__}")

@@ -1,8 +1,10 @@
 """The field's base network, and how a network is named on the command line."""
 
 import importlib
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -84,8 +86,12 @@ BACKBONES: dict[str, Callable[[int, ImageShape], nn.Module]] = {
 }
 
 
-def find_backbone(name: str) -> Callable[[int, ImageShape], nn.Module]:
+def find_backbone(name: str, folder: Path | None = None) -> Callable[[int, ImageShape], nn.Module]:
     """The builder behind a name of BACKBONES or behind "module:Class".
+
+    Args:
+        name: as above.
+        folder: where the module is looked for before the rest of the import path.
 
     Raises:
         ConfigError: there is no such name, module or class.
@@ -95,12 +101,14 @@ def find_backbone(name: str) -> Callable[[int, ImageShape], nn.Module]:
     module_name, separator, attribute = name.partition(":")
     if not separator:
         raise unknown("backbone", name, [*BACKBONES, "module:Class"])
+    if folder is not None and str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a user's module raises while it is imported belongs into the message
         raise ConfigError(
             f"backbone {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
-            "Is it installed, or its folder on PYTHONPATH?"
+            "Name its folder with --backbone-path"
         ) from error
     builder = getattr(module, attribute, None)
     if not callable(builder):
@@ -108,13 +116,13 @@ def find_backbone(name: str) -> Callable[[int, ImageShape], nn.Module]:
     return builder  # type: ignore[no-any-return]  # what a user's module holds is known at run time only
 
 
-def build_backbone(name: str, ways: int, image_shape: ImageShape, seed: int) -> nn.Module:
+def build_backbone(name: str, ways: int, image_shape: ImageShape, seed: int, folder: Path | None = None) -> nn.Module:
     """Build the network that `find_backbone` names, its own random draws decided by `seed`.
 
     Raises:
         ConfigError: the builder fails, or what it returns does not map images to (n, ways) logits.
     """
-    builder = find_backbone(name)
+    builder = find_backbone(name, folder)
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """The outer level: per-task gradients, how they are executed, weighted and turned into the next θ."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -46,6 +47,7 @@ __all__ = [
     "looped",
     "map_looped",
     "map_vectorized",
+    "pick_execution",
     "sgd",
     "task_gradient",
     "uniform",
@@ -76,10 +78,16 @@ def build_rule(config: RuleConfig, outer: OuterConfig, generator: torch.Generato
 def build_execution(
     config: TrainingConfig, device: torch.device, per_task: Callable[[Params, Episode], T]
 ) -> Execution[T]:
-    """How the tasks of a batch are run: as configured, or by device (a CPU gains nothing from vectorising)."""
-    chosen = config.execution
-    if chosen == "auto":
-        chosen = "looped" if device.type == "cpu" else "vectorized"
-    if chosen == "looped":
+    """How the tasks of a batch are run: as configured, or by device."""
+    if pick_execution(config.execution, device) == "looped":
         return map_looped(per_task)
     return map_vectorized(per_task, config.chunk_size)
+
+
+def pick_execution(
+    name: Literal["auto", "looped", "vectorized"], device: torch.device
+) -> Literal["looped", "vectorized"]:
+    """The execution behind a configured name: auto is looped on a CPU, which gains little from vectorising."""
+    if name == "auto":
+        return "looped" if device.type == "cpu" else "vectorized"
+    return name

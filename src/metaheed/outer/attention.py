@@ -42,7 +42,7 @@ class TaskAttention(nn.Module):
     Args:
         tasks: B; needed by "paper", and checked at every call. "equivariant" takes any B.
         architecture: "paper" or "equivariant".
-        standardize: subtract each input's mean over the batch and divide by its standard deviation (1 where all tasks
+        standardize: subtract each input's mean over the batch and divide by its standard deviation (0 where all tasks
             are alike), for the raw inputs differ in scale by orders of magnitude.
         hidden: neurons in a hidden layer.
         generator: draws δ's start; none: torch's global one.
@@ -108,7 +108,9 @@ class TaskAttention(nn.Module):
         if self.standardize:
             centred = x - x.mean(0)
             spread = centred.square().mean(0).sqrt()
-            x = centred / torch.where(spread > 0, spread, 1.0)
+            # Equal values leave a spread of rounding only, which must not be blown up to ±1.
+            differ = spread > 16 * torch.finfo(dtype).eps * x.abs().amax(0)
+            x = torch.where(differ, centred / torch.where(differ, spread, 1.0), 0.0)
         if self.architecture == "paper":
             scores = self.layers(self.mix(x.T.unsqueeze(0)).flatten())
         else:

@@ -25,9 +25,12 @@ def task_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Par
     With v = ∇_φ L*(φᵀ), g is v pulled back through the adaptation; so ‖v‖ costs nothing extra and the query pass needs
     no second derivative.
 
+    θ counts as a constant: no graph is kept to it even if it requires gradients.
+
     Returns:
         Gradient with θ's names, shapes and dtype; TaskInfo of 0-d tensors.
     """
+    meta = {name: p.detach() for name, p in meta.items()}
     adapted, pullback = value_and_pullback(lambda m: learner.adapt(m, episode.support_x, episode.support_y), meta)
     v, (loss, logits) = grad_and_value(lambda p: task_loss(learner, p, episode.query_x, episode.query_y), has_aux=True)(
         adapted
@@ -42,6 +45,7 @@ def task_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Par
 
 def initial_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, Tensor]:
     """∇_θ L*(φ⁰) of one task and L*(φ⁰), 0-d: the query loss before adaptation, which equity rules weigh."""
+    meta = {name: p.detach() for name, p in meta.items()}
     gradient, (loss, _) = grad_and_value(
         lambda m: task_loss(learner, learner.initial(m), episode.query_x, episode.query_y), has_aux=True
     )(meta)
@@ -70,9 +74,11 @@ def accuracy(logits: Tensor, y: Tensor) -> Tensor:
 
 def global_norm(tree: Params) -> Tensor:
     """Euclidean norm over all leaves, 0-d; its derivative where everything is zero is zero."""
-    square = torch.stack([leaf.square().sum() for leaf in tree.values()]).sum()
+    # Summed in float64: squares of large float32 entries overflow long before their root does.
+    square = torch.stack([leaf.double().square().sum() for leaf in tree.values()]).sum()
     positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    norm = torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
+    return norm.to(next(iter(tree.values())).dtype)
 
 
 def value_and_pullback(function: Callable[[Params], T], at: Params) -> tuple[T, Callable[[T], Params]]:

@@ -51,8 +51,10 @@ def adam(lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8)
         ConfigError: lr or eps is not a finite number above 0, or a decay is outside [0, 1).
     """
     _check_rate(lr)
-    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and eps > 0):
-        raise ConfigError(f"adam with beta1 {beta1}, beta2 {beta2}, eps {eps}: decays lie in [0, 1), eps above 0")
+    if not (0 <= beta1 < 1 and 0 <= beta2 < 1 and 0 < eps < math.inf):
+        raise ConfigError(
+            f"adam with beta1 {beta1}, beta2 {beta2}, eps {eps}: decays lie in [0, 1), eps above 0, finite"
+        )
 
     def init(meta: Params) -> OptState:
         device = next(iter(meta.values())).device
@@ -69,7 +71,7 @@ def adam(lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8)
         correction2 = 1 - torch.pow(torch.full_like(steps, beta2), steps)
         for name, p in meta.items():
             g = gradient[name]
-            dead = (state[f"square.{name}"] == 0) & (g.detach().square() == 0)
+            dead = beta2 * state[f"square.{name}"] + (1 - beta2) * g.detach().square() == 0
             g = torch.where(dead, g.detach(), g)
             mean = beta1 * state[f"mean.{name}"] + (1 - beta1) * g
             square = beta2 * state[f"square.{name}"] + (1 - beta2) * g.square()
