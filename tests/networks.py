@@ -54,6 +54,29 @@ class Exploding(Tiny):
         return torch.where(spread > 0.04, torch.full_like(logits, float("nan")), logits)
 
 
+class RandomEachTime(Tiny):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(super().forward(x), 0.5)  # type: ignore[no-untyped-call]
+
+
+class _Once(torch.autograd.Function):
+    """A function that torch.func cannot see through, as many an extension's."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: object, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+class NoSecondDerivative(Tiny):
+    def forward(self, x: Tensor) -> Tensor:
+        doubled: Tensor = _Once.apply(super().forward(x))  # type: ignore[no-untyped-call]
+        return doubled
+
+
 class WrongWays(Tiny):
     def __init__(self, ways: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(ways + 1, image_shape)

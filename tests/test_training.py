@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import metaheed as package
+import metaheed.outer as package_outer
 from metaheed.config import default_config, from_dict, to_dict
 from tests.conftest import ROOT, Run
 
@@ -41,7 +42,7 @@ def content(run: Path) -> dict[str, str]:
     files = {name: (run / name).read_bytes() for name in FILES[1:]}
     files |= {name: (run / "checkpoints" / name).read_bytes() for name in CHECKPOINTS}
     config = yaml.safe_load((run / "config.yaml").read_text())
-    del config["training"]["out"]
+    del config["training"]["out"], config["learner"]["backbone_path"]
     files["config.yaml"] = json.dumps(config).encode()
     return {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
 
@@ -297,7 +298,92 @@ def test_a_checkpoint_of_another_architecture(whole: dict[str, Path], metaheed: 
     (run / "config.yaml").write_text(text)
     for arguments in (("train", "--resume", run, "--iterations", 12), ("evaluate", run)):
         status, _, err = metaheed(*arguments)
-        assert (status, "is of another architecture: parameter '1.bias'" in err) == (1, True)
+        assert (status, "is of another architecture: '1.bias'" in err) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "offender"),
+    [
+        ("meta_batch_size: 2", "meta_batch_size: 3", "attention.layers.0.weight"),
+        ("attention_architecture: paper", "attention_architecture: equivariant", "attention.layers.0.weight"),
+        ("meta_optimizer: adam", "meta_optimizer: sgd", "count"),
+    ],
+)
+def test_a_checkpoint_of_other_settings(
+    old: str, new: str, offender: str, whole: dict[str, Path], metaheed: Run, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole["ta-maml"], run)
+    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(old, new))
+    before = content(run)
+    status, _, err = metaheed("train", "--resume", run, "--iterations", 12)
+    assert (status, f"is of another architecture: '{offender}'" in err) == (1, True), err
+    assert content(run) == before
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("RandomEachTime", "gave the same task the losses"),
+        ("NoSecondDerivative", "cannot be meta-learned under the looped"),
+    ],
+)
+def test_networks_that_cannot_be_meta_learned_are_refused(
+    network: str, message: str, metaheed: Run, tmp_path: Path
+) -> None:
+    arguments = [*SMALL, "--backbone", f"tests.networks:{network}", "--out", tmp_path / "run"]
+    status, _, err = metaheed("train", "maml", *arguments)
+    assert (status, message in err) == (1, True), err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_non_finite_validation_stops_too(metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = package_outer.adapted_outcome
+
+    def poisoned(learner: object, meta: object, episode: object) -> tuple[torch.Tensor, torch.Tensor]:
+        loss, accuracy = original(learner, meta, episode)  # type: ignore[arg-type]
+        return loss * float("nan"), accuracy
+
+    monkeypatch.setattr("metaheed.training.adapted_outcome", poisoned)
+    status, _, err = metaheed("train", "maml", *SMALL, "--iterations", 10, "--out", tmp_path / "run")
+    assert (status, "validation after iteration 4: the loss of task 1 of the val tasks is not finite" in err) == (
+        1,
+        True,
+    )
+
+
+def test_a_lost_listener_does_not_end_a_training(whole: dict[str, Path], tmp_path: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    run = tmp_path / "run"
+    done = subprocess.run(
+        command("train", "maml", *SMALL, "--iterations", 10, "--out", run),
+        env=environment(),
+        stderr=write,
+        stdout=subprocess.DEVNULL,
+        check=False,
+    )
+    os.close(write)
+    assert done.returncode == 0
+    assert content(run) == content(whole["maml"])
+
+
+def test_a_run_is_continued_from_anywhere(metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder of the user's own network is recorded."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "own_network.py").write_text("from tests.networks import Tiny as Net")
+    monkeypatch.chdir(tmp_path / "home")
+    arguments = [*SMALL, "--backbone", "own_network:Net", "--iterations", "3", "--out", "run"]
+    environ = {**environment(), "PYTHONSAFEPATH": "1"}
+    assert subprocess.run(command("train", "maml", *arguments), env=environ, check=False).returncode == 0
+    resumed = command("train", "--resume", tmp_path / "home" / "run", "--iterations", 5)
+    assert subprocess.run(resumed, env=environ, cwd="/", check=False).returncode == 0
+    assert _lines(tmp_path / "home" / "run") == 5
+
+
+def test_zero_iterations_are_refused(whole: dict[str, Path], metaheed: Run) -> None:
+    status, _, err = metaheed("train", "--resume", whole["maml"], "--iterations", 0)
+    assert (status, "--iterations is 0, but it must be at least 1" in err) == (1, True)
 
 
 def test_a_checkpoint_of_another_program(whole: dict[str, Path], tmp_path: Path) -> None:
@@ -357,6 +443,9 @@ def test_a_full_disk_is_reported_and_survived(whole: dict[str, Path], metaheed: 
     )
     assert died.returncode == 1
     assert "error: cannot write" in died.stderr
+    assert (run / "config.yaml").exists(), "what has begun is not thrown away"
+    assert metaheed("train", "--resume", run)[0] == 0
+    assert content(run)["last.safetensors"] == content(whole["maml"])["last.safetensors"]
     assert "Traceback" not in died.stderr
     assert not [*run.rglob("*.part")]
 

@@ -69,6 +69,9 @@ def test_standardised_inputs_do_not_see_scale() -> None:
     torch.testing.assert_close(attention(scaled), attention(info))
     alike = TaskInfo(*(torch.full((4,), float(k)) for k in range(1, 5)))
     assert bool(torch.isfinite(attention(alike)).all())
+    nearly = info._replace(query_accuracy=torch.full((4,), 0.2666667, dtype=torch.float64))
+    shifted = info._replace(query_accuracy=torch.full((4,), 0.9, dtype=torch.float64))
+    torch.testing.assert_close(attention(nearly), attention(shifted))  # equal accuracies say nothing, whatever they are
 
 
 def test_info_is_detached() -> None:

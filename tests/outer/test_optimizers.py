@@ -71,6 +71,20 @@ def test_no_nan_where_gradient_and_second_moment_are_zero(wrap, gradient) -> Non
             assert bool(torch.isfinite(meta["a"]).all())
 
 
+def test_no_nan_where_the_second_moment_forgets_at_once() -> None:
+    optimizer = adam(0.1, beta2=0.0)
+    meta = _params(1.0, 1.0)
+    _, state = optimizer.step(meta, optimizer.init(meta), _params(1.0, 2.0))
+    _, pull = value_and_pullback(lambda x: optimizer.step(meta, state, x)[0], _params(0.0, 1.0))
+    assert bool(torch.isfinite(pull(_params(1.0, 1.0))["a"]).all())
+
+
+def test_clipping_survives_squares_that_overflow() -> None:
+    gradient = {"a": torch.tensor([3e25, 4e25])}
+    after, _ = clipped(sgd(1.0), 1.0).step({"a": torch.zeros(2)}, {}, gradient)
+    torch.testing.assert_close(after["a"], torch.tensor([-0.6, -0.8]))
+
+
 def test_a_coordinate_that_wakes_up_learns() -> None:
     optimizer = adam(0.01)
     meta = _params(1.0)
