@@ -17,7 +17,7 @@ ImageShape = tuple[int, int, int]
 
 
 class Conv4(nn.Module):
-    """Four blocks of [3×3 convolution, batch norm, ReLU, halving] and a linear head.
+    """Four blocks of [3×3 convolution, batch norm, halving, ReLU] and a linear head.
 
     Vinyals et al. 2016; Finn et al. 2017. Batch norm uses the statistics of the batch it is given, in training and in
     test, so predictions are transductive: a query's logits depend on the other queries beside it.
@@ -50,9 +50,10 @@ class Conv4(nn.Module):
             block = nn.Sequential()
             block.add_module("conv", nn.Conv2d(hidden if index else channels, hidden, 3, stride=stride, padding=1))
             block.add_module("norm", nn.BatchNorm2d(hidden, track_running_stats=False))
-            block.add_module("relu", nn.ReLU())
             if downsample == "pool":
                 block.add_module("pool", nn.MaxPool2d(2))
+            # After the pooling, with which it commutes, ReLU meets a quarter of the values.
+            block.add_module("relu", nn.ReLU())
             self.body.append(block)
         if downsample == "stride":
             self.body.append(nn.AdaptiveAvgPool2d(1))
