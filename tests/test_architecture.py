@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from metaheed import config
-from metaheed.learners import MAML
+from metaheed.learners import _CLASSES as LEARNER_CLASSES
 from metaheed.outer import TaskAttention, attended
 from tests.conftest import ROOT
 
@@ -23,7 +23,7 @@ LAYERS = (
     ("evaluation",),
     ("training", "figures"),
     ("progress",),
-    ("demo",),
+    ("demo", "toy"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
@@ -74,17 +74,22 @@ def test_config_does_not_need_torch() -> None:
 
 
 def test_constructors_read_their_defaults_from_config() -> None:
-    for function, kind in ((MAML, config.MAMLConfig),):
+    for kind, function in LEARNER_CLASSES.items():
         fields = {f.name: f.default for f in dataclasses.fields(kind)}
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.default is not inspect.Parameter.empty:
                 assert parameter.default == fields[name]
+        assert [*inspect.signature(function).parameters][1:] == [*kind().own_settings()]
     defaults = config.AttendedConfig()
     # TaskAttention stands alone, so its signature repeats two defaults: they must agree.
     signature = inspect.signature(TaskAttention).parameters
     assert signature["architecture"].default == defaults.attention_architecture
     assert signature["standardize"].default == defaults.attention_standardize
-    assert inspect.signature(attended).parameters["jacobian"].default == defaults.attention_jacobian
+    assert signature["omit"].default == defaults.attention_omit
+    rule = inspect.signature(attended).parameters
+    assert rule["jacobian"].default == defaults.attention_jacobian
+    assert rule["reuse_probe"].default == defaults.attention_reuse_probe
+    assert set(LEARNER_CLASSES) == set(config.LEARNERS.values())
 
 
 def test_every_config_field_is_explained() -> None:

@@ -3,6 +3,7 @@
 Heavy imports are made inside the commands, so that --help and mistakes answer at once.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -16,8 +17,18 @@ from typing import Any
 import tyro
 
 import metaheed
-from metaheed.config import ALGORITHMS, EvaluationConfig, RunConfig, default_config
-from metaheed.errors import Interrupted, MetaheedError, unknown
+from metaheed.config import (
+    ALGORITHMS,
+    LEARNERS,
+    RULES,
+    EpisodeConfig,
+    EvaluationConfig,
+    RunConfig,
+    ToyConfig,
+    default_config,
+    default_pair,
+)
+from metaheed.errors import ConfigError, Interrupted, MetaheedError, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +84,15 @@ class Demo:
     """Training seed."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """MetaLSTM against MetaLSTM++ on four problems of two parameters: the paths of their start, drawn and measured."""
+
+    out: Path = Path("runs/toy")
+    """Folder of trajectories.png and toy.json."""
+    training: ToyConfig = field(default_factory=ToyConfig)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -109,13 +129,16 @@ def _dispatch(arguments: list[str]) -> int:
         return _resume(_parse(Resume, "train", arguments))
     if arguments[:1] == ["train"]:
         named = arguments[1:2]
+        if named == ["custom"]:
+            return _train(_custom(arguments))
         if named and not named[0].startswith("-") and named[0] not in ALGORITHMS:
-            raise unknown("algorithm", named[0], ALGORITHMS)
-        return _train(_parse(_algorithms(), "train", arguments, _TRAIN))
+            raise unknown("algorithm", named[0], [*ALGORITHMS, "custom"])
+        return _train(_parse(_algorithms(*_setting(arguments)), "train", arguments, _TRAIN))
     commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
         "evaluate": (Evaluate, _evaluate),
         "compare": (Compare, _compare),
         "demo": (Demo, _demo),
+        "toy": (Toy, _toy),
     }
     if arguments and arguments[0] in commands:
         kind, command = commands[arguments[0]]
@@ -129,22 +152,29 @@ def _dispatch(arguments: list[str]) -> int:
 _USAGE = """metaheed: few-shot meta-learning with task attention
 
   metaheed train ALGORITHM [options]    train a new run
+  metaheed train custom --learner L --rule R [options]
+                                        any learner with any batch rule
   metaheed train --resume RUN           continue one; needs nothing else
   metaheed evaluate RUN [options]       judge it on frozen test tasks
   metaheed compare RUN... --against RUN...
                                         paired differences on the same tasks
   metaheed demo                         all of it on built-in data, in minutes
+  metaheed toy                          MetaLSTM against MetaLSTM++ in two parameters, drawn
   metaheed --version
 
 algorithms: {algorithms}
 Each command has --help.""".format(algorithms=", ".join(sorted(ALGORITHMS)))
 
-_TRAIN = "Train a new run. To continue one: metaheed train --resume RUN"
+_TRAIN = (
+    "Train a new run. To continue one: metaheed train --resume RUN. "
+    "Any learner with any batch rule: metaheed train custom --learner L --rule R"
+)
 
 
-def _parse(kind: Any, command: str, arguments: list[str], description: str | None = None) -> Any:
+def _parse(kind: Any, command: str, arguments: list[str], description: str | None = None, **default: Any) -> Any:
     return tyro.cli(
         kind,
+        **default,
         prog=f"metaheed {command}",
         description=description,
         args=arguments[1:],
@@ -152,9 +182,50 @@ def _parse(kind: Any, command: str, arguments: list[str], description: str | Non
     )
 
 
-def _algorithms() -> Any:
+def _custom(arguments: list[str]) -> RunConfig:
+    """`train custom --learner L --rule R` and the options of both."""
+    pair = argparse.ArgumentParser(prog="metaheed train custom", add_help=False, allow_abbrev=False)
+    pair.add_argument("--learner")
+    pair.add_argument("--rule")
+    chosen, rest = pair.parse_known_args(arguments[2:])
+    if chosen.learner is None or chosen.rule is None:
+        text = (
+            "train custom needs both --learner and --rule: any of the learners "
+            f"{', '.join(LEARNERS)} with any of the rules {', '.join(RULES)}"
+        )
+        if {"-h", "--help"} & set(rest):
+            print(f"usage: metaheed train custom --learner LEARNER --rule RULE [options]\n\n{text}.")
+            print("Their options: metaheed train custom --learner LEARNER --rule RULE --help")
+            raise SystemExit(0)
+        raise ConfigError(text)
+    default = default_pair(chosen.learner, chosen.rule, *_setting(arguments))
+    config: RunConfig = _parse(
+        RunConfig,
+        f"train custom --learner {chosen.learner} --rule {chosen.rule}",
+        ["custom", *rest],
+        f"Train a new run of the learner {chosen.learner} under the rule {chosen.rule}.",
+        default=default,
+    )
+    return config
+
+
+def _setting(arguments: list[str]) -> tuple[str, int, int]:
+    """Data set, ways and shots, which decide some defaults; what is no number is left for the parser to refuse."""
+    setting = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    setting.add_argument("--data", nargs="?", default=EpisodeConfig.data)
+    setting.add_argument("--ways", nargs="?", default=str(EpisodeConfig.ways))
+    setting.add_argument("--shots", nargs="?", default=str(EpisodeConfig.shots))
+    found, _ = setting.parse_known_args(arguments)
+    ways, shots = (
+        int(value) if value and value.isdecimal() and int(value) >= least else default
+        for value, least, default in ((found.ways, 2, EpisodeConfig.ways), (found.shots, 1, EpisodeConfig.shots))
+    )
+    return found.data or EpisodeConfig.data, ways, shots
+
+
+def _algorithms(data: str, ways: int, shots: int) -> Any:
     return tyro.extras.subcommand_type_from_defaults(
-        {name: default_config(name) for name in ALGORITHMS},
+        {name: default_config(name, data, ways, shots) for name in ALGORITHMS},
         {name: description for name, (_, _, description) in ALGORITHMS.items()},
     )
 
@@ -223,4 +294,18 @@ def _demo(command: Demo) -> int:
 
     _tune_process()
     demo(command.out, command.iterations, command.seed)
+    return 0
+
+
+def _toy(command: Toy) -> int:
+    from metaheed.toy import toy
+
+    _tune_process()
+    for name, trajectory in toy(command.out, command.training).items():
+        print(
+            f"{name}: {len(trajectory.points) - 1} outer steps, path length {trajectory.path_length:.2f} for a "
+            f"displacement of {trajectory.displacement:.2f}; a meta-batch brings it nearer to its last task than to an "
+            f"average one by {trajectory.last_task_bias:+.3f} ± {trajectory.last_task_bias_half_width:.3f}"
+        )
+    print(f"figure: {command.out / 'trajectories.png'}")
     return 0

@@ -11,7 +11,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from metaheed.errors import ConfigError, unknown
 
@@ -26,9 +26,13 @@ def _check_types(config: Any) -> None:
         if typing.get_origin(hint) is ClassVar:
             continue
         value = getattr(config, name)
-        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-        if not any(_is(value, kind) for kind in allowed):
+        if not any(_is(value, kind) for kind in _alternatives(hint)):
             _require(False, name, value, f"it must be {_describe(hint)}")
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    # `Literal[...] | None` is of another class than `int | None`.
+    return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 
 def _is(value: object, kind: Any) -> bool:
@@ -38,14 +42,19 @@ def _is(value: object, kind: Any) -> bool:
         return isinstance(value, float | int) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
+    if typing.get_origin(kind) is tuple:
+        kinds = typing.get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, value, kinds))
     return isinstance(value, kind)
 
 
 def _describe(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_describe(kind) for kind in typing.get_args(hint))
+    if len(_alternatives(hint)) > 1:
+        return " or ".join(map(_describe, _alternatives(hint)))
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"{len(typing.get_args(hint))} values, each {_describe(typing.get_args(hint)[0])}"
     plain = {int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "none"}
     return plain.get(hint) or str(hint.__name__.lower())
 
@@ -68,6 +77,36 @@ def _positive(config: Any, *names: str) -> None:
         )
 
 
+class Preset(NamedTuple):
+    """The paper's numbers for one data set and setting."""
+
+    adaptation_steps: int = 5
+    """T."""
+    meta_batch_size: int = 4
+    """B."""
+    queries: int = 15
+    """Q. On Omniglot both 15 and Q = K are customary; 15 is taken, which its 20 drawings just allow at K = 5."""
+
+
+_USUAL = Preset()
+_IMAGES = {(5, 1): _USUAL, (5, 5): _USUAL, (10, 1): _USUAL, (10, 5): _USUAL._replace(adaptation_steps=2)}
+_DRAWINGS = _USUAL._replace(meta_batch_size=16)
+PRESETS: dict[str, dict[tuple[int, int], Preset]] = {
+    "miniimagenet": _IMAGES,
+    "tieredimagenet": _IMAGES,
+    "cifar-fs": _IMAGES,
+    "fc100": _IMAGES,
+    "omniglot": {(5, 1): _DRAWINGS, (5, 5): _DRAWINGS, (20, 1): _DRAWINGS, (20, 5): _DRAWINGS},
+}
+"""Data set -> (ways, shots) -> preset: the cells of the paper's Tables 1 and 2, and by analogy those that it lacks."""
+
+
+def preset(data: str, ways: int, shots: int) -> Preset:
+    """The paper's preset; for a setting it lacks, that of the data set's first one; for other data, the usual one."""
+    cells = PRESETS.get(data, {})
+    return cells.get((ways, shots), next(iter(cells.values()), _USUAL))
+
+
 @dataclass(frozen=True, kw_only=True)
 class EpisodeConfig:
     """Which images, and how tasks are made of them."""
@@ -81,7 +120,7 @@ class EpisodeConfig:
     """N, classes in a training task."""
     shots: int = 1
     """K, support images per class in a training task."""
-    queries: int = 15
+    queries: int = _USUAL.queries
     """Q, query images per class in a training task."""
     test_ways: int | None = None
     """N in validation and test tasks; none: as in training. With a head of fixed size it may not exceed --ways."""
@@ -115,6 +154,10 @@ class LearnerConfig:
     """How one task is adapted: what all learners share."""
 
     name: ClassVar[str]
+    clip_norm: ClassVar[float | None] = None
+    """What --clip-norm is unless it is given."""
+    has_start: ClassVar[bool] = True
+    """Whether the loss before adaptation tells tasks apart."""
     backbone: str = "conv4-32"
     """Network: conv4-32, conv4-64, conv4-64-strided (Finn et al.'s for Omniglot), or module:Class, called as
     Class(ways, image_shape) with image_shape = (channels, height, width)."""
@@ -126,13 +169,18 @@ class LearnerConfig:
         _check_types(self)
         _require(bool(self.backbone), "backbone", self.backbone, "it must name a network")
 
+    def own_settings(self) -> dict[str, Any]:
+        """The settings beside the backbone: the keyword arguments of the learner's constructor."""
+        shared = {f.name for f in dataclasses.fields(LearnerConfig)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shared}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MAMLConfig(LearnerConfig):
     """MAML's settings."""
 
     name: ClassVar[str] = "maml"
-    adaptation_steps: int = 5
+    adaptation_steps: int = _USUAL.adaptation_steps
     """T, gradient steps on the support set, the same in training and test."""
     fast_lr: float = 0.1
     """α, the rate of those steps."""
@@ -143,6 +191,78 @@ class MAMLConfig(LearnerConfig):
         super().__post_init__()
         _at_least(self, 1, "adaptation_steps")
         _positive(self, "fast_lr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ANILConfig(MAMLConfig):
+    """ANIL's settings: MAML's, adapting the head only."""
+
+    name: ClassVar[str] = "anil"
+    head: str | None = None
+    """Name of the head's module in the network; none: the last module that has parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOILConfig(ANILConfig):
+    """BOIL's settings: MAML's, adapting everything but the head."""
+
+    name: ClassVar[str] = "boil"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaSGDConfig(LearnerConfig):
+    """MetaSGD's settings."""
+
+    name: ClassVar[str] = "metasgd"
+    adaptation_steps: int = _USUAL.adaptation_steps
+    """T, gradient steps on the support set, the same in training and test."""
+    fast_lr: float = 0.1
+    """Where the learned rate of every parameter starts."""
+    first_order: bool = False
+    """Drop the second derivatives."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "adaptation_steps")
+        _positive(self, "fast_lr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaLSTMConfig(LearnerConfig):
+    """MetaLSTM's settings."""
+
+    name: ClassVar[str] = "metalstm"
+    clip_norm: ClassVar[float | None] = 0.25
+    adaptation_steps: int = _USUAL.adaptation_steps
+    """T, steps of the learned optimiser on the support set, the same in training and test."""
+    hidden_size: int = 20
+    """H, hidden units of the lower LSTM."""
+    forget_bias: tuple[float, float] = (4.0, 5.0)
+    """Bounds between which the forget gate's bias is drawn."""
+    input_bias: tuple[float, float] = (-5.0, -4.0)
+    """Bounds between which the input gate's bias is drawn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(self, 1, "adaptation_steps", "hidden_size")
+        for name in ("forget_bias", "input_bias"):
+            low, high = getattr(self, name)
+            _require(
+                math.isfinite(low) and math.isfinite(high) and low <= high,
+                name,
+                (low, high),
+                "it must be two finite numbers, the lower one first",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtoNetConfig(LearnerConfig):
+    """ProtoNet's settings: nothing to set but which layer is replaced."""
+
+    name: ClassVar[str] = "protonet"
+    has_start: ClassVar[bool] = False
+    head: str | None = None
+    """Name of the head's module in the network; none: the last module that has parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +283,92 @@ class UniformConfig(RuleConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Uniform2BConfig(RuleConfig):
+    """Control: uniform over the training and the probe batch, as many tasks as attention sees; nothing to set."""
+
+    name: ClassVar[str] = "uniform-2b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialConfig(RuleConfig):
+    """An outer step after every task; nothing to set."""
+
+    name: ClassVar[str] = "sequential"
+
+
+EQUITY_PARAMETERS: dict[str, float | None] = {
+    "theil": None,
+    "generalized-entropy": 2.0,
+    "atkinson": 0.5,
+    "gini": None,
+    "log-variance": None,
+}
+"""Index of inequality -> its parameter unless one is given; none: it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquityConfig(RuleConfig):
+    """The mean loss plus λ times the inequality of the tasks' losses (TAML)."""
+
+    name: ClassVar[str] = "equity"
+    equity_lambda: float = 0.1
+    """λ, the weight of the inequality. The mean of the losses stands beside it, not the sum as in the TAML paper, so
+    that paper's λ is B times this one."""
+    equity_index: Literal["theil", "generalized-entropy", "atkinson", "gini", "log-variance"] = "theil"
+    """The index of inequality."""
+    equity_parameter: float | None = None
+    """a of generalized-entropy (none: 2), ε of atkinson (none: 0.5); the others have none."""
+    equity_losses: Literal["auto", "query", "support", "adapted"] = "auto"
+    """Whose inequality: losses before adaptation on the query or the support set, or query losses after it. auto:
+    query; adapted for ProtoNet, which before adaptation finds all tasks alike."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            math.isfinite(self.equity_lambda) and self.equity_lambda >= 0,
+            "equity_lambda",
+            self.equity_lambda,
+            "it must be a finite number of at least 0",
+        )
+        check_equity_parameter(self.equity_index, self.equity_parameter)
+
+
+def check_equity_parameter(index: str, parameter: float | None) -> None:
+    """Raise ConfigError unless the index exists and takes that parameter (none: its own)."""
+    if index not in EQUITY_PARAMETERS:
+        raise unknown("index of inequality", index, EQUITY_PARAMETERS)
+    if parameter is None:
+        return
+    takes = EQUITY_PARAMETERS[index] is not None
+    _require(takes, "equity_parameter", parameter, f"{index} has no parameter: leave it out")
+    _require(math.isfinite(parameter), "equity_parameter", parameter, "it must be a finite number")
+    _require(index != "atkinson" or parameter > 0, "equity_parameter", parameter, "atkinson's ε must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSoftmaxConfig(RuleConfig):
+    """Control: tasks are weighted by the softmax of their query losses, the hard ones most."""
+
+    name: ClassVar[str] = "loss-softmax"
+    loss_temperature: float = 1.0
+    """τ in softmax(L*ᵀ/τ): the larger, the more alike the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive(self, "loss_temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedConfig(RuleConfig):
+    """Control: the weights that an attended run logged, permuted over the tasks of each batch."""
+
+    name: ClassVar[str] = "replayed"
+    replay: Path | None = None
+    """Run folder of the attended run: of the same seed and meta-batch size, and of at least as many iterations. Needed,
+    and again when the run is resumed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class AttendedConfig(RuleConfig):
     """Tasks are weighted by the attention module; its settings."""
 
@@ -175,6 +381,11 @@ class AttendedConfig(RuleConfig):
     """Through what δ's gradient is taken: an SGD look-ahead at the meta rate (the authors'), or the real outer step."""
     attention_standardize: bool = False
     """Standardise each attention input over the tasks of the batch."""
+    attention_omit: Literal["grad_norm", "query_loss", "query_accuracy", "loss_ratio"] | None = None
+    """An input that attention does not get to see (a control)."""
+    attention_reuse_probe: bool = False
+    """Train on batch t+1 what was the probe batch of iteration t, and reuse its gradients: attention at nearly no cost.
+    The paper draws a batch of its own instead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -185,7 +396,7 @@ class AttendedConfig(RuleConfig):
 class OuterConfig:
     """The outer step on θ."""
 
-    meta_batch_size: int = 4
+    meta_batch_size: int = _USUAL.meta_batch_size
     """B, tasks in a meta-batch."""
     meta_lr: float = 1e-3
     """β, the rate of the outer step."""
@@ -266,6 +477,13 @@ class RunConfig:
             f"{self.learner.name}'s head has one output for each of the {ways} training classes: "
             f"use at most {ways}, or train with more --ways",
         )
+        if isinstance(self.rule, EquityConfig):
+            _require(
+                self.learner.has_start or self.rule.equity_losses in ("auto", "adapted"),
+                "equity_losses",
+                self.rule.equity_losses,
+                f"before adaptation {self.learner.name} finds all tasks alike: use adapted",
+            )
 
     @property
     def algorithm(self) -> str:
@@ -308,17 +526,67 @@ class EvaluationConfig:
         _at_least(self, 1, "shots", "queries")
 
 
-LEARNERS: dict[str, type[LearnerConfig]] = {c.name: c for c in (MAMLConfig,)}
-RULES: dict[str, type[RuleConfig]] = {c.name: c for c in (UniformConfig, AttendedConfig)}
+@dataclass(frozen=True, kw_only=True)
+class ToyConfig:
+    """MetaLSTM against MetaLSTM++ on four problems of two parameters."""
+
+    iterations: int = 150
+    """Meta-batches."""
+    meta_lr: float = 1.0
+    """β, the rate of MetaLSTM's outer step; MetaLSTM++ has B times that, making one step where MetaLSTM makes B."""
+    meta_optimizer: Literal["sgd", "adam"] = "sgd"
+    """The outer optimiser. SGD shows each task's own pull; Adam's momentum averages over the tasks before it."""
+    seed: int = 0
+    """Decides the points, the order of tasks and the start of the learned optimiser."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _at_least(self, 2, "iterations")
+        _at_least(self, 0, "seed", most=10**12)
+        _positive(self, "meta_lr")
+
+
+LEARNERS: dict[str, type[LearnerConfig]] = {
+    c.name: c for c in (MAMLConfig, ANILConfig, BOILConfig, MetaSGDConfig, MetaLSTMConfig, ProtoNetConfig)
+}
+RULES: dict[str, type[RuleConfig]] = {
+    c.name: c
+    for c in (
+        UniformConfig,
+        SequentialConfig,
+        EquityConfig,
+        AttendedConfig,
+        Uniform2BConfig,
+        LossSoftmaxConfig,
+        ReplayedConfig,
+    )
+}
 ALGORITHMS: dict[str, tuple[str, str, str]] = {
     "maml": ("maml", "uniform", "MAML (Finn et al. 2017): every task weighs the same."),
+    "taml": ("maml", "equity", "TAML (Jamal & Qi 2019): MAML with a penalty on the inequality of the tasks' losses."),
     "ta-maml": ("maml", "attended", "Task-attended MAML (Aimen et al. 2021): an attention module weighs the tasks."),
+    "metasgd": ("metasgd", "uniform", "MetaSGD (Li et al. 2017): MAML with a learned rate for every parameter."),
+    "ta-metasgd": ("metasgd", "attended", "Task-attended MetaSGD."),
+    "metalstm": ("metalstm", "sequential", "MetaLSTM (Ravi & Larochelle 2017): a learned optimiser, a step a task."),
+    "metalstm++": ("metalstm", "uniform", "MetaLSTM++ (Aimen et al. 2021): MetaLSTM trained on whole meta-batches."),
+    "ta-metalstm++": ("metalstm", "attended", "Task-attended MetaLSTM++."),
+    "anil": ("anil", "uniform", "ANIL (Raghu et al. 2020): MAML that adapts the head only."),
+    "ta-anil": ("anil", "attended", "Task-attended ANIL."),
+    "boil": ("boil", "uniform", "BOIL (Oh et al. 2021): MAML that adapts the body only."),
+    "ta-boil": ("boil", "attended", "Task-attended BOIL."),
+    "protonet": ("protonet", "uniform", "ProtoNet (Snell et al. 2017): the nearest class mean of the embeddings."),
+    "ta-protonet": ("protonet", "attended", "Task-attended ProtoNet."),
 }
 """Algorithm name -> (learner, rule, description)."""
 
 
-def default_config(algorithm: str) -> RunConfig:
-    """The config of an algorithm with every default.
+def default_config(
+    algorithm: str,
+    data: str = EpisodeConfig.data,
+    ways: int = EpisodeConfig.ways,
+    shots: int = EpisodeConfig.shots,
+) -> RunConfig:
+    """The config of an algorithm with every default, T, B and Q being the preset of the data set and setting.
 
     Raises:
         ConfigError: no algorithm has that name.
@@ -326,7 +594,28 @@ def default_config(algorithm: str) -> RunConfig:
     if algorithm not in ALGORITHMS:
         raise unknown("algorithm", algorithm, ALGORITHMS)
     learner, rule, _ = ALGORITHMS[algorithm]
-    return RunConfig(learner=LEARNERS[learner](), rule=RULES[rule]())
+    return default_pair(learner, rule, data, ways, shots)
+
+
+def default_pair(
+    learner: str,
+    rule: str,
+    data: str = EpisodeConfig.data,
+    ways: int = EpisodeConfig.ways,
+    shots: int = EpisodeConfig.shots,
+) -> RunConfig:
+    """As `default_config`, of any learner with any rule."""
+    for what, name, known in (("learner", learner, LEARNERS), ("rule", rule, RULES)):
+        if name not in known:
+            raise unknown(what, name, known)
+    paper, kind = preset(data, ways, shots), LEARNERS[learner]
+    steps: dict[str, Any] = {"adaptation_steps": paper.adaptation_steps} if hasattr(kind, "adaptation_steps") else {}
+    return RunConfig(
+        episodes=EpisodeConfig(data=data, ways=ways, shots=shots, queries=paper.queries),
+        learner=kind(**steps),
+        rule=RULES[rule](),
+        outer=OuterConfig(meta_batch_size=paper.meta_batch_size, clip_norm=kind.clip_norm),
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -340,7 +629,9 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
-        result[f.name] = str(value) if isinstance(value, Path) else value
+        if isinstance(value, Path):
+            value = str(value)
+        result[f.name] = list(value) if isinstance(value, tuple) else value
     return result
 
 
@@ -390,4 +681,6 @@ def _build(kind: type[Any], values: Any, what: str) -> Any:
             raise unknown(f"field of {what}", str(name), names)
         if isinstance(value, str) and Path in (hints[name], *typing.get_args(hints[name])):
             values[name] = Path(value)
+        if isinstance(value, list) and typing.get_origin(hints[name]) is tuple:
+            values[name] = tuple(value)
     return kind(**values)

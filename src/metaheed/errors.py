@@ -27,6 +27,15 @@ class NonFiniteError(MetaheedError, ArithmeticError):
     """A loss or gradient that is not a finite number."""
 
 
+class NonFiniteTaskError(NonFiniteError):
+    """The loss or gradient of one task of a batch is not finite."""
+
+    def __init__(self, what: str, task: int, stream: str) -> None:
+        super().__init__(f"the {what} of task {task} of the {stream} batch is not finite")
+        self.what, self.task, self.stream = what, task, stream
+        """What it was, of which task (counted from 1), of which stream of batches."""
+
+
 class Interrupted(MetaheedError):  # noqa: N818  # an end asked for, not a fault
     """Training was stopped by a signal after its state had been written."""
 

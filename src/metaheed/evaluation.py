@@ -63,9 +63,10 @@ def evaluate(
 
 
 def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
-    """Mean and the half-width 1.96·s/√n of its 95% interval, s the sample standard deviation (n at least 2)."""
+    """Mean and the half-width 1.96·s/√n of its 95% interval, s the sample standard deviation; infinite for n = 1."""
     array = np.asarray(values, dtype=np.float64)
-    return float(array.mean()), float(1.96 * array.std(ddof=1) / math.sqrt(len(array)))
+    half_width = 1.96 * array.std(ddof=1) / math.sqrt(len(array)) if len(array) > 1 else math.inf
+    return float(array.mean()), float(half_width)
 
 
 def evaluate_run(

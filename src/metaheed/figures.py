@@ -1,7 +1,8 @@
 """Figures of training runs, drawn without a screen."""
 
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from metaheed.errors import RunError
-from metaheed.runs import RunFolder
+from metaheed.runs import RunFolder, write_whole
 
 _COLOURS = ("#4477aa", "#cc6677", "#228833", "#aa8800", "#66ccee", "#aa3377")
 
@@ -47,9 +48,41 @@ def training_figure(runs: Mapping[str, Path], out: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-    part = out.with_suffix(".part")
-    figure.savefig(part, dpi=130, format="png")
-    part.replace(out)
+    _save(figure, out)
+
+
+def trajectory_figure(
+    trajectories: Mapping[str, Sequence[tuple[float, float]]], optima: Sequence[tuple[float, float]], out: Path
+) -> None:
+    """Paths of two meta-parameters over the plane, with every task's optimum (paper, fig. 1).
+
+    Args:
+        trajectories: label -> points.
+        optima: a point a task.
+        out: the PNG to write.
+    """
+    figure = Figure(figsize=(5 * len(trajectories), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(trajectories), sharex=True, sharey=True, squeeze=False)[0]
+    centre = np.mean(optima, axis=0)
+    for axes, (label, points), colour in zip(panels, trajectories.items(), _COLOURS, strict=False):
+        path = np.array(points)
+        axes.plot(*path.T, "-", color=colour, lw=0.8, alpha=0.8)
+        axes.plot(*path[0], "o", color="black", ms=6, label="start", zorder=3)
+        axes.plot(*path[-1], "D", color=colour, mec="black", ms=7, label="end", zorder=3)
+        axes.plot(*np.array(optima).T, "*", color="#aa8800", ms=13, ls="", label="optimum of a task")
+        axes.plot(*centre, "+", color="black", ms=12, mew=1.5, label="mean of the optima")
+        axes.set(xlabel="first meta-parameter", title=f"{label}: {len(path) - 1} outer steps", aspect="equal")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    panels[0].set_ylabel("second meta-parameter")
+    panels[-1].legend(frameon=False, fontsize=8)
+    _save(figure, out)
+
+
+def _save(figure: Figure, out: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130, format="png")
+    write_whole(out, buffer.getvalue())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

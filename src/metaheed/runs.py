@@ -24,6 +24,7 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
+from torch import Tensor
 
 from metaheed.config import RunConfig, from_dict, to_dict
 from metaheed.errors import RunError
@@ -191,6 +192,23 @@ class RunFolder:
                 "train on, or use --checkpoint last"
             )
         return checkpoint.best, {"iteration": checkpoint.progress.best_iteration, **shape}
+
+    def read_weights_log(self) -> Tensor:
+        """The weights that every iteration gave its tasks, (iterations, B) float64.
+
+        Raises:
+            RunError: tasks.jsonl is missing or damaged.
+        """
+        try:
+            lines = self.tasks_file.read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line)["weights"] for line in lines]
+            if not rows:
+                raise ValueError("it is empty")
+            return torch.tensor(rows, dtype=torch.float64)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{self.tasks_file} cannot be read ({error}): it holds the weights to be replayed"
+            ) from error
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write left beside its target."""

@@ -5,7 +5,6 @@ the state of a run is its tensors and its iteration, and a run that was cut off 
 """
 
 import contextlib
-import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -17,9 +16,16 @@ from typing import Any, Protocol
 
 import torch
 
-from metaheed.config import RunConfig
+from metaheed.config import ReplayedConfig, RunConfig
 from metaheed.data import Dataset, Episodes, check_name, load_dataset
-from metaheed.errors import ConfigError, Interrupted, MetaheedError, NonFiniteError, RunError
+from metaheed.errors import (
+    ConfigError,
+    Interrupted,
+    MetaheedError,
+    NonFiniteError,
+    NonFiniteTaskError,
+    RunError,
+)
 from metaheed.evaluation import evaluate, interval
 from metaheed.learners import Learner, build_learner, find_backbone
 from metaheed.outer import (
@@ -112,7 +118,10 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     )
     root = config.episodes.data_root
     episodes = replace(config.episodes, data_root=root and root.expanduser().absolute())
-    config = replace(config, training=training, episodes=episodes, learner=learner)
+    rule = config.rule
+    if isinstance(rule, ReplayedConfig) and rule.replay is not None:
+        rule = replace(rule, replay=rule.replay.expanduser().absolute())
+    config = replace(config, training=training, episodes=episodes, learner=learner, rule=rule)
     _check_tensorboard(config)
     assert training.out is not None  # set above
     folder = RunFolder(training.out)
@@ -173,12 +182,6 @@ def resume(
         if data_root is not None:
             episodes = replace(episodes, data_root=data_root.expanduser().absolute())
         config = replace(config, training=training, episodes=episodes)
-        checkpoint, _ = folder.read_checkpoint()
-        done = checkpoint.progress.iteration if checkpoint else 0
-        if training.iterations < done:
-            raise ConfigError(
-                f"--iterations is {iterations}, but {path} has done {done}: it can be raised, not lowered"
-            )
         _check_tensorboard(config)
         _run(folder, config, reporter)
     return path
@@ -206,6 +209,12 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             reporter.message(notice)
         if checkpoint is None and notices:
             reporter.message("no whole checkpoint is left; starting at iteration 0")
+        done = checkpoint.progress.iteration if checkpoint else 0
+        if config.training.iterations < done:
+            raise ConfigError(
+                f"--iterations is {config.training.iterations}, but {folder.path} has done {done}: "
+                "it can be raised, not lowered"
+            )
         if checkpoint is not None and _finished(checkpoint.progress, config):
             folder.write_best(checkpoint)
             reporter.message(f"{folder.path} is finished: all {config.training.iterations} iterations are done")
@@ -252,19 +261,33 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
 
     def validation(meta: Params, on_tasks: Callable[[int], None]) -> tuple[float, float, float]:
         outcomes = evaluate(outcome, meta, frozen, config.training.val_tasks, on_tasks)
-        accuracy, half_width = (
-            interval(outcomes.accuracies)
-            if len(outcomes.accuracies) > 1
-            else (
-                float(outcomes.accuracies[0]),
-                math.inf,
-            )
-        )
-        return accuracy, half_width, float(outcomes.losses.mean())
+        return *interval(outcomes.accuracies), float(outcomes.losses.mean())
 
     # δ has a generator of its own, so that θ's start is the same under every rule.
-    rule = build_rule(config.rule, config.outer, torch.Generator().manual_seed(seed + 1))
+    logged = _logged_weights(config) if isinstance(config.rule, ReplayedConfig) else None
+    rule = build_rule(config, torch.Generator().manual_seed(seed + 1), logged)
     return _Session(config, folder, learner, rule, tools, validation, dataset.image_shape, device)
+
+
+def _logged_weights(config: RunConfig) -> torch.Tensor:
+    assert isinstance(config.rule, ReplayedConfig)
+    if config.rule.replay is None:
+        raise ConfigError("--replay is missing: name the folder of the attended run whose weights are to be replayed")
+    logged = RunFolder(config.rule.replay)
+    theirs = logged.read_config()
+    B, seed = config.outer.meta_batch_size, config.training.seed
+    if (theirs.training.seed, theirs.outer.meta_batch_size) != (seed, B):
+        raise ConfigError(
+            f"{logged.path} was trained with seed {theirs.training.seed} and meta-batches of "
+            f"{theirs.outer.meta_batch_size}, but this run has seed {seed} and {B}: replay a run of the same"
+        )
+    weights = logged.read_weights_log()
+    if len(weights) < config.training.iterations or weights.shape[1] != B:
+        raise ConfigError(
+            f"{logged.path} logged the weights of {len(weights)} batches of {weights.shape[1]} tasks, but this run "
+            f"needs {config.training.iterations} of {B}: lower --iterations, or train that run on"
+        )
+    return weights
 
 
 class _Streams:
@@ -293,7 +316,7 @@ def _checked(result: tuple[Params, TaskInfo], stream: str) -> tuple[Params, Task
         for task, (loss, gradient) in enumerate(zip(finite_loss.tolist(), finite_gradient.tolist(), strict=True), 1):
             if not (loss and gradient):
                 what = "gradient" if loss else "loss"
-                raise NonFiniteError(f"the {what} of task {task} of the {stream} batch is not finite")
+                raise NonFiniteTaskError(what, task, stream)
     return result
 
 

@@ -71,10 +71,10 @@ class Episodes:
     def rows(self, index: int) -> np.ndarray:
         """(N, K+Q) image rows of task `index`; the first K columns are its support set."""
         bits = np.random.Philox(key=np.array(self._key, dtype=np.uint64), counter=[0, index, 0, 0])
-        chosen = _sample(bits, len(self.split.classes), self.ways)
+        chosen = sample(bits, len(self.split.classes), self.ways)
         each = self.shots + self.queries
         starts, counts = self.split.starts, self.split.counts
-        return np.stack([starts[c] + _sample(bits, counts[c], each) for c in chosen])
+        return np.stack([starts[c] + sample(bits, counts[c], each) for c in chosen])
 
     def batch(self, first: int, count: int) -> Episode:
         """Tasks first … first+count−1 as one batched Episode, images float32, gathered in one indexing operation."""
@@ -102,7 +102,9 @@ class Episodes:
         return digest.hexdigest()
 
 
-def _sample(bits: np.random.Philox, population: int, count: int) -> np.ndarray:
-    # The positions of the smallest of `population` random keys: distinct, unbiased, and exactly defined.
+def sample(bits: np.random.Philox, population: int, count: int) -> np.ndarray:
+    """`count` distinct numbers below `population` in random order, (count,): the positions of the smallest of
+    `population` random keys, so unbiased and exactly defined.
+    """
     keys: np.ndarray = bits.random_raw(population)
     return np.argsort(keys, kind="stable")[:count]

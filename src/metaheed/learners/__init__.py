@@ -1,22 +1,48 @@
 """Learners: how one task is adapted."""
 
-from metaheed.config import LearnerConfig, MAMLConfig
+from metaheed.config import (
+    ANILConfig,
+    BOILConfig,
+    LearnerConfig,
+    MAMLConfig,
+    MetaLSTMConfig,
+    MetaSGDConfig,
+    ProtoNetConfig,
+)
 from metaheed.errors import ConfigError
 from metaheed.learners.backbones import BACKBONES, Conv4, ImageShape, build_backbone, find_backbone
 from metaheed.learners.base import Backbone, Learner, task_loss
 from metaheed.learners.maml import MAML
+from metaheed.learners.meta_lstm import MetaLSTM
+from metaheed.learners.meta_sgd import MetaSGD
+from metaheed.learners.partial import ANIL, BOIL
+from metaheed.learners.protonet import ProtoNet
 
 __all__ = [
+    "ANIL",
     "BACKBONES",
+    "BOIL",
     "MAML",
     "Backbone",
     "Conv4",
     "Learner",
+    "MetaLSTM",
+    "MetaSGD",
+    "ProtoNet",
     "build_backbone",
     "build_learner",
     "find_backbone",
     "task_loss",
 ]
+
+_CLASSES = {
+    MAMLConfig: MAML,
+    ANILConfig: ANIL,
+    BOILConfig: BOIL,
+    MetaSGDConfig: MetaSGD,
+    MetaLSTMConfig: MetaLSTM,
+    ProtoNetConfig: ProtoNet,
+}
 
 
 def build_learner(config: LearnerConfig, ways: int, image_shape: ImageShape, seed: int) -> Learner:
@@ -26,6 +52,8 @@ def build_learner(config: LearnerConfig, ways: int, image_shape: ImageShape, see
         ConfigError: the backbone cannot be built or adapted.
     """
     backbone = build_backbone(config.backbone, ways, image_shape, seed, config.backbone_path)
-    if isinstance(config, MAMLConfig):
-        return MAML(backbone, config.adaptation_steps, config.fast_lr, config.first_order)
-    raise ConfigError(f"no learner is built from {type(config).__name__}")
+    if type(config) not in _CLASSES:
+        raise ConfigError(f"no learner is built from {type(config).__name__}")
+    # A config's own fields are its learner's keyword arguments: a test holds the two together.
+    learner: Learner = _CLASSES[type(config)](backbone, **config.own_settings())
+    return learner

@@ -2,14 +2,15 @@
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, grad_and_value
 
-from metaheed.errors import ConfigError
+from metaheed.errors import ConfigError, unknown
 from metaheed.types import Params
 
 
@@ -42,6 +43,28 @@ def task_loss(learner: Learner, adapted: Params, x: Tensor, y: Tensor) -> tuple[
     return F.cross_entropy(logits, y), logits
 
 
+def support_gradient(
+    learner: Learner, at: Params, x: Tensor, y: Tensor, names: Sequence[str] | None = None
+) -> tuple[Params, Tensor]:
+    """∇L of the mean cross-entropy on a support set at base parameters φ, and L (0-d).
+
+    Differentiable; with `names`, the gradient with respect to these parameters only.
+    """
+    moving = at if names is None else {name: at[name] for name in names}
+    gradient, (loss, _) = grad_and_value(lambda p: task_loss(learner, {**at, **p}, x, y), has_aux=True)(moving)
+    return gradient, loss
+
+
+def detached(tree: Params) -> Params:
+    """The same values as constants."""
+    return {name: leaf.detach() for name, leaf in tree.items()}
+
+
+def below(prefix: str, tree: Params) -> Params:
+    """The entries whose name begins with `prefix`, without it."""
+    return {name.removeprefix(prefix): leaf for name, leaf in tree.items() if name.startswith(prefix)}
+
+
 class Backbone:
     """A network as a pure function of its parameters, for learners to build on.
 
@@ -66,12 +89,40 @@ class Backbone:
                 stacklevel=3,
             )
 
+    @property
+    def names(self) -> list[str]:
+        """The names of the parameters that are learned, in order."""
+        return [name for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def find_head(self, name: str | None) -> str:
+        """The name of the head's module; none given: of the last module that has learned parameters of its own.
+
+        Raises:
+            ConfigError: there is no module of that name, or it has no parameters.
+        """
+        owners: list[str] = [
+            n for n, part in self.module.named_modules() if any(p.requires_grad for p in part.parameters(False))
+        ]
+        if name is None:
+            return owners[-1]
+        modules = [n for n, _ in self.module.named_modules() if n]
+        if name not in modules:
+            raise unknown("head", name, modules)
+        if not self.names_of(name):
+            raise ConfigError(f"head {name!r} has no parameters to learn: those that have are {', '.join(owners)}")
+        return name
+
+    def names_of(self, module: str) -> set[str]:
+        """The names of the learned parameters inside a module ("" is the whole network)."""
+        return {name for name in self.names if not module or name.startswith(f"{module}.")}
+
     def init(self, generator: torch.Generator) -> Params:
         """The parameters: redrawn by the module's own `redraw(generator)` where it has one, else its present values."""
         redraw = getattr(self.module, "redraw", None)
         if redraw is not None:
             redraw(generator)
-        return {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+        learned = dict(self.module.named_parameters())
+        return {name: learned[name].detach().clone() for name in self.names}
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         """Logits (n, N) in the parameters' dtype."""

@@ -12,10 +12,9 @@ With `first_order` the gradients of step 2 count as constants in step 3 (FOMAML,
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad
 
 from metaheed.config import MAMLConfig
-from metaheed.learners.base import Backbone, task_loss
+from metaheed.learners.base import Backbone, detached, support_gradient
 from metaheed.types import Params
 
 
@@ -59,8 +58,8 @@ class MAML:
         """φᵀ after T gradient steps on the support set."""
         adapted = self.initial(meta)
         for _ in range(self.adaptation_steps):
-            at = {name: p.detach() for name, p in adapted.items()} if self.first_order else adapted
-            gradient, _ = grad(lambda p: task_loss(self, p, support_x, support_y), has_aux=True)(at)
+            at = detached(adapted) if self.first_order else adapted
+            gradient, _ = support_gradient(self, at, support_x, support_y)
             adapted = {name: p - self.fast_lr * gradient[name] for name, p in adapted.items()}
         return adapted
 

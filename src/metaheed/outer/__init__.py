@@ -4,10 +4,23 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
+from torch import Tensor
 
-from metaheed.config import AttendedConfig, OuterConfig, RuleConfig, TrainingConfig, UniformConfig
+from metaheed.config import (
+    AttendedConfig,
+    EquityConfig,
+    LossSoftmaxConfig,
+    OuterConfig,
+    ReplayedConfig,
+    RunConfig,
+    SequentialConfig,
+    TrainingConfig,
+    Uniform2BConfig,
+    UniformConfig,
+)
 from metaheed.errors import ConfigError
 from metaheed.outer.attention import FEATURES, TaskAttention, attention_features, weight_gradient, weighted_sum
+from metaheed.outer.equity import equity_coefficients, inequality
 from metaheed.outer.gradients import (
     Execution,
     T,
@@ -21,7 +34,19 @@ from metaheed.outer.gradients import (
     vectorized,
 )
 from metaheed.outer.optimizers import OptState, OuterOptimizer, adam, clipped, sgd
-from metaheed.outer.rules import OuterState, Rule, StepRecord, Tools, attended, uniform
+from metaheed.outer.rules import (
+    OuterState,
+    Rule,
+    StepRecord,
+    Tools,
+    attended,
+    equity,
+    loss_softmax,
+    replayed,
+    sequential,
+    uniform,
+    uniform_2b,
+)
 from metaheed.types import Episode, Params
 
 __all__ = [
@@ -42,15 +67,22 @@ __all__ = [
     "build_optimizer",
     "build_rule",
     "clipped",
+    "equity",
+    "equity_coefficients",
+    "inequality",
     "initial_gradient",
     "initial_outcome",
     "looped",
+    "loss_softmax",
     "map_looped",
     "map_vectorized",
     "pick_execution",
+    "replayed",
+    "sequential",
     "sgd",
     "task_gradient",
     "uniform",
+    "uniform_2b",
     "vectorized",
     "weight_gradient",
     "weighted_sum",
@@ -63,16 +95,42 @@ def build_optimizer(config: OuterConfig) -> OuterOptimizer:
     return optimizer if config.clip_norm is None else clipped(optimizer, config.clip_norm)
 
 
-def build_rule(config: RuleConfig, outer: OuterConfig, generator: torch.Generator) -> Rule:
-    """The batch rule that a config describes; `generator` draws what it starts from."""
-    if isinstance(config, UniformConfig):
-        return uniform()
-    if isinstance(config, AttendedConfig):
-        attention = TaskAttention(
-            outer.meta_batch_size, config.attention_architecture, config.attention_standardize, generator=generator
-        )
-        return attended(attention, adam(config.attention_lr), outer.meta_lr, config.attention_jacobian)
-    raise ConfigError(f"no rule is built from {type(config).__name__}")
+def build_rule(config: RunConfig, generator: torch.Generator, logged: Tensor | None = None) -> Rule:
+    """The batch rule that a config describes.
+
+    Args:
+        config: the run's.
+        generator: draws what the rule starts from.
+        logged: (iterations, B), the weights to replay; needed by `replayed` only.
+    """
+    rule, outer = config.rule, config.outer
+    match rule:
+        case UniformConfig():
+            return uniform()
+        case Uniform2BConfig():
+            return uniform_2b()
+        case SequentialConfig():
+            return sequential()
+        case LossSoftmaxConfig():
+            return loss_softmax(rule.loss_temperature)
+        case EquityConfig():
+            losses = rule.equity_losses
+            if losses == "auto":
+                losses = "query" if config.learner.has_start else "adapted"
+            return equity(rule.equity_lambda, rule.equity_index, rule.equity_parameter, losses)
+        case AttendedConfig():
+            attention = TaskAttention(
+                outer.meta_batch_size,
+                rule.attention_architecture,
+                rule.attention_standardize,
+                generator=generator,
+                omit=rule.attention_omit,
+            )
+            delta_step = adam(rule.attention_lr)
+            return attended(attention, delta_step, outer.meta_lr, rule.attention_jacobian, rule.attention_reuse_probe)
+        case ReplayedConfig() if logged is not None:
+            return replayed(logged, config.training.seed)
+    raise ConfigError(f"no rule is built from {type(rule).__name__}")
 
 
 def build_execution(

@@ -46,9 +46,10 @@ class TaskAttention(nn.Module):
             are alike), for the raw inputs differ in scale by orders of magnitude.
         hidden: neurons in a hidden layer.
         generator: draws δ's start; none: torch's global one.
+        omit: an input of FEATURES that is left out (a control); none: all four are seen.
 
     Raises:
-        ValueError: unknown architecture, "paper" without tasks, or a size below 1.
+        ValueError: unknown architecture or input, "paper" without tasks, or a size below 1.
     """
 
     def __init__(
@@ -58,8 +59,11 @@ class TaskAttention(nn.Module):
         standardize: bool = False,
         hidden: int = 32,
         generator: torch.Generator | None = None,
+        omit: str | None = None,
     ) -> None:
         super().__init__()
+        if omit is not None and omit not in FEATURES:
+            raise ValueError(f"omit is {omit!r}, but attention's inputs are {', '.join(FEATURES)}")
         if architecture not in ("paper", "equivariant"):
             raise ValueError(f"architecture is {architecture!r}, but it must be 'paper' or 'equivariant'")
         if architecture == "paper" and tasks is None:
@@ -69,13 +73,14 @@ class TaskAttention(nn.Module):
         self.tasks = tasks
         self.architecture = architecture
         self.standardize = standardize
+        self.inputs = [k for k, name in enumerate(FEATURES) if name != omit]
         if architecture == "paper":
             assert tasks is not None
-            self.mix: nn.Module = nn.Conv1d(len(FEATURES), 1, 1)
+            self.mix: nn.Module = nn.Conv1d(len(self.inputs), 1, 1)
             inputs, outputs = tasks, tasks
         else:
             self.mix = nn.Identity()
-            inputs, outputs = 3 * len(FEATURES), 1
+            inputs, outputs = 3 * len(self.inputs), 1
         self.layers = nn.Sequential(
             nn.Linear(inputs, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, outputs)
         )
@@ -104,7 +109,7 @@ class TaskAttention(nn.Module):
         if self.tasks is not None and tasks != self.tasks:
             raise ValueError(f"built for {self.tasks} tasks but given {tasks}: rebuild it, or use 'equivariant'")
         dtype = next(self.parameters()).dtype
-        x = attention_features(info).to(dtype)
+        x = attention_features(info).to(dtype)[:, self.inputs]
         if self.standardize:
             centred = x - x.mean(0)
             spread = centred.square().mean(0).sqrt()

@@ -4,16 +4,21 @@ A rule is a pure pair (init, step). Its step is handed callables, not results, s
 gradients are taken and on which batches; it never looks inside a learner.
 """
 
+import zlib
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from metaheed.config import AttendedConfig
-from metaheed.errors import unknown
+from metaheed.config import AttendedConfig, EquityConfig, LossSoftmaxConfig
+from metaheed.data.episodes import sample
+from metaheed.errors import ConfigError, NonFiniteTaskError, unknown
+from metaheed.learners.base import below
 from metaheed.outer.attention import TaskAttention, weight_gradient, weighted_sum
+from metaheed.outer.equity import equity_coefficients
 from metaheed.outer.gradients import value_and_pullback
 from metaheed.outer.optimizers import OptState, OuterOptimizer
 from metaheed.types import Episode, Params, TaskInfo
@@ -65,11 +70,125 @@ class Rule(NamedTuple):
 
 def uniform() -> Rule:
     """θ' = outer step on Σ_i g_i / B."""
+    return _weighted(lambda t, info: uniform_weights(info))
+
+
+def loss_softmax(temperature: float = LossSoftmaxConfig.loss_temperature) -> Rule:
+    """Control: θ' = outer step on Σ_i w_i g_i with w = softmax(L*ᵀ/τ) over the batch: hard tasks weigh most.
+
+    Raises:
+        ConfigError: τ is not a finite number above 0.
+    """
+    LossSoftmaxConfig(loss_temperature=temperature)
+    return _weighted(lambda t, info: torch.softmax(info.query_loss / temperature, 0))
+
+
+def replayed(logged: Tensor, seed: int) -> Rule:
+    """Control: the weights another run logged, permuted over the tasks of each batch: as uneven, but blind.
+
+    Args:
+        logged: (iterations, B), the weights of iteration t in row t.
+        seed: decides the permutations, with t.
+    """
+
+    def weigh(t: int, info: TaskInfo) -> Tensor:
+        bits = np.random.Philox(key=np.array([seed, zlib.crc32(b"replayed")], dtype=np.uint64), counter=[0, t, 0, 0])
+        order = torch.from_numpy(sample(bits, logged.shape[1], logged.shape[1]))
+        return logged[t][order].to(info.query_loss)
+
+    return _weighted(weigh)
+
+
+def _weighted(weigh: Callable[[int, TaskInfo], Tensor]) -> Rule:
+    """θ' = outer step on Σ_i w_i g_i, w = weigh(t, infos)."""
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
         task_grads, info = tools.gradients(state.meta, tools.train(t))
-        weights = uniform_weights(info)
+        weights = weigh(t, info)
         meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, weighted_sum(weights, task_grads))
+        return OuterState(meta, optimizer, state.rule), StepRecord(info, weights)
+
+    return Rule(lambda meta: {}, step)
+
+
+def uniform_2b() -> Rule:
+    """Control: θ' = outer step on the mean over training batch t and probe batch t, both at θ.
+
+    As many tasks as attention sees. Its records are of 2B tasks.
+    """
+
+    def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
+        results = [tools.gradients(state.meta, stream(t)) for stream in (tools.train, tools.probe)]
+        info = TaskInfo(*(torch.cat(parts) for parts in zip(*(i for _, i in results), strict=True)))
+        weights = uniform_weights(info)
+        B = len(results[0][1].query_loss)
+        sums = [weighted_sum(w, g) for w, (g, _) in zip(weights.tensor_split([B]), results, strict=True)]
+        combined = {name: sums[0][name] + sums[1][name] for name in state.meta}
+        meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, combined)
+        return OuterState(meta, optimizer, state.rule), StepRecord(info, weights)
+
+    return Rule(lambda meta: {}, step)
+
+
+def sequential() -> Rule:
+    """An outer step after every task of the batch, in order, each gradient taken at the θ that the one before left.
+
+    Over B tasks it is B single-task outer steps (Ravi & Larochelle's training). Each task weighs 1 in its own step.
+    """
+
+    def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
+        batch = tools.train(t)
+        meta, optimizer = state.meta, state.optimizer
+        infos = []
+        for index in range(len(batch.support_y)):
+            try:
+                task_grads, info = tools.gradients(meta, Episode(*(part[index : index + 1] for part in batch)))
+            except NonFiniteTaskError as error:  # the tool saw a batch of one
+                raise NonFiniteTaskError(error.what, index + 1, error.stream) from None
+            meta, optimizer = tools.optimizer.step(meta, optimizer, weighted_sum(uniform_weights(info), task_grads))
+            infos.append(info)
+        info = TaskInfo(*(torch.cat(parts) for parts in zip(*infos, strict=True)))
+        return OuterState(meta, optimizer, state.rule), StepRecord(info, torch.ones_like(info.query_loss))
+
+    return Rule(lambda meta: {}, step)
+
+
+def equity(
+    strength: float = EquityConfig.equity_lambda,
+    index: str = EquityConfig.equity_index,
+    parameter: float | None = EquityConfig.equity_parameter,
+    losses: Literal["query", "support", "adapted"] = "query",
+) -> Rule:
+    """TAML (Jamal & Qi, CVPR 2019): θ' = outer step on the gradient of (1/B) Σ_i L_i*ᵀ + λ I({ℓ_i}).
+
+    1. g_i, the meta-gradients, and h_i = ∇_θ ℓ_i, ℓ_i the loss of task i before adaptation.
+    2. c_i = ∂I/∂ℓ_i. The gradient is Σ_i (g_i/B + λ c_i h_i): no joint graph is needed.
+
+    Deviation from the paper: the mean of the losses stands beside λ, not their sum, so the paper's λ is B times ours.
+
+    Args:
+        strength: λ.
+        index, parameter: of `inequality`.
+        losses: ℓ_i at φ⁰ on the query set (the paper's formula) or the support set; adapted: ℓ_i = L_i*ᵀ, h_i = g_i.
+
+    Raises:
+        ConfigError: a setting out of its bounds.
+    """
+    EquityConfig(equity_lambda=strength, equity_index=index, equity_parameter=parameter, equity_losses=losses)  # type: ignore[arg-type]  # checked there
+
+    def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
+        batch = tools.train(t)
+        task_grads, info = tools.gradients(state.meta, batch)
+        if losses == "adapted":
+            slopes, values = task_grads, info.query_loss
+        else:
+            judged = batch if losses == "query" else batch._replace(query_x=batch.support_x, query_y=batch.support_y)
+            slopes, values = tools.initial_gradients(state.meta, judged)
+        weights = uniform_weights(info)
+        mean = weighted_sum(weights, task_grads)
+        penalty = weighted_sum(strength * equity_coefficients(values, index, parameter), slopes)
+        combined = {name: mean[name] + penalty[name] for name in mean}
+        meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, combined)
         return OuterState(meta, optimizer, state.rule), StepRecord(info, weights)
 
     return Rule(lambda meta: {}, step)
@@ -80,6 +199,7 @@ def attended(
     attention_optimizer: OuterOptimizer,
     meta_lr: float,
     jacobian: str = AttendedConfig.attention_jacobian,
+    reuse_probe: bool = AttendedConfig.attention_reuse_probe,
 ) -> Rule:
     """Task-attended outer step (paper, algorithm 1 and eq. 3).
 
@@ -88,6 +208,9 @@ def attended(
     3. G = (1/B) Σ_j ∇_{θ'} L_j*(φ_jᵀ) over probe batch t, each task adapted from θ'. It reaches δ only, never θ.
     4. δ' = step of `attention_optimizer` on ∂L/∂δ, with ∂L/∂w_i = ⟨g_i, Jᵀ G⟩.
 
+    With `reuse_probe` the probe batch of step t is training batch t+1: its gradients at θ' are those that step t+1
+    begins with, and are kept for it. One meta-gradient a step instead of two; the paper draws a batch of its own.
+
     Deviation from the authors' code: G is taken at the θ' of the real outer step, not of an SGD look-ahead.
 
     Args:
@@ -95,26 +218,38 @@ def attended(
         attention_optimizer: the step on δ (the paper: Adam at rate γ).
         meta_lr: β of the look-ahead when `jacobian` is "sgd".
         jacobian: "sgd": J = −β I, the authors' look-ahead; "optimizer": J of the real outer step, clipping included.
+        reuse_probe: as above; needs an attention that was told the number of tasks.
 
     Raises:
-        ConfigError: unknown jacobian.
+        ConfigError: unknown jacobian, or reuse without the number of tasks.
     """
     if jacobian not in ("sgd", "optimizer"):
         raise unknown("attention jacobian", jacobian, ("sgd", "optimizer"))
+    if reuse_probe and attention.tasks is None:
+        raise ConfigError("probe reuse keeps one gradient a task: build TaskAttention with tasks=B")
 
     def init(meta: Params) -> Params:
         reference = next(iter(meta.values()))
         delta = {n: p.detach().clone().to(reference) for n, p in attention.named_parameters()}
-        return _join(delta, attention_optimizer.init(delta))
+        state = _above("attention.", delta) | _above("optimizer.", attention_optimizer.init(delta))
+        if reuse_probe:
+            assert attention.tasks is not None  # checked above
+            nothing = {n: p.new_zeros(attention.tasks, *p.shape) for n, p in meta.items()}
+            state |= _pending(nothing, TaskInfo(*(reference.new_zeros(attention.tasks) for _ in TaskInfo._fields)), -1)
+        return state
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
-        delta, delta_state = _split(state.rule)
-        task_grads, info = tools.gradients(state.meta, tools.train(t))
+        delta, delta_state = below("attention.", state.rule), below("optimizer.", state.rule)
+        if reuse_probe and int(state.rule["pending.batch"]) == t:
+            task_grads = below("pending.gradient.", state.rule)
+            info = TaskInfo(**below("pending.info.", state.rule))
+        else:
+            task_grads, info = tools.gradients(state.meta, tools.train(t))
         weights, pull_delta = value_and_pullback(lambda d: functional_call(attention, d, (info,)), delta)
         combined = weighted_sum(weights, task_grads)
         meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, combined)
 
-        probe_grads, probe_info = tools.gradients(meta, tools.probe(t))
+        probe_grads, probe_info = tools.gradients(meta, tools.train(t + 1) if reuse_probe else tools.probe(t))
         G = weighted_sum(uniform_weights(probe_info), probe_grads)
 
         def pull(v: Params) -> Params:
@@ -127,7 +262,10 @@ def attended(
 
         delta_gradient = pull_delta(weight_gradient(task_grads, G, pull).to(weights.dtype))
         delta, delta_state = attention_optimizer.step(delta, delta_state, delta_gradient)
-        return OuterState(meta, optimizer, _join(delta, delta_state)), StepRecord(info, weights)
+        kept = _above("attention.", delta) | _above("optimizer.", delta_state)
+        if reuse_probe:
+            kept |= _pending(probe_grads, probe_info, t + 1)
+        return OuterState(meta, optimizer, kept), StepRecord(info, weights)
 
     return Rule(init, step)
 
@@ -137,13 +275,15 @@ def uniform_weights(info: TaskInfo) -> Tensor:
     return torch.full_like(info.query_loss, 1 / info.query_loss.shape[0])
 
 
-def _join(delta: Params, delta_state: OptState) -> Params:
-    return {f"attention.{n}": p for n, p in delta.items()} | {f"optimizer.{n}": p for n, p in delta_state.items()}
+def _above(prefix: str, tree: Params) -> Params:
+    return {f"{prefix}{name}": leaf for name, leaf in tree.items()}
 
 
-def _split(rule_state: Params) -> tuple[Params, OptState]:
-    return _below("attention.", rule_state), _below("optimizer.", rule_state)
-
-
-def _below(prefix: str, tree: Params) -> Params:
-    return {name.removeprefix(prefix): leaf for name, leaf in tree.items() if name.startswith(prefix)}
+def _pending(task_grads: Params, info: TaskInfo, batch: int) -> Params:
+    """What is kept for the step that trains on `batch`, laid out as a checkpoint gives it back, for bits to agree."""
+    device = info.query_loss.device
+    return {
+        "pending.batch": torch.tensor(batch, device=device),
+        **_above("pending.gradient.", {name: g.contiguous() for name, g in task_grads.items()}),
+        **_above("pending.info.", {name: value.contiguous() for name, value in info._asdict().items()}),
+    }

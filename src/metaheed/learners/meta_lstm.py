@@ -1,0 +1,144 @@
+"""MetaLSTM. Ravi, Larochelle: Optimization as a Model for Few-Shot Learning, ICLR 2017.
+
+A task's parameters φ are the cell state of an LSTM whose gates a second, lower LSTM works out from the loss and its
+gradient: a learned optimiser, started from a learned c_0. The weights of both are shared by all D coordinates of φ;
+each coordinate has its own state.
+
+1. c_0 = φ⁰, learned. h_0 = m_0 = 0 (the lower LSTM's output and cell), f̃_0 = ĩ_0 = 0.
+2. For t = 1 … T, with L_t the mean support cross-entropy at c_{t−1} and g_t its gradient, both constants (no second
+   derivatives; paper, section 3.4):
+   x_t = [prep(L_t), prep(g_t)]                     preprocessed (section 3.2 and Andrychowicz et al. 2016, appendix A)
+   h_t, m_t = LSTM(x_t; h_{t−1}, m_{t−1})
+   f̃_t = W_F [h_t, c_{t−1}, f̃_{t−1}] + b_F         (eq. 2: values before the sigmoid are fed back)
+   ĩ_t = W_I [h_t, c_{t−1}, ĩ_{t−1}] + b_I         (eq. 3)
+   c_t = σ(f̃_t) ∘ c_{t−1} − σ(ĩ_t) ∘ g_t
+3. φᵀ = c_T. θ = {c_0, LSTM, W_F, b_F, W_I, b_I} is judged by the query loss there.
+
+Legend: D coordinates of φ, H hidden size.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaheed.config import MetaLSTMConfig
+from metaheed.learners.base import Backbone, below, detached, support_gradient
+from metaheed.types import Params
+
+_P = 10.0  # p of the preprocessing
+
+
+class MetaLSTM:
+    """Learner whose θ are c_0, the lower LSTM and the two gates.
+
+    Names: `initial.NAME` for each of the backbone's parameters NAME (c_0); `lstm.weight_ih` (4H, 4), `lstm.weight_hh`
+    (4H, H), `lstm.bias_ih`, `lstm.bias_hh` (4H,), in the layout and gate order (input, forget, cell, output) of
+    torch.nn.LSTMCell, its input the two preprocessed values of the loss, then the two of the gradient;
+    `forget_gate.weight` (1, H+2) over [h, c, f̃], `forget_gate.bias` (1,); `input_gate.weight` (1, H+2) over [h, c, ĩ],
+    `input_gate.bias` (1,).
+
+    They start as U(−0.01, 0.01), the gates' biases as configured: keep nearly everything, take small steps.
+
+    Deviations from the paper: each of the T steps sees the whole support set; batch norm uses batch statistics
+    everywhere; the update of θ after every task is the rule `sequential`, not part of the learner.
+
+    Args:
+        backbone: any network from images to logits; see `Backbone` for what is converted and refused.
+        adaptation_steps: T.
+        hidden_size: H.
+        forget_bias: bounds of the uniform draw of b_F.
+        input_bias: bounds of the uniform draw of b_I.
+
+    Raises:
+        ConfigError: a setting out of its bounds, or a backbone that cannot be adapted.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        adaptation_steps: int = MetaLSTMConfig.adaptation_steps,
+        hidden_size: int = MetaLSTMConfig.hidden_size,
+        forget_bias: tuple[float, float] = MetaLSTMConfig.forget_bias,
+        input_bias: tuple[float, float] = MetaLSTMConfig.input_bias,
+    ) -> None:
+        MetaLSTMConfig(
+            adaptation_steps=adaptation_steps, hidden_size=hidden_size, forget_bias=forget_bias, input_bias=input_bias
+        )
+        self.backbone = Backbone(backbone)
+        self.adaptation_steps = adaptation_steps
+        self.hidden_size = hidden_size
+        self.forget_bias = forget_bias
+        self.input_bias = input_bias
+
+    def init(self, generator: torch.Generator) -> Params:
+        """θ: c_0 as MAML's θ at the same seed, the rest drawn as the class says."""
+        start = self.backbone.init(generator)
+        like, H = next(iter(start.values())), self.hidden_size
+
+        def uniform(low: float, high: float, *shape: int) -> Tensor:
+            return like.new_empty(shape).uniform_(low, high, generator=generator)
+
+        small = (-0.01, 0.01)
+        return {f"initial.{n}": p for n, p in start.items()} | {
+            "lstm.weight_ih": uniform(*small, 4 * H, 4),
+            "lstm.weight_hh": uniform(*small, 4 * H, H),
+            "lstm.bias_ih": uniform(*small, 4 * H),
+            "lstm.bias_hh": uniform(*small, 4 * H),
+            "forget_gate.weight": uniform(*small, 1, H + 2),
+            "forget_gate.bias": uniform(*self.forget_bias, 1),
+            "input_gate.weight": uniform(*small, 1, H + 2),
+            "input_gate.bias": uniform(*self.input_bias, 1),
+        }
+
+    def initial(self, meta: Params) -> Params:
+        """φ⁰ = c_0."""
+        return below("initial.", meta)
+
+    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """φᵀ = c_T after T steps of the learned optimiser on the support set."""
+        start = self.initial(meta)
+        c = _flat(start)  # (D, 1)
+        h = m = c.new_zeros(len(c), self.hidden_size)
+        forget = take = c.new_zeros(len(c), 1)  # f̃, ĩ
+        for _ in range(self.adaptation_steps):
+            gradient, loss = support_gradient(self, detached(_unflat(c, start)), support_x, support_y)
+            g, loss = _flat(gradient).detach(), loss.detach().reshape(1, 1)
+            x = torch.cat([preprocess(loss).expand(len(c), 2), preprocess(g)], dim=1)  # (D, 4)
+            h, m = _lstm_cell(meta, x, h, m)
+            forget = F.linear(torch.cat([h, c, forget], 1), meta["forget_gate.weight"], meta["forget_gate.bias"])
+            take = F.linear(torch.cat([h, c, take], 1), meta["input_gate.weight"], meta["input_gate.bias"])
+            c = torch.sigmoid(forget) * c - torch.sigmoid(take) * g
+        return _unflat(c, start)
+
+    def predict(self, adapted: Params, x: Tensor) -> Tensor:
+        """Logits (n, N) at φ."""
+        return self.backbone(adapted, x)
+
+
+def preprocess(x: Tensor) -> Tensor:
+    """(n, 1) -> (n, 2): (log|x|/p, sign x) where |x| ≥ e⁻ᵖ, else (−1, eᵖ x); p = 10."""
+    size = x.abs()
+    large = size >= math.exp(-_P)
+    log = torch.where(large, size, 1.0).log() / _P
+    return torch.cat([torch.where(large, log, -1.0), torch.where(large, x.sign(), math.exp(_P) * x)], dim=1)
+
+
+def _lstm_cell(meta: Params, x: Tensor, h: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
+    # torch.nn.LSTMCell in plain matrix products, for its fused kernel has neither a vmap rule nor a second derivative.
+    gates = F.linear(x, meta["lstm.weight_ih"], meta["lstm.bias_ih"]) + F.linear(
+        h, meta["lstm.weight_hh"], meta["lstm.bias_hh"]
+    )
+    i, f, g, o = gates.chunk(4, dim=1)
+    m = torch.sigmoid(f) * m + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(m), m
+
+
+def _flat(tree: Params) -> Tensor:
+    return torch.cat([leaf.reshape(-1) for leaf in tree.values()]).unsqueeze(1)
+
+
+def _unflat(column: Tensor, like: Params) -> Params:
+    parts = torch.split(column.squeeze(1), [leaf.numel() for leaf in like.values()])
+    return {name: part.view(leaf.shape) for part, (name, leaf) in zip(parts, like.items(), strict=True)}

@@ -1,0 +1,86 @@
+"""ProtoNet. Snell, Swersky, Zemel: Prototypical Networks for Few-shot Learning, NeurIPS 2017.
+
+Adaptation is one closed formula: a class is the mean of its embedded support images; a query belongs to the nearest.
+
+1. θ = the embedding f, the backbone without its head.
+2. c_k = mean of f(x) over the support images of class k (eq. 1).
+3. φ = f with a linear head: softmax over −‖f(x) − c_k‖² is softmax over 2 c_k · f(x) − ‖c_k‖² (section 2.4), so the
+   head's rows are 2 c_k and its biases −‖c_k‖². φ⁰ has a zero head: every class alike, L⁰ = ln N.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from metaheed.config import ProtoNetConfig
+from metaheed.errors import ConfigError
+from metaheed.learners.base import Backbone
+from metaheed.types import Params
+
+
+class ProtoNet:
+    """Learner whose θ are the parameters of the backbone's body under their own names.
+
+    A class without support images (a task of fewer ways than the head) gets no query.
+
+    Deviation from the paper: batch norm uses batch statistics everywhere, of support and of query set apart.
+
+    Args:
+        backbone: a network from images to logits whose last operation is a linear head over features (n, D); see
+            `Backbone` for what is converted and refused. The head gives N and is replaced.
+        head: the name of the head's module; none: the last module that has parameters of its own.
+
+    Raises:
+        ConfigError: a backbone that cannot be used, or whose head is not linear.
+    """
+
+    def __init__(self, backbone: nn.Module, head: str | None = ProtoNetConfig.head) -> None:
+        ProtoNetConfig(head=head)
+        plain = Backbone(backbone)
+        self.head = plain.find_head(head)
+        linear = plain.module.get_submodule(self.head)
+        if not isinstance(linear, nn.Linear) or not self.head:
+            raise ConfigError(
+                f"ProtoNet replaces the network's linear head, but {self.head or 'the network'!r} is "
+                f"{type(linear).__name__}: name a torch.nn.Linear inside the network as its head"
+            )
+        self.ways, self.features = linear.out_features, linear.in_features
+        of_head = plain.names_of(self.head)
+        self.body = tuple(name for name in plain.names if name not in of_head)
+        self._plain = plain  # draws the body's start as every other learner does
+        headed, embedding = copy.deepcopy(plain.module), copy.deepcopy(plain.module)
+        headed.set_submodule(self.head, nn.Linear(self.features, self.ways))  # a head with a bias, whatever it had
+        embedding.set_submodule(self.head, nn.Identity())
+        self.backbone, self.embedding = Backbone(headed), Backbone(embedding)
+
+    def init(self, generator: torch.Generator) -> Params:
+        """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
+        drawn = self._plain.init(generator)
+        return {name: drawn[name] for name in self.body}
+
+    def initial(self, meta: Params) -> Params:
+        """φ⁰: the embedding with a zero head."""
+        like = next(iter(meta.values()))
+        return self._with_head(meta, like.new_zeros(self.ways, self.features), like.new_zeros(self.ways))
+
+    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """φ: the embedding with the head that the prototypes make."""
+        z = self.embedding(meta, support_x)
+        if z.dim() != 2 or z.shape[1] != self.features:
+            raise ConfigError(
+                f"ProtoNet needs features (n, {self.features}) before the head {self.head!r}, but they are "
+                f"{tuple(z.shape)}: flatten them before it, and let the head come last"
+            )
+        member = (support_y.unsqueeze(1) == torch.arange(self.ways, device=z.device)).to(z.dtype)  # (N·K, N)
+        count = member.sum(0)
+        c = (member.T @ z) / count.clamp(min=1).unsqueeze(1)  # (N, D)
+        nobody = torch.finfo(z.dtype).min / 2
+        return self._with_head(meta, 2 * c, torch.where(count > 0, -c.square().sum(1), nobody))
+
+    def predict(self, adapted: Params, x: Tensor) -> Tensor:
+        """Logits (n, N) at φ."""
+        return self.backbone(adapted, x)
+
+    def _with_head(self, meta: Params, weight: Tensor, bias: Tensor) -> Params:
+        return {**meta, f"{self.head}.weight": weight, f"{self.head}.bias": bias}

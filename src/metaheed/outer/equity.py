@@ -1,0 +1,81 @@
+"""Indices of inequality over the losses of a meta-batch (Jamal, Qi: Task Agnostic Meta-Learning, CVPR 2019).
+
+Legend: M tasks with losses ℓ_i ≥ 0 and mean ℓ̄; x_i = ℓ_i/ℓ̄.
+
+    theil                   (1/M) Σ x_i ln x_i
+    generalized-entropy a   Σ (x_i^a − 1) / (M a (a−1));  a→1: Theil;  a→0: −(1/M) Σ ln x_i
+    atkinson ε              1 − ((1/M) Σ x_i^{1−ε})^{1/(1−ε)};  ε→1: 1 − (Π x_i)^{1/M}
+    gini                    Σ_i Σ_j |ℓ_i − ℓ_j| / (2 M Σ ℓ_i)
+    log-variance            (1/M) Σ (ln ℓ_i − mean ln ℓ)²
+
+All are 0 for equal losses, and none sees a common factor of the losses.
+"""
+
+import torch
+from torch import Tensor
+from torch.func import grad
+
+from metaheed.config import EQUITY_PARAMETERS, EquityConfig, check_equity_parameter
+
+
+def inequality(losses: Tensor, index: str = EquityConfig.equity_index, parameter: float | None = None) -> Tensor:
+    """I({ℓ_i}), 0-d in the losses' dtype; differentiable.
+
+    A loss of exactly 0, whose logarithm the indices take, counts as the smallest positive normal number.
+
+    Args:
+        losses: (M,), not negative.
+        index: a key of EQUITY_PARAMETERS.
+        parameter: a of generalized-entropy, ε > 0 of atkinson; none: the index's own.
+
+    Raises:
+        ConfigError: unknown index, or a parameter it does not take.
+        ValueError: losses that are not (M,), M ≥ 1, or negative.
+    """
+    check_equity_parameter(index, parameter)
+    if losses.dim() != 1 or not len(losses):
+        raise ValueError(f"losses have shape {tuple(losses.shape)}, but they must be (M,), one a task")
+    if bool((losses.detach() < 0).any()):
+        raise ValueError("a loss is negative, but inequality is defined for losses of at least 0")
+    value = EQUITY_PARAMETERS[index] if parameter is None else parameter
+    losses = losses.clamp(min=torch.finfo(losses.dtype).tiny)
+    if index == "gini":
+        return (losses.unsqueeze(0) - losses.unsqueeze(1)).abs().sum() / (2 * len(losses) * losses.sum())
+    if index == "log-variance":
+        return (losses.log() - losses.log().mean()).square().mean()
+    if index == "theil":
+        return _generalized_entropy(losses / losses.mean(), 1.0)
+    assert value is not None  # the remaining two have one
+    if index == "generalized-entropy":
+        return _generalized_entropy(losses / losses.mean(), value)
+    return _atkinson(losses / losses.mean(), value)
+
+
+def equity_coefficients(
+    losses: Tensor, index: str = EquityConfig.equity_index, parameter: float | None = None
+) -> Tensor:
+    """c_i = ∂I/∂ℓ_i, (M,): how the inequality answers to each loss. Arguments and errors as for `inequality`."""
+    coefficients: Tensor = grad(inequality)(losses.detach(), index, parameter)
+    return coefficients
+
+
+def _generalized_entropy(x: Tensor, a: float) -> Tensor:
+    log = x.log()
+    if a == 1:
+        return (x * log).mean()
+    if a == 0:
+        return -log.mean()
+    # Since Σ (x_i − 1) = 0, either numerator equals Σ (x_i^a − 1); the one near its own limit does not cancel there.
+    numerator = x * torch.expm1((a - 1) * log) if a > 0.5 else torch.expm1(a * log)
+    return numerator.mean() / (a * (a - 1))
+
+
+def _atkinson(x: Tensor, epsilon: float) -> Tensor:
+    k, log = 1 - epsilon, x.log()
+    if k == 0:
+        return -torch.expm1(log.mean())
+    if abs(k) < 0.5:  # near the limit, where the powers cancel
+        mean = torch.log1p(torch.expm1(k * log).mean()) / k
+    else:  # far from it, where they may overflow
+        mean = (torch.logsumexp(k * log, 0) - torch.tensor(float(len(x)), dtype=x.dtype, device=x.device).log()) / k
+    return -torch.expm1(mean)
