@@ -7,7 +7,14 @@ import torch
 
 from metaheed.config import AttendedConfig, OuterConfig, RuleConfig, TrainingConfig, UniformConfig
 from metaheed.errors import ConfigError
-from metaheed.outer.attention import FEATURES, TaskAttention, attention_features, weight_gradient, weighted_sum
+from metaheed.outer.attention import (
+    FEATURES,
+    TaskAttention,
+    attention_features,
+    stack_gradients,
+    weight_gradient,
+    weighted_sum,
+)
 from metaheed.outer.gradients import (
     Execution,
     T,
@@ -49,6 +56,7 @@ __all__ = [
     "map_vectorized",
     "pick_execution",
     "sgd",
+    "stack_gradients",
     "task_gradient",
     "uniform",
     "vectorized",
