@@ -5,16 +5,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint peers clean
 
 help:
 	@echo "make demo    train, judge and compare MAML and TA-MAML on built-in data (minutes)"
 	@echo "make test    ruff, mypy and all tests"
+	@echo "make peers   the other libraries that the examples run inside (make test does it too)"
 
 demo: $(VENV)/.installed
 	$(BIN)/metaheed demo
 
-test: $(VENV)/.installed-dev lint
+test: $(VENV)/.installed-dev lint peers
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -33,6 +34,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
 	touch $@
+
+# Without dependencies, so that none of them changes torch. One that cannot be had (no network, no wheel for this Python)
+# is no failure: its tests are skipped, and the next call tries again. learn2learn is packed by our own build backend,
+# which the path puts before setuptools; uncached, so that no other project of the user is given that small wheel.
+peers: $(VENV)/.peers
+
+$(VENV)/.peers: benchmarks/peers.txt $(wildcard benchmarks/learn2learn/* benchmarks/learn2learn/setuptools/*) | $(VENV)/.installed-dev
+	@complete=yes; \
+	for peer in $$(grep '^[a-z]' benchmarks/peers.txt); do \
+		$(PIP) --retries 1 --no-deps --only-binary :all: "$$peer" || complete=no; \
+	done; \
+	PYTHONPATH="$(CURDIR)/benchmarks/learn2learn" $(PIP) --retries 1 --no-deps --no-cache-dir --use-pep517 \
+		--no-build-isolation --requirement benchmarks/learn2learn/requirements.txt || complete=no; \
+	if [ $$complete = yes ]; then touch $@; else echo "some peers are missing: the tests of their examples are skipped"; fi
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -114,7 +114,7 @@ def test_every_config_field_is_used() -> None:
 def test_readme_paths_exist() -> None:
     readme = (ROOT / "README.md").read_text()
     section = readme.split("## Dive into the code")[1].split("\n## ")[0]
-    paths = re.findall(r"`((?:src|tests|docs|tools|benchmarks|experiments|results)/[\w./-]+)`", section)
+    paths = re.findall(r"`((?:src|tests|docs|examples|tools|benchmarks|experiments|results)/[\w./-]+)`", section)
     assert len(paths) >= 8
     for path in paths:
         assert (ROOT / path).exists(), path

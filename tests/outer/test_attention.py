@@ -4,7 +4,14 @@ import sys
 import pytest
 import torch
 
-from metaheed.outer import FEATURES, TaskAttention, attention_features, weight_gradient, weighted_sum
+from metaheed.outer import (
+    FEATURES,
+    TaskAttention,
+    attention_features,
+    stack_gradients,
+    weight_gradient,
+    weighted_sum,
+)
 from metaheed.types import TaskInfo
 
 ARCHITECTURES = ("paper", "equivariant")
@@ -95,6 +102,29 @@ def test_bad_use_is_refused() -> None:
         TaskAttention(4)(_info(3))
     with pytest.raises(ValueError, match=r"batched"):
         TaskAttention(4)(TaskInfo(*(torch.tensor(1.0) for _ in range(4))))
+
+
+def test_stack_gradients_by_hand() -> None:
+    one, two = torch.tensor([1.0, 2.0], requires_grad=True), torch.tensor([3.0, 4.0])
+    for first, second, names in (
+        ((one, two), (two, None), ["0", "1"]),
+        ({"a": one, "b": two}, {"b": None, "a": two}, ["a", "b"]),
+    ):
+        stacked = stack_gradients([first, second])
+        assert list(stacked) == names
+        assert stacked[names[0]].tolist() == [[1, 2], [3, 4]]
+        assert stacked[names[1]].tolist() == [[3, 4], [0, 0]], "a parameter that a task does not use"
+        assert not any(leaf.requires_grad for leaf in stacked.values())
+
+
+def test_stack_gradients_refuses_what_cannot_be_stacked() -> None:
+    leaf = torch.ones(2)
+    with pytest.raises(ValueError, match="at least one task"):
+        stack_gradients([])
+    with pytest.raises(ValueError, match="same parameters"):
+        stack_gradients([{"a": leaf}, {"b": leaf}])
+    with pytest.raises(ValueError, match="no task has a gradient of parameter '1'"):
+        stack_gradients([(leaf, None), (leaf, None)])
 
 
 def test_weighted_sum_by_hand() -> None:

@@ -19,7 +19,14 @@ from metaheed.config import (
     UniformConfig,
 )
 from metaheed.errors import ConfigError
-from metaheed.outer.attention import FEATURES, TaskAttention, attention_features, weight_gradient, weighted_sum
+from metaheed.outer.attention import (
+    FEATURES,
+    TaskAttention,
+    attention_features,
+    stack_gradients,
+    weight_gradient,
+    weighted_sum,
+)
 from metaheed.outer.equity import equity_coefficients, inequality
 from metaheed.outer.gradients import (
     Execution,
@@ -80,6 +87,7 @@ __all__ = [
     "replayed",
     "sequential",
     "sgd",
+    "stack_gradients",
     "task_gradient",
     "uniform",
     "uniform_2b",

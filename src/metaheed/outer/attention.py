@@ -2,12 +2,12 @@
 
 Tasks of a meta-batch are weighted by a small network with parameters δ that sees four numbers of each task. Stands
 alone: this file needs only torch, so the module drops into any training loop, as weights for stacked losses or through
-`weighted_sum` over per-task gradients.
+`weighted_sum` over per-task gradients (docs/attention.md).
 
 Legend: B tasks; per-task gradients have a leading B in every leaf.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -122,6 +122,30 @@ class TaskAttention(nn.Module):
             pooled = torch.cat([x.mean(0), x.amax(0)]).expand(tasks, -1)
             scores = self.layers(torch.cat([x, pooled], dim=1)).squeeze(1)
         return torch.softmax(scores, 0).to(info.query_loss.dtype)
+
+
+def stack_gradients(task_grads: Sequence[Mapping[str, Tensor | None] | Sequence[Tensor | None]]) -> Params:
+    """The gradients of B tasks, gathered one by one in a loop -> leaves (B, ...), detached.
+
+    Args:
+        task_grads: for each task a gradient by name, or as `torch.autograd.grad` gives it, a sequence in the order of
+            the parameters, whose leaves are then named "0", "1", …. None, for a parameter that a task does not use,
+            counts as zero.
+
+    Raises:
+        ValueError: no tasks, tasks with different parameters, or a parameter that no task uses.
+    """
+    named = [dict(g) if isinstance(g, Mapping) else {str(k): leaf for k, leaf in enumerate(g)} for g in task_grads]
+    if not named or any(g.keys() != named[0].keys() for g in named):
+        raise ValueError("give the gradients of at least one task, with the same parameters for every task")
+    stacked = {}
+    for name in named[0]:
+        like = next((g[name] for g in named if g[name] is not None), None)
+        if like is None:
+            raise ValueError(f"no task has a gradient of parameter {name!r}: leave the parameter out")
+        leaves = [torch.zeros_like(like) if leaf is None else leaf for leaf in (g[name] for g in named)]
+        stacked[name] = torch.stack(leaves).detach()
+    return stacked
 
 
 def weighted_sum(weights: Tensor, task_grads: Params) -> Params:

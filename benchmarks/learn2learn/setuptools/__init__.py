@@ -1,0 +1,1 @@
+"""Stands in for setuptools while pip builds learn2learn: see build_meta.py."""
