@@ -41,8 +41,8 @@ def test_meta_lstm_names_and_shapes(rng: torch.Generator) -> None:
 
 
 def test_meta_lstm_preprocessing() -> None:
-    x = torch.tensor([[1.0], [-math.exp(5)], [0.0], [math.exp(-11)], [-math.exp(-9.999)]], dtype=torch.float64)
-    expected = [[0, 1], [0.5, -1], [-1, 0], [-1, math.exp(-1)], [-0.9999, -1]]
+    x = torch.tensor([[1.0, -math.exp(5), 0.0, math.exp(-11), -math.exp(-9.999)]], dtype=torch.float64)
+    expected = [[0, 0.5, -1, -1, -0.9999], [1, -1, 0, math.exp(-1), -1]]
     torch.testing.assert_close(preprocess(x), torch.tensor(expected, dtype=torch.float64))
 
 

@@ -14,13 +14,12 @@ each coordinate has its own state.
    c_t = σ(f̃_t) ∘ c_{t−1} − σ(ĩ_t) ∘ g_t
 3. φᵀ = c_T. θ = {c_0, LSTM, W_F, b_F, W_I, b_I} is judged by the query loss there.
 
-Legend: D coordinates of φ, H hidden size.
+Legend: D coordinates of φ, H hidden size. A coordinate is a column, (features, D): so the gates are contiguous.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metaheed.config import MetaLSTMConfig
@@ -99,16 +98,16 @@ class MetaLSTM:
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φᵀ = c_T after T steps of the learned optimiser on the support set."""
         start = self.initial(meta)
-        c = _flat(start)  # (D, 1)
-        h = m = c.new_zeros(len(c), self.hidden_size)
-        forget = take = c.new_zeros(len(c), 1)  # f̃, ĩ
+        c = _flat(start)  # (1, D)
+        h = m = c.new_zeros(self.hidden_size, c.shape[1])
+        forget = take = torch.zeros_like(c)  # f̃, ĩ
         for _ in range(self.adaptation_steps):
             gradient, loss = support_gradient(self, detached(_unflat(c, start)), support_x, support_y)
             g, loss = _flat(gradient).detach(), loss.detach().reshape(1, 1)
-            x = torch.cat([preprocess(loss).expand(len(c), 2), preprocess(g)], dim=1)  # (D, 4)
+            x = torch.cat([preprocess(loss).expand(2, g.shape[1]), preprocess(g)])  # (4, D)
             h, m = _lstm_cell(meta, x, h, m)
-            forget = F.linear(torch.cat([h, c, forget], 1), meta["forget_gate.weight"], meta["forget_gate.bias"])
-            take = F.linear(torch.cat([h, c, take], 1), meta["input_gate.weight"], meta["input_gate.bias"])
+            forget = meta["forget_gate.weight"] @ torch.cat([h, c, forget]) + meta["forget_gate.bias"].unsqueeze(1)
+            take = meta["input_gate.weight"] @ torch.cat([h, c, take]) + meta["input_gate.bias"].unsqueeze(1)
             c = torch.sigmoid(forget) * c - torch.sigmoid(take) * g
         return _unflat(c, start)
 
@@ -118,27 +117,25 @@ class MetaLSTM:
 
 
 def preprocess(x: Tensor) -> Tensor:
-    """(n, 1) -> (n, 2): (log|x|/p, sign x) where |x| ≥ e⁻ᵖ, else (−1, eᵖ x); p = 10."""
+    """(1, n) -> (2, n): (log|x|/p, sign x) where |x| ≥ e⁻ᵖ, else (−1, eᵖ x); p = 10."""
     size = x.abs()
     large = size >= math.exp(-_P)
     log = torch.where(large, size, 1.0).log() / _P
-    return torch.cat([torch.where(large, log, -1.0), torch.where(large, x.sign(), math.exp(_P) * x)], dim=1)
+    return torch.cat([torch.where(large, log, -1.0), torch.where(large, x.sign(), math.exp(_P) * x)])
 
 
 def _lstm_cell(meta: Params, x: Tensor, h: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     # torch.nn.LSTMCell in plain matrix products, for its fused kernel has neither a vmap rule nor a second derivative.
-    gates = F.linear(x, meta["lstm.weight_ih"], meta["lstm.bias_ih"]) + F.linear(
-        h, meta["lstm.weight_hh"], meta["lstm.bias_hh"]
-    )
-    i, f, g, o = gates.chunk(4, dim=1)
+    bias = (meta["lstm.bias_ih"] + meta["lstm.bias_hh"]).unsqueeze(1)
+    i, f, g, o = (meta["lstm.weight_ih"] @ x + meta["lstm.weight_hh"] @ h + bias).chunk(4)
     m = torch.sigmoid(f) * m + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(m), m
 
 
 def _flat(tree: Params) -> Tensor:
-    return torch.cat([leaf.reshape(-1) for leaf in tree.values()]).unsqueeze(1)
+    return torch.cat([leaf.reshape(-1) for leaf in tree.values()]).unsqueeze(0)
 
 
-def _unflat(column: Tensor, like: Params) -> Params:
-    parts = torch.split(column.squeeze(1), [leaf.numel() for leaf in like.values()])
+def _unflat(row: Tensor, like: Params) -> Params:
+    parts = torch.split(row.squeeze(0), [leaf.numel() for leaf in like.values()])
     return {name: part.view(leaf.shape) for part, (name, leaf) in zip(parts, like.items(), strict=True)}
