@@ -33,6 +33,7 @@ from metaheed.outer import (
     sequential,
     sgd,
     task_gradient,
+    threaded,
     uniform,
     uniform_2b,
     vectorized,
@@ -118,6 +119,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 EXECUTIONS: dict[str, Callable[[Learner], Execution[tuple[Params, TaskInfo]]]] = {
     "looped": looped,
     "vectorized": vectorized,
+    "threaded": lambda learner: threaded(learner, workers=2),
     "vectorized by 3": lambda learner: vectorized(learner, chunk_size=3),
 }
 RULES: dict[str, Callable[[], Rule]] = {

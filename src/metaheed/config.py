@@ -431,9 +431,9 @@ class TrainingConfig:
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
     threads: int | None = None
     """CPU threads; none: PyTorch's choice, which is then recorded, for the sums' order depends on it."""
-    execution: Literal["auto", "looped", "vectorized"] = "auto"
-    """How the tasks of a batch are run: one after another, or vectorised over tasks; auto: looped on a CPU, vectorised
-    on CUDA."""
+    execution: Literal["auto", "looped", "threaded", "vectorized"] = "auto"
+    """How the tasks of a batch are run: one after another, each on one of --threads threads of its own, or vectorised
+    over tasks; auto: threaded on a CPU (looped with one thread), vectorised on CUDA."""
     chunk_size: int | None = None
     """Tasks at once under the vectorised execution; none: the whole meta-batch."""
     tensorboard: bool = False
@@ -445,10 +445,10 @@ class TrainingConfig:
         _at_least(self, 1, "iterations", "val_every", "val_tasks", "checkpoint_every", "chunk_size")
         _at_least(self, 1, "threads", most=10_000)
         _require(
-            self.chunk_size is None or self.execution != "looped",
+            self.chunk_size is None or self.execution in ("auto", "vectorized"),
             "chunk_size",
             self.chunk_size,
-            "the looped execution has no chunks: leave it out, or set --execution vectorized",
+            f"the {self.execution} execution has no chunks: leave it out, or set --execution vectorized",
         )
 
 

@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from metaheed.config import EvaluationConfig
 from metaheed.data import Episodes, load_dataset
 from metaheed.errors import DataError, NonFiniteError, RunError
 from metaheed.outer import Execution, adapted_outcome, build_execution, initial_outcome
-from metaheed.process import pick_device
+from metaheed.process import cpu_threads, pick_device
 from metaheed.runs import RunFolder, check_writable, load_weights, write_whole
 from metaheed.types import Params
 
@@ -107,12 +106,11 @@ def evaluate_run(
     if list(dataset.image_shape) != list(about["image_shape"]):
         raise DataError(f"{path} was trained on images {about['image_shape']}, but these are {dataset.image_shape}")
     episodes = Episodes(dataset, config.split, ways, shots, queries, config.episode_seed)
-    adapted = evaluate(
-        build_execution(run.training, where, partial(adapted_outcome, learner)), meta, episodes, config.tasks, on_tasks
-    )
-    initial = evaluate(
-        build_execution(run.training, where, partial(initial_outcome, learner)), meta, episodes, config.tasks
-    )
+    with cpu_threads(run.training):
+        adapted, initial = (
+            evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, config.tasks, told)
+            for outcome, told in ((adapted_outcome, on_tasks), (initial_outcome, None))
+        )
     accuracy, half_width = interval(adapted.accuracies)
     initial_accuracy, initial_half_width = interval(initial.accuracies)
     result = {

@@ -1,11 +1,14 @@
 """What is set for the whole process: by the command line only, never by importing the library."""
 
+import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 
 import torch
 
+from metaheed.config import TrainingConfig
 from metaheed.errors import ConfigError
 
 
@@ -35,6 +38,17 @@ def pick_device(name: str, fall_back: bool = False) -> torch.device:
     return device
 
 
+@contextlib.contextmanager
+def cpu_threads(config: TrainingConfig) -> Iterator[None]:
+    """PyTorch's own threads for a run: as configured, or one where the threads go to tasks; put back at the end."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if config.execution == "threaded" else config.threads or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep the memory that tensors free, for the next step's tensors.
 
@@ -45,9 +59,11 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        trim_threshold, mmap_threshold = -1, -3
+        trim_threshold, mmap_threshold, arena_max = -1, -3, -8
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, 2**31 - 1)
+        # One arena for all threads: the others hold blocks of at most 64 MB, and give them back.
+        mallopt(arena_max, 1)
 
 
 def make_deterministic() -> None:

@@ -9,7 +9,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -41,7 +40,7 @@ from metaheed.outer import (
     pick_execution,
     task_gradient,
 )
-from metaheed.process import pick_device
+from metaheed.process import cpu_threads, pick_device
 from metaheed.runs import Checkpoint, JsonLines, Progress, RunFolder, check_fits
 from metaheed.types import Episode, Params, TaskInfo
 
@@ -112,7 +111,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     training = replace(
         training,
         device=str(device),
-        execution=pick_execution(training.execution, device),
+        execution=pick_execution(training.execution, device, training.threads),
         threads=training.threads or torch.get_num_threads(),
         out=training.out or Path("runs") / config.run_name,
     )
@@ -202,7 +201,7 @@ class _Session:
 
 
 def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
-    with _threads(config.training.threads), _signals() as received:
+    with cpu_threads(config.training), _signals() as received:
         folder.remove_leftovers()
         checkpoint, notices = folder.read_checkpoint()
         for notice in notices:
@@ -249,15 +248,15 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     seed = config.training.seed
     learner = build_learner(config.learner, config.episodes.ways, dataset.image_shape, seed)
     B = config.outer.meta_batch_size
-    gradients = build_execution(config.training, device, partial(task_gradient, learner))
+    gradients = build_execution(config.training, device, learner, task_gradient)
     tools = Tools(
         gradients=lambda meta, batch: _checked(gradients(meta, batch), streams.latest),
-        initial_gradients=build_execution(config.training, device, partial(initial_gradient, learner)),
+        initial_gradients=build_execution(config.training, device, learner, initial_gradient),
         optimizer=build_optimizer(config.outer),
         train=lambda t: streams.batch("training", t, B),
         probe=lambda t: streams.batch("probe", t, B),
     )
-    outcome = build_execution(config.training, device, partial(adapted_outcome, learner))
+    outcome = build_execution(config.training, device, learner, adapted_outcome)
 
     def validation(meta: Params, on_tasks: Callable[[int], None]) -> tuple[float, float, float]:
         outcomes = evaluate(outcome, meta, frozen, config.training.val_tasks, on_tasks)
@@ -328,7 +327,7 @@ def _try_out(session: _Session, meta: Params) -> None:
     """
     meta = {name: p.to(session.device) for name, p in meta.items()}
     backbone = session.config.learner.backbone
-    execution = build_execution(session.config.training, session.device, partial(task_gradient, session.learner))
+    execution = build_execution(session.config.training, session.device, session.learner, task_gradient)
     task = Episode(*(part[:1] for part in session.tools.train(0)))
     try:
         (_, info), (_, again) = execution(meta, task), execution(meta, task)
@@ -498,16 +497,6 @@ class _Events:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The outer level: per-task gradients, how they are executed, weighted and turned into the next θ."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import torch
@@ -19,6 +20,7 @@ from metaheed.config import (
     UniformConfig,
 )
 from metaheed.errors import ConfigError
+from metaheed.learners.base import Learner
 from metaheed.outer.attention import (
     FEATURES,
     TaskAttention,
@@ -36,8 +38,10 @@ from metaheed.outer.gradients import (
     initial_outcome,
     looped,
     map_looped,
+    map_threaded,
     map_vectorized,
     task_gradient,
+    threaded,
     vectorized,
 )
 from metaheed.outer.optimizers import OptState, OuterOptimizer, adam, clipped, sgd
@@ -82,6 +86,7 @@ __all__ = [
     "looped",
     "loss_softmax",
     "map_looped",
+    "map_threaded",
     "map_vectorized",
     "pick_execution",
     "replayed",
@@ -89,6 +94,7 @@ __all__ = [
     "sgd",
     "stack_gradients",
     "task_gradient",
+    "threaded",
     "uniform",
     "uniform_2b",
     "vectorized",
@@ -142,18 +148,24 @@ def build_rule(config: RunConfig, generator: torch.Generator, logged: Tensor | N
 
 
 def build_execution(
-    config: TrainingConfig, device: torch.device, per_task: Callable[[Params, Episode], T]
+    config: TrainingConfig, device: torch.device, learner: Learner, function: Callable[[Learner, Params, Episode], T]
 ) -> Execution[T]:
-    """How the tasks of a batch are run: as configured, or by device."""
-    if pick_execution(config.execution, device) == "looped":
-        return map_looped(per_task)
-    return map_vectorized(per_task, config.chunk_size)
+    """How function(learner, θ, task) is run over the tasks of a batch: as configured, or by device."""
+    match pick_execution(config.execution, device, config.threads):
+        case "looped":
+            return map_looped(partial(function, learner))
+        case "threaded":
+            return map_threaded(learner, function, config.threads or torch.get_num_threads())
+        case "vectorized":
+            return map_vectorized(partial(function, learner), config.chunk_size)
 
 
 def pick_execution(
-    name: Literal["auto", "looped", "vectorized"], device: torch.device
-) -> Literal["looped", "vectorized"]:
-    """The execution behind a configured name: auto is looped on a CPU, which gains little from vectorising."""
-    if name == "auto":
-        return "looped" if device.type == "cpu" else "vectorized"
-    return name
+    name: Literal["auto", "looped", "threaded", "vectorized"], device: torch.device, threads: int | None
+) -> Literal["looped", "threaded", "vectorized"]:
+    """The execution behind a configured name: auto is threaded on a CPU of several threads, else looped there."""
+    if name != "auto":
+        return name
+    if device.type != "cpu":
+        return "vectorized"
+    return "threaded" if (threads or torch.get_num_threads()) > 1 else "looped"

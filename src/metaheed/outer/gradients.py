@@ -3,7 +3,10 @@
 Legend: B tasks; Params with a leading B hold one gradient a task; TaskInfo batched holds (B,) in each field.
 """
 
+import copy
+import queue
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, TypeVar
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp, vmap
 
+from metaheed.errors import ConfigError
 from metaheed.learners.base import Learner, task_loss
 from metaheed.types import Episode, Params, TaskInfo
 
@@ -102,6 +106,15 @@ def vectorized(learner: Learner, chunk_size: int | None = None) -> Execution[tup
     return map_vectorized(partial(task_gradient, learner), chunk_size)
 
 
+def threaded(learner: Learner, workers: int) -> Execution[tuple[Params, TaskInfo]]:
+    """`task_gradient` of `workers` tasks at a time, each on a thread of its own; agrees with `looped` to rounding.
+
+    On CPUs with several cores: small convolutions gain more from a task a core than from a convolution over all cores.
+    For that PyTorch's own threads must be one (`torch.set_num_threads(1)`), which the command line sees to.
+    """
+    return map_threaded(learner, task_gradient, workers)
+
+
 def map_looped(per_task: Callable[[Params, Episode], T]) -> Execution[T]:
     """Any per-task function over a batch, one task after another."""
 
@@ -117,6 +130,42 @@ def map_vectorized(per_task: Callable[[Params, Episode], T], chunk_size: int | N
 
     def run(meta: Params, batch: Episode) -> T:
         result: T = vmap(partial(per_task, meta), chunk_size=chunk_size)(batch)
+        return result
+
+    return run
+
+
+def map_threaded(learner: Learner, function: Callable[[Learner, Params, Episode], T], workers: int) -> Execution[T]:
+    """function(learner, θ, task) over a batch, `workers` tasks at a time on threads.
+
+    Raises:
+        ConfigError: fewer than one worker.
+    """
+    if workers < 1:
+        raise ConfigError(f"threaded with {workers} workers: there must be at least 1")
+    # A copy of the learner for each: `functional_call` puts parameters into the module it calls while it runs.
+    free: queue.SimpleQueue[Learner] = queue.SimpleQueue()
+    for _ in range(workers):
+        free.put(copy.deepcopy(learner))
+    # A new thread's convolutions use every core until PyTorch has told it how many it may.
+    pool = ThreadPoolExecutor(
+        workers, "metaheed-task", initializer=lambda: torch.set_num_threads(torch.get_num_threads())
+    )
+
+    def one(meta: Params, task: Episode) -> T:
+        own = free.get()
+        try:
+            return function(own, meta, task)
+        finally:
+            free.put(own)
+
+    def run(meta: Params, batch: Episode) -> T:
+        futures = [pool.submit(one, meta, Episode(*task)) for task in zip(*batch, strict=True)]
+        try:
+            result: T = _stack([future.result() for future in futures])
+        finally:
+            for future in futures:  # after an error or an interruption: those not begun are not to begin
+                future.cancel()
         return result
 
     return run
