@@ -107,19 +107,25 @@ def test_replayed_weights_are_the_logged_ones_permuted(metaheed: Run, tmp_path: 
     assert weights[0] != weights[1]
     for logged, used in zip(*weights, strict=True):
         assert sorted(used) == pytest.approx(sorted(logged), rel=1e-6)
-    # The same bits after a break, and the run it replays must suit.
-    assert metaheed(*replaying, "--iterations", 3, "--out", tmp_path / "cut")[0] == 0
-    assert metaheed("train", "--resume", tmp_path / "cut", "--iterations", 6)[0] == 0
-    assert _bytes(tmp_path / "cut") == _bytes(tmp_path / "replay")
     for more, message in (
         (["--iterations", 7], "logged the weights of 6 batches of 3 tasks, but this run needs 7 of 3"),
-        (["--iterations", 6, "--seed", 1], "was trained with seed 0"),
-        (["--iterations", 6, "--meta-batch-size", 4], "meta-batches of 3, but this run has seed 0 and 4"),
+        (
+            ["--iterations", 6, "--seed", 1],
+            "with seed 0 and meta-batches of 3; this one, with seed 1 and 3, can replay",
+        ),
+        (["--iterations", 6, "--meta-batch-size", 4], "this one, with seed 0 and 4, can replay an attended run of"),
+        (["--iterations", 6, "--queries", 2], "of the same learner, tasks, seed and meta-batch size only"),
+        (["--iterations", 6, "--replay", tmp_path / "replay"], "is a run of replayed-maml"),
         (["--iterations", 6, "--replay", tmp_path / "nowhere"], "is not a run folder"),
     ):
         status, _, err = metaheed(*replaying, *more, "--out", tmp_path / "refused")
         assert (status, message in err) == (1, True), err
         assert not (tmp_path / "refused").exists()
+    # The same bits after a break.
+    assert metaheed(*replaying, "--iterations", 3, "--out", tmp_path / "cut")[0] == 0
+    attended.rename(tmp_path / "moved")  # what a run replays it has a copy of
+    assert metaheed("train", "--resume", tmp_path / "cut", "--iterations", 6)[0] == 0
+    assert _bytes(tmp_path / "cut") == _bytes(tmp_path / "replay")
 
 
 @pytest.mark.parametrize(
@@ -162,17 +168,19 @@ def test_custom_help(metaheed: Run) -> None:
 
 
 def test_toy(metaheed: Run, tmp_path: Path) -> None:
-    status, out, _ = metaheed("toy", "--out", tmp_path / "toy", "--iterations", 80)
+    status, out, _ = metaheed("toy", "--out", tmp_path / "toy", "--iterations", 150)
     assert status == 0
-    assert "MetaLSTM: 320 outer steps" in out
-    assert "MetaLSTM++: 80 outer steps" in out
+    assert "MetaLSTM: 600 outer steps" in out
+    assert "MetaLSTM++: 150 outer steps" in out
     numbers = json.loads((tmp_path / "toy" / "toy.json").read_text())
-    for name, steps in (("MetaLSTM", 320), ("MetaLSTM++", 80)):
+    for name, steps in (("MetaLSTM", 600), ("MetaLSTM++", 150)):
         points = numbers[name]["points"]
         assert len(points) == steps + 1
         assert points[0] == [-2.5, 3.5]
         assert numbers[name]["path_length"] >= numbers[name]["displacement"] > 0
     assert numbers["MetaLSTM"]["path_length"] > numbers["MetaLSTM++"]["path_length"]
+    assert numbers["MetaLSTM"]["last_task_bias"] > numbers["MetaLSTM"]["last_task_bias_half_width"]
+    assert abs(numbers["MetaLSTM++"]["last_task_bias"]) < 1e-5, "the mean of gradients knows no order"
     from PIL import Image
 
     with Image.open(tmp_path / "toy" / "trajectories.png") as picture:

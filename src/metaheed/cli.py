@@ -304,8 +304,8 @@ def _toy(command: Toy) -> int:
     for name, trajectory in toy(command.out, command.training).items():
         print(
             f"{name}: {len(trajectory.points) - 1} outer steps, path length {trajectory.path_length:.2f} for a "
-            f"displacement of {trajectory.displacement:.2f}; a meta-batch brings it nearer to its last task than to an "
-            f"average one by {trajectory.last_task_bias:+.3f} ± {trajectory.last_task_bias_half_width:.3f}"
+            f"displacement of {trajectory.displacement:.2f}; nearer to the last task than with "
+            f"the tasks reversed by {trajectory.last_task_bias:+.4f} ± {trajectory.last_task_bias_half_width:.4f}"
         )
     print(f"figure: {command.out / 'trajectories.png'}")
     return 0

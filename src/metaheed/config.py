@@ -199,7 +199,7 @@ class ANILConfig(MAMLConfig):
 
     name: ClassVar[str] = "anil"
     head: str | None = None
-    """Name of the head's module in the network; none: the last module that has parameters."""
+    """Name of the head's module in the network; none: the last one registered that has parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,7 +229,7 @@ class MetaSGDConfig(LearnerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MetaLSTMConfig(LearnerConfig):
-    """MetaLSTM's settings."""
+    """MetaLSTM's settings. `default_config` and the command line clip the outer gradient with it (--clip-norm 0.25)."""
 
     name: ClassVar[str] = "metalstm"
     clip_norm: ClassVar[float | None] = 0.25
@@ -262,7 +262,7 @@ class ProtoNetConfig(LearnerConfig):
     name: ClassVar[str] = "protonet"
     has_start: ClassVar[bool] = False
     head: str | None = None
-    """Name of the head's module in the network; none: the last module that has parameters."""
+    """Name of the head's module in the network; none: the last one registered that has parameters."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,8 +364,8 @@ class ReplayedConfig(RuleConfig):
 
     name: ClassVar[str] = "replayed"
     replay: Path | None = None
-    """Run folder of the attended run: of the same seed and meta-batch size, and of at least as many iterations. Needed,
-    and again when the run is resumed."""
+    """Run folder of the attended run: of the same learner, tasks, seed and meta-batch size, and of at least as many
+    iterations. Needed; the weights are copied into the run folder, so resuming it needs nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,8 +384,8 @@ class AttendedConfig(RuleConfig):
     attention_omit: Literal["grad_norm", "query_loss", "query_accuracy", "loss_ratio"] | None = None
     """An input that attention does not get to see (a control)."""
     attention_reuse_probe: bool = False
-    """Train on batch t+1 what was the probe batch of iteration t, and reuse its gradients: attention at nearly no cost.
-    The paper draws a batch of its own instead."""
+    """Probe with the batch that the next iteration trains on, which then has its gradients already: attention at nearly
+    no cost. The paper draws a batch of its own instead."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

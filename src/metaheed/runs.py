@@ -5,6 +5,7 @@
     tasks.jsonl                    a line an iteration: attention's inputs and the weight of every task
     checkpoints/last.safetensors   the whole state, for exact resume; previous.safetensors is the one before
     checkpoints/best.safetensors   θ at the best validation accuracy, under the backbone's own names
+    replayed.safetensors           the weights of another run, where the rule replays them
     result.json                    the evaluation on test tasks (result-val.json: on validation tasks)
     run.lock                       held by the process that trains
 
@@ -73,6 +74,7 @@ class RunFolder:
         self.tasks_file = path / "tasks.jsonl"
         self.result_file = path / "result.json"
         self.validation_result_file = path / "result-val.json"
+        self.replayed_file = path / "replayed.safetensors"
         self.lock_file = path / "run.lock"
         self._last_is_damaged = False
         self.checkpoints = path / "checkpoints"
@@ -210,9 +212,23 @@ class RunFolder:
                 f"{self.tasks_file} cannot be read ({error}): it holds the weights to be replayed"
             ) from error
 
+    def write_replayed(self, weights: Tensor) -> None:
+        """Keep the weights that this run replays, (iterations, B)."""
+        write_whole(self.replayed_file, _packed({"weights": weights}, {}))
+
+    def read_replayed(self) -> Tensor | None:
+        """What `write_replayed` kept; none: nothing, or nothing whole."""
+        try:
+            return _unpacked(self.replayed_file)[0]["weights"]
+        except RunError:
+            return None
+
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write left beside its target."""
-        for file in (self.config_file, self.result_file, self.validation_result_file, self.last, self.best):
+        for file in (
+            *(self.config_file, self.result_file, self.validation_result_file),
+            *(self.last, self.best, self.replayed_file),
+        ):
             file.with_suffix(".part").unlink(missing_ok=True)
 
 

@@ -64,8 +64,8 @@ class Trajectory(NamedTuple):
     displacement: float
     """Distance from start to end."""
     last_task_bias: float
-    """How much more a meta-batch brought c_0 towards the optimum of its last task than towards that of an average task;
-    mean over all meta-batches."""
+    """How much nearer c_0 came to the optimum of a meta-batch's last task than it would have with the tasks in reverse
+    order; mean over all meta-batches."""
     last_task_bias_half_width: float
     """Half-width of its 95% interval over meta-batches."""
 
@@ -105,11 +105,11 @@ def follow(rule: Rule, config: ToyConfig, factor: float = 1) -> Trajectory:
     tools = Tools(gradients, _never, optimizer, lambda t: batches[t][0], _never)
     state = OuterState(meta, optimizer.init(meta), rule.init(meta))
     biases = []
-    for t, (_, last) in enumerate(batches):
-        before = points[-1]
+    for t, (tasks, last) in enumerate(batches):
+        reverse = Tools(gradients, _never, step, {t: Episode(*(part.flip(0) for part in tasks))}.__getitem__, _never)
+        otherwise, _ = rule.step(state, t, reverse)
         state, _ = rule.step(state, t, tools)
-        gained = [math.dist(before, optimum) - math.dist(points[-1], optimum) for optimum in _OPTIMA]
-        biases.append(gained[last] - sum(gained) / len(gained))
+        biases.append(math.dist(_point(otherwise.meta), _OPTIMA[last]) - math.dist(points[-1], _OPTIMA[last]))
     bias, half_width = interval(biases)
     return Trajectory(
         points,

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import torch
 
-from metaheed.config import ReplayedConfig, RunConfig
+from metaheed.config import AttendedConfig, ReplayedConfig, RunConfig
 from metaheed.data import Dataset, Episodes, check_name, load_dataset
 from metaheed.errors import (
     ConfigError,
@@ -139,7 +139,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
                 raise
             except MetaheedError:
                 if not folder.metrics_file.exists():  # the loop has not begun
-                    for file in (folder.config_file, folder.lock_file):
+                    for file in (folder.config_file, folder.lock_file, folder.replayed_file):
                         file.unlink(missing_ok=True)
                 raise
     finally:
@@ -263,29 +263,41 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
         return *interval(outcomes.accuracies), float(outcomes.losses.mean())
 
     # δ has a generator of its own, so that θ's start is the same under every rule.
-    logged = _logged_weights(config) if isinstance(config.rule, ReplayedConfig) else None
+    logged = _logged_weights(folder, config) if isinstance(config.rule, ReplayedConfig) else None
     rule = build_rule(config, torch.Generator().manual_seed(seed + 1), logged)
     return _Session(config, folder, learner, rule, tools, validation, dataset.image_shape, device)
 
 
-def _logged_weights(config: RunConfig) -> torch.Tensor:
+def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
+    """The weights to replay: this run's copy of them, made at its start; or, where that is too short, the source's."""
+    needed, B = config.training.iterations, config.outer.meta_batch_size
+    copied = folder.read_replayed()
+    if copied is not None and len(copied) >= needed:
+        return copied
     assert isinstance(config.rule, ReplayedConfig)
     if config.rule.replay is None:
         raise ConfigError("--replay is missing: name the folder of the attended run whose weights are to be replayed")
-    logged = RunFolder(config.rule.replay)
-    theirs = logged.read_config()
-    B, seed = config.outer.meta_batch_size, config.training.seed
-    if (theirs.training.seed, theirs.outer.meta_batch_size) != (seed, B):
+    source = RunFolder(config.rule.replay)
+    theirs = source.read_config()
+    ours = (config.learner.name, replace(config.episodes, data_root=None), config.training.seed, B)
+    if not isinstance(theirs.rule, AttendedConfig) or ours != (
+        theirs.learner.name,
+        replace(theirs.episodes, data_root=None),
+        theirs.training.seed,
+        theirs.outer.meta_batch_size,
+    ):
         raise ConfigError(
-            f"{logged.path} was trained with seed {theirs.training.seed} and meta-batches of "
-            f"{theirs.outer.meta_batch_size}, but this run has seed {seed} and {B}: replay a run of the same"
+            f"{source.path} is a run of {theirs.algorithm} with seed {theirs.training.seed} and meta-batches of "
+            f"{theirs.outer.meta_batch_size}; this one, with seed {config.training.seed} and {B}, can replay an "
+            "attended run of the same learner, tasks, seed and meta-batch size only"
         )
-    weights = logged.read_weights_log()
-    if len(weights) < config.training.iterations or weights.shape[1] != B:
+    weights = source.read_weights_log()
+    if len(weights) < needed or weights.shape[1] != B:
         raise ConfigError(
-            f"{logged.path} logged the weights of {len(weights)} batches of {weights.shape[1]} tasks, but this run "
-            f"needs {config.training.iterations} of {B}: lower --iterations, or train that run on"
+            f"{source.path} logged the weights of {len(weights)} batches of {weights.shape[1]} tasks, but this run "
+            f"needs {needed} of {B}: lower --iterations, or train that run on"
         )
+    folder.write_replayed(weights)
     return weights
 
 

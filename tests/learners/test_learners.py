@@ -10,7 +10,7 @@ from torch import nn
 from metaheed.errors import ConfigError
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD, ProtoNet
 from metaheed.learners.meta_lstm import preprocess
-from metaheed.outer import initial_gradient, initial_outcome, task_gradient, vectorized
+from metaheed.outer import initial_gradient, initial_outcome, looped, task_gradient, vectorized
 from tests.conftest import make_batch, task
 from tests.networks import Tiny
 
@@ -110,8 +110,38 @@ def test_a_head_is_named(rng: torch.Generator) -> None:
         ANIL(network, head="7")
     with pytest.raises(ConfigError, match=r"head '5' has no parameters"):
         ANIL(network, head="5")
+    network[6].requires_grad_(False)
+    assert set(BOIL(network).moving) == {"1.weight", "1.bias", "2.weight", "2.bias"}, "a frozen head is a head"
+    assert ProtoNet(network).head == "6"
+    with pytest.raises(ConfigError, match=r"nothing for ANIL to adapt"):
+        ANIL(network)
     with pytest.raises(ConfigError, match=r"no body for BOIL"):
         BOIL(nn.Linear(4, 3))
+
+
+class HeadFirst(nn.Module):
+    """Registers its head before its body."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(WAYS, WAYS)
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(256, WAYS), nn.Tanh())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.body(x))
+        return logits
+
+
+@pytest.mark.parametrize("kind", [ANIL, BOIL, ProtoNet])
+def test_a_wrong_guess_of_the_head_is_noticed(
+    kind: type[ANIL] | type[BOIL] | type[ProtoNet], rng: torch.Generator
+) -> None:
+    batch = make_batch(2, WAYS, 2, 2, SHAPE, torch.float32)
+    guessing, told = kind(HeadFirst()), kind(HeadFirst(), head="head")
+    for run in (looped, vectorized):
+        with pytest.raises(ConfigError, match=r"module 'body.1'.*not its head.*--head"):
+            run(guessing)(guessing.init(rng), batch)
+        run(told)(told.init(rng), batch)
 
 
 def test_protonet_before_adaptation_finds_all_classes_alike(rng: torch.Generator) -> None:
@@ -152,6 +182,12 @@ def test_protonet_takes_a_head_without_bias_and_refuses_none(rng: torch.Generato
     assert isinstance(bare[3], nn.Linear)
     with pytest.raises(ConfigError, match=r"linear head, but '0' is Conv2d"):
         ProtoNet(nn.Sequential(nn.Conv2d(1, WAYS, 16), nn.Flatten()))
+    with pytest.raises(ConfigError, match=r"nothing to learn besides its head"):
+        ProtoNet(nn.Sequential(nn.Flatten(), nn.Linear(256, WAYS)))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    ProtoNet(bare)
+    assert torch.equal(before, torch.get_rng_state()), "nothing is drawn from the global generator"
     spatial = nn.Sequential(nn.Linear(16, 4), nn.Flatten(1, 2))
     uneven = ProtoNet(nn.Sequential(spatial, nn.Linear(4, WAYS)))
     with pytest.raises(ConfigError, match=r"flatten them before it"):

@@ -65,11 +65,26 @@ def test_known_values() -> None:
 
 @pytest.mark.parametrize(("index", "parameter"), CASES)
 def test_a_loss_of_zero_stays_finite(index: str, parameter: float | None) -> None:
-    losses = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64)
-    if (index, parameter) in (("generalized-entropy", -1.0), ("atkinson", 4.0)):
-        losses = losses + 1e-30  # its powers of a denormal ratio are beyond any number
-    assert math.isfinite(float(inequality(losses, index, parameter)))
-    assert bool(torch.isfinite(equity_coefficients(losses, index, parameter)).all())
+    for dtype in (torch.float32, torch.float64):
+        for values in ([0.0, 1.0, 2.0], [1e-30, 1.0, 1e3], [0.0, 0.0]):
+            losses = torch.tensor(values, dtype=dtype)
+            assert math.isfinite(float(inequality(losses, index, parameter)))
+            assert bool(torch.isfinite(equity_coefficients(losses, index, parameter)).all())
+
+
+@pytest.mark.parametrize(("index", "parameter"), [("gini", None), ("generalized-entropy", 2.0)])
+def test_a_loss_of_zero_has_its_one_sided_derivative(index: str, parameter: float | None) -> None:
+    losses, h = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64), 1e-6
+    moved = losses + torch.tensor([h, 0, 0], dtype=torch.float64)
+    slope = (inequality(moved, index, parameter) - inequality(losses, index, parameter)) / h
+    assert float(equity_coefficients(losses, index, parameter)[0]) == pytest.approx(float(slope), rel=1e-4)
+
+
+@pytest.mark.parametrize("epsilon", [2.0, 10.0])
+def test_float32_is_as_exact_as_it_can_be(epsilon: float) -> None:
+    losses = torch.tensor([1e-8, 1.0, 2.0, 1e3])
+    exact = equity_coefficients(losses.double(), "atkinson", epsilon)
+    torch.testing.assert_close(equity_coefficients(losses, "atkinson", epsilon).double(), exact, rtol=1e-6, atol=1e-12)
 
 
 def test_bad_input_is_refused() -> None:
@@ -79,7 +94,7 @@ def test_bad_input_is_refused() -> None:
         inequality(LOSSES, "theil", 1.0)
     with pytest.raises(ConfigError, match=r"must be above 0"):
         inequality(LOSSES, "atkinson", 0.0)
-    with pytest.raises(ValueError, match=r"one a task"):
+    with pytest.raises(ValueError, match=r"must be floating-point"):
         inequality(torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"negative"):
         equity_coefficients(torch.tensor([1.0, -1.0]))

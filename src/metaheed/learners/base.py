@@ -95,22 +95,41 @@ class Backbone:
         return [name for name, p in self.module.named_parameters() if p.requires_grad]
 
     def find_head(self, name: str | None) -> str:
-        """The name of the head's module; none given: of the last module that has learned parameters of its own.
+        """The name of the head's module; none given: of the last module registered that has parameters of its own.
 
         Raises:
             ConfigError: there is no module of that name, or it has no parameters.
         """
-        owners: list[str] = [
-            n for n, part in self.module.named_modules() if any(p.requires_grad for p in part.parameters(False))
-        ]
+        owners: list[str] = [n for n, part in self.module.named_modules() if [*part.parameters(recurse=False)]]
         if name is None:
             return owners[-1]
         modules = [n for n, _ in self.module.named_modules() if n]
         if name not in modules:
             raise unknown("head", name, modules)
-        if not self.names_of(name):
-            raise ConfigError(f"head {name!r} has no parameters to learn: those that have are {', '.join(owners)}")
+        if not [*self.module.get_submodule(name).parameters()]:
+            raise ConfigError(f"head {name!r} has no parameters: those that have are {', '.join(owners)}")
         return name
+
+    def into_head(self, params: Params, x: Tensor, head: str) -> Tensor:
+        """What the network hands to its head on the way from images to logits.
+
+        Raises:
+            ConfigError: the module called head is not the network's last operation.
+        """
+        seen: list[tuple[Tensor, Tensor]] = []
+        hook = self.module.get_submodule(head).register_forward_hook(
+            lambda module, given, output: seen.append((given[0], output))
+        )
+        try:
+            logits = self(params, x)
+        finally:
+            hook.remove()
+        if not seen or seen[-1][1] is not logits:
+            raise ConfigError(
+                f"the network's logits are not what its module {head!r} puts out, so that is not its head: "
+                "name the head's module with --head (in Python: head=...)"
+            )
+        return seen[-1][0]
 
     def names_of(self, module: str) -> set[str]:
         """The names of the learned parameters inside a module ("" is the whole network)."""

@@ -26,21 +26,27 @@ class _Partial:
 
     def __init__(
         self,
-        backbone: nn.Module,
+        backbone: Backbone,
         moves_head: bool,
         adaptation_steps: int,
         fast_lr: float,
         first_order: bool,
         head: str | None,
     ) -> None:
-        self.backbone = Backbone(backbone)
+        self.backbone = backbone
         self.adaptation_steps = adaptation_steps
         self.fast_lr = fast_lr
         self.first_order = first_order
-        of_head = self.backbone.names_of(self.backbone.find_head(head))
-        self.moving = tuple(name for name in self.backbone.names if (name in of_head) == moves_head)
+        self.head = backbone.find_head(head)
+        self._unsure = head is None  # a guess, to be checked when the network is first run
+        of_head = backbone.names_of(self.head)
+        self.moving = tuple(name for name in backbone.names if (name in of_head) == moves_head)
         if not self.moving:
-            raise ConfigError("the backbone has a head and nothing else: there is no body for BOIL to adapt")
+            raise ConfigError(
+                f"the backbone's head {self.head!r} has no parameter that learns: there is nothing for ANIL to adapt"
+                if moves_head
+                else "the backbone has a head and nothing else that learns: there is no body for BOIL to adapt"
+            )
 
     def init(self, generator: torch.Generator) -> Params:
         """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
@@ -53,6 +59,9 @@ class _Partial:
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φᵀ after T gradient steps of the moving part on the support set."""
         adapted = self.initial(meta)
+        if self._unsure:
+            self.backbone.into_head(adapted, support_x, self.head)
+            self._unsure = False
         for _ in range(self.adaptation_steps):
             at = detached(adapted) if self.first_order else adapted
             gradient, _ = support_gradient(self, at, support_x, support_y, self.moving)
@@ -72,7 +81,8 @@ class ANIL(_Partial):
         adaptation_steps: T.
         fast_lr: α.
         first_order: drop second derivatives.
-        head: the name of the head's module; none: the last module that has parameters of its own.
+        head: the name of the head's module; none: the last module registered that has parameters of its own, if the
+            first task shows that the logits come out of it.
 
     Raises:
         ConfigError: a setting out of its bounds, a backbone that cannot be adapted, or no module of that name.
@@ -87,7 +97,7 @@ class ANIL(_Partial):
         head: str | None = ANILConfig.head,
     ) -> None:
         ANILConfig(adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head)
-        super().__init__(backbone, True, adaptation_steps, fast_lr, first_order, head)
+        super().__init__(Backbone(backbone), True, adaptation_steps, fast_lr, first_order, head)
 
 
 class BOIL(_Partial):
@@ -109,4 +119,4 @@ class BOIL(_Partial):
         head: str | None = BOILConfig.head,
     ) -> None:
         BOILConfig(adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head)
-        super().__init__(backbone, False, adaptation_steps, fast_lr, first_order, head)
+        super().__init__(Backbone(backbone), False, adaptation_steps, fast_lr, first_order, head)

@@ -29,10 +29,11 @@ class ProtoNet:
     Args:
         backbone: a network from images to logits whose last operation is a linear head over features (n, D); see
             `Backbone` for what is converted and refused. The head gives N and is replaced.
-        head: the name of the head's module; none: the last module that has parameters of its own.
+        head: the name of the head's module; none: the last module registered that has parameters of its own.
 
     Raises:
-        ConfigError: a backbone that cannot be used, or whose head is not linear.
+        ConfigError: a backbone that cannot be used, or whose head is not linear; in `adapt`, that the logits do not
+            come out of the head.
     """
 
     def __init__(self, backbone: nn.Module, head: str | None = ProtoNetConfig.head) -> None:
@@ -43,16 +44,18 @@ class ProtoNet:
         if not isinstance(linear, nn.Linear) or not self.head:
             raise ConfigError(
                 f"ProtoNet replaces the network's linear head, but {self.head or 'the network'!r} is "
-                f"{type(linear).__name__}: name a torch.nn.Linear inside the network as its head"
+                f"{type(linear).__name__}: name a torch.nn.Linear inside the network with --head (in Python: head=...)"
             )
         self.ways, self.features = linear.out_features, linear.in_features
         of_head = plain.names_of(self.head)
         self.body = tuple(name for name in plain.names if name not in of_head)
+        if not self.body:
+            raise ConfigError("the backbone has nothing to learn besides its head, which ProtoNet replaces")
         self._plain = plain  # draws the body's start as every other learner does
-        headed, embedding = copy.deepcopy(plain.module), copy.deepcopy(plain.module)
-        headed.set_submodule(self.head, nn.Linear(self.features, self.ways))  # a head with a bias, whatever it had
-        embedding.set_submodule(self.head, nn.Identity())
-        self.backbone, self.embedding = Backbone(headed), Backbone(embedding)
+        # A head with a bias, whatever it had; its values are φ's, so none are drawn.
+        headed = copy.deepcopy(plain.module)
+        headed.set_submodule(self.head, nn.utils.skip_init(nn.Linear, self.features, self.ways))  # type: ignore[no-untyped-call]
+        self.backbone = Backbone(headed)
 
     def init(self, generator: torch.Generator) -> Params:
         """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
@@ -66,11 +69,11 @@ class ProtoNet:
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φ: the embedding with the head that the prototypes make."""
-        z = self.embedding(meta, support_x)
-        if z.dim() != 2 or z.shape[1] != self.features:
+        z = self.backbone.into_head(self.initial(meta), support_x, self.head)
+        if z.dim() != 2:
             raise ConfigError(
                 f"ProtoNet needs features (n, {self.features}) before the head {self.head!r}, but they are "
-                f"{tuple(z.shape)}: flatten them before it, and let the head come last"
+                f"{tuple(z.shape)}: flatten them before it"
             )
         member = (support_y.unsqueeze(1) == torch.arange(self.ways, device=z.device)).to(z.dtype)  # (N·K, N)
         count = member.sum(0)

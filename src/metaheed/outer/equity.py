@@ -21,7 +21,7 @@ from metaheed.config import EQUITY_PARAMETERS, EquityConfig, check_equity_parame
 def inequality(losses: Tensor, index: str = EquityConfig.equity_index, parameter: float | None = None) -> Tensor:
     """I({ℓ_i}), 0-d in the losses' dtype; differentiable.
 
-    A loss of exactly 0, whose logarithm the indices take, counts as the smallest positive normal number.
+    A loss below 1e-12 of the mean, where logarithms and powers end, counts as that much. Computed in float64.
 
     Args:
         losses: (M,), not negative.
@@ -30,33 +30,44 @@ def inequality(losses: Tensor, index: str = EquityConfig.equity_index, parameter
 
     Raises:
         ConfigError: unknown index, or a parameter it does not take.
-        ValueError: losses that are not (M,), M ≥ 1, or negative.
+        ValueError: losses that are not floating-point numbers (M,), M ≥ 1, or negative.
     """
     check_equity_parameter(index, parameter)
-    if losses.dim() != 1 or not len(losses):
-        raise ValueError(f"losses have shape {tuple(losses.shape)}, but they must be (M,), one a task")
+    if losses.dim() != 1 or not len(losses) or not losses.is_floating_point():
+        raise ValueError(f"losses are {losses.dtype} {tuple(losses.shape)}, but they must be floating-point (M,)")
     if bool((losses.detach() < 0).any()):
         raise ValueError("a loss is negative, but inequality is defined for losses of at least 0")
     value = EQUITY_PARAMETERS[index] if parameter is None else parameter
-    losses = losses.clamp(min=torch.finfo(losses.dtype).tiny)
-    if index == "gini":
-        return (losses.unsqueeze(0) - losses.unsqueeze(1)).abs().sum() / (2 * len(losses) * losses.sum())
-    if index == "log-variance":
-        return (losses.log() - losses.log().mean()).square().mean()
-    if index == "theil":
-        return _generalized_entropy(losses / losses.mean(), 1.0)
-    assert value is not None  # the remaining two have one
-    if index == "generalized-entropy":
-        return _generalized_entropy(losses / losses.mean(), value)
-    return _atkinson(losses / losses.mean(), value)
+    return _index(_floored(losses.double()), index, value).to(losses.dtype)
 
 
 def equity_coefficients(
     losses: Tensor, index: str = EquityConfig.equity_index, parameter: float | None = None
 ) -> Tensor:
-    """c_i = ∂I/∂ℓ_i, (M,): how the inequality answers to each loss. Arguments and errors as for `inequality`."""
-    coefficients: Tensor = grad(inequality)(losses.detach(), index, parameter)
-    return coefficients
+    """c_i = ∂I/∂ℓ_i, (M,): how the inequality answers to each loss. Arguments and errors as for `inequality`.
+
+    Of a loss below the floor it is the derivative at the floor; held to the largest number of the losses' dtype.
+    """
+    coefficients: Tensor = grad(inequality)(losses.detach().double(), index, parameter)
+    largest = torch.finfo(losses.dtype).max
+    return coefficients.clamp(-largest, largest).to(losses.dtype)
+
+
+def _floored(losses: Tensor) -> Tensor:
+    floor = (1e-12 * losses.detach().mean()).clamp(min=torch.finfo(losses.dtype).tiny)
+    return losses + (floor - losses).clamp(min=0).detach()  # not clamped itself: that would have no derivative
+
+
+def _index(losses: Tensor, index: str, parameter: float | None) -> Tensor:
+    x = losses / losses.mean()
+    if index == "gini":
+        return (x.unsqueeze(0) - x.unsqueeze(1)).abs().mean() / 2
+    if index == "log-variance":
+        return (x.log() - x.log().mean()).square().mean()
+    if index == "theil":
+        return _generalized_entropy(x, 1.0)
+    assert parameter is not None  # the remaining two have one
+    return _generalized_entropy(x, parameter) if index == "generalized-entropy" else _atkinson(x, parameter)
 
 
 def _generalized_entropy(x: Tensor, a: float) -> Tensor:
