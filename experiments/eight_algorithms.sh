@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The paper's eight algorithms on Omniglot 5-way 1-shot, 1,000 iterations each, seed 0, one thread a run.
+# The paper's eight algorithms on Omniglot 5-way 1-shot, 1,500 iterations each, seed 0, one thread a run.
 #
 #     experiments/eight_algorithms.sh DATA_ROOT OUT [ALGORITHM...]
 #
@@ -10,7 +10,7 @@ data=$1 out=$2
 shift 2
 
 omniglot=(--data omniglot --data-root "$data" --ways 5 --shots 1 --queries 5 --test-queries 15 --meta-batch-size 4
-  --meta-lr 0.003 --execution looped --threads 1 --val-every 100 --val-tasks 100 --iterations 1000 --seed 0)
+  --meta-lr 0.003 --execution looped --threads 1 --val-every 100 --val-tasks 100 --iterations 1500 --seed 0)
 gradient_steps=(--adaptation-steps 1 --fast-lr 0.4)
 learned_optimiser=(--adaptation-steps 2)
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from metaheed.config import (
@@ -188,3 +189,20 @@ def test_toy(metaheed: Run, tmp_path: Path) -> None:
     short = [metaheed("toy", "--out", tmp_path / "short", "--iterations", 3) for _ in range(2)]
     assert short[0] == short[1]
     assert metaheed("toy", "--iterations", 1)[0] in (1, 2)
+
+
+def test_a_task_a_thread_gives_the_bits_of_one_after_another(metaheed: Run, tmp_path: Path) -> None:
+    """Each task is computed on one PyTorch thread either way; by default two threads go to tasks."""
+    before = torch.get_num_threads()
+    for name, threads in (("one", 1), ("two", 2)):
+        arguments = [*TINY[:-2], "--iterations", 4, "--threads", threads, "--out", tmp_path / name]
+        assert metaheed("train", "ta-maml", *arguments)[0] == 0
+    assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
+    config = yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())
+    assert (config["training"]["execution"], config["training"]["threads"]) == ("threaded", 2)
+    results = [json.loads(metaheed("evaluate", tmp_path / name, "--tasks", 4, "--json")[1]) for name in ("one", "two")]
+    assert results[0]["accuracies"] == results[1]["accuracies"]
+    assert torch.get_num_threads() == before
+    status, out, err = metaheed("train", "maml", "--execution", "threaded", "--chunk-size", 2)
+    assert status != 0
+    assert "the threaded execution has no chunks" in " ".join((out + err).replace("│", " ").split())
