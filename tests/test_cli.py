@@ -50,7 +50,9 @@ def test_mistakes_get_a_line_and_leave_nothing(
 ) -> None:
     status, out, err = metaheed(*arguments)
     assert status in (1, 2)
-    assert message in " ".join((out + err).replace("│", " ").split())
+    text = " ".join((out + err).replace("│", " ").split())
+    assert message in text
+    assert "tyro" not in text
     assert not list(in_folder.iterdir())
 
 

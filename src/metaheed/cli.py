@@ -25,8 +25,10 @@ from metaheed.config import (
     EvaluationConfig,
     RunConfig,
     ToyConfig,
+    checked,
     default_config,
     default_pair,
+    unchecked,
 )
 from metaheed.errors import ConfigError, Interrupted, MetaheedError, unknown
 
@@ -172,14 +174,16 @@ _TRAIN = (
 
 
 def _parse(kind: Any, command: str, arguments: list[str], description: str | None = None, **default: Any) -> Any:
-    return tyro.cli(
-        kind,
-        **default,
-        prog=f"metaheed {command}",
-        description=description,
-        args=arguments[1:],
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
+    with unchecked():
+        parsed = tyro.cli(
+            kind,
+            **default,
+            prog=f"metaheed {command}",
+            description=description,
+            args=arguments[1:],
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+    return checked(parsed)
 
 
 def _custom(arguments: list[str]) -> RunConfig:

@@ -5,19 +5,47 @@ The command line is generated from these classes (each field's explanation is it
 one, and constructors elsewhere read their defaults from here.
 """
 
+import contextlib
 import dataclasses
 import math
 import types
 import typing
+from collections.abc import Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from metaheed.errors import ConfigError, unknown
 
+_checking = ContextVar("checking", default=True)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Let configs be created with settings out of their bounds, for `checked` to find afterwards.
+
+    For parsers that would wrap an error raised in a constructor into one of their own.
+    """
+    token = _checking.set(False)
+    try:
+        yield
+    finally:
+        _checking.reset(token)
+
+
+def checked(config: Any) -> Any:
+    """The same config, and every config inside it, built anew.
+
+    Raises:
+        ConfigError: a setting is out of its bounds.
+    """
+    inside = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return dataclasses.replace(config, **{n: checked(v) for n, v in inside.items() if dataclasses.is_dataclass(v)})
+
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
-    if not condition:
+    if not condition and _checking.get():
         raise ConfigError(f"--{name.replace('_', '-')} is {value!r}, but {rule}")
 
 
