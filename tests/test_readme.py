@@ -54,6 +54,7 @@ def test_commands_parse() -> None:
     ).stdout
     script = "".join(path.read_text() for path in sorted((ROOT / "experiments").glob("*.sh")))
     used = set(re.findall(r"(--[a-z][a-z-]+)", script)) - {"--against", "--tasks"}
-    used |= {o for line in re.findall(r"metaheed train .*", README) for o in re.findall(r"(--[a-z][a-z-]+)", line)}
+    commands = re.findall(r"metaheed train (?:.*\\\n)*.*", README)  # with the lines they go on in
+    used |= {o for command in commands for o in re.findall(r"(--[a-z][a-z-]+)", command)}
     for option in used - {"--resume", "--help"}:
         assert option in options, option
