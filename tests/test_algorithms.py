@@ -20,6 +20,7 @@ from metaheed.config import (
     to_dict,
 )
 from metaheed.errors import ConfigError
+from metaheed.outer import pick_execution
 from tests.conftest import Run
 
 TINY = [
@@ -194,14 +195,18 @@ def test_toy(metaheed: Run, tmp_path: Path) -> None:
 
 
 def test_a_task_a_thread_gives_the_bits_of_one_after_another(metaheed: Run, tmp_path: Path) -> None:
-    """Each task is computed on one PyTorch thread either way; by default two threads go to tasks."""
+    """Each task is computed on one PyTorch thread either way."""
     before = torch.get_num_threads()
     for name, threads in (("one", 1), ("two", 2)):
-        arguments = [*TINY[:-2], "--iterations", 4, "--threads", threads, "--out", tmp_path / name]
+        execution = ["--execution", "looped" if threads == 1 else "threaded", "--threads", threads]
+        arguments = [*TINY[:-2], "--iterations", 4, *execution, "--out", tmp_path / name]
         assert metaheed("train", "ta-maml", *arguments)[0] == 0
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
-    config = yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())
-    assert (config["training"]["execution"], config["training"]["threads"]) == ("threaded", 2)
+    cpu = torch.device("cpu")
+    assert pick_execution("auto", cpu, 2) == "threaded"
+    assert pick_execution("auto", cpu, 1) == "looped"
+    assert pick_execution("auto", cpu, 2, own_network=True) == "looped"
+    assert pick_execution("auto", torch.device("cuda"), 2) == "vectorized"
     results = [json.loads(metaheed("evaluate", tmp_path / name, "--tasks", 4, "--json")[1]) for name in ("one", "two")]
     assert results[0]["accuracies"] == results[1]["accuracies"]
     assert torch.get_num_threads() == before

@@ -461,7 +461,7 @@ class TrainingConfig:
     """CPU threads; none: PyTorch's choice, which is then recorded, for the sums' order depends on it."""
     execution: Literal["auto", "looped", "threaded", "vectorized"] = "auto"
     """How the tasks of a batch are run: one after another, each on one of --threads threads of its own, or vectorised
-    over tasks; auto: threaded on a CPU (looped with one thread), vectorised on CUDA."""
+    over tasks; auto: threaded on a CPU (looped with one thread or a network of one's own), vectorised on CUDA."""
     chunk_size: int | None = None
     """Tasks at once under the vectorised execution; none: the whole meta-batch."""
     tensorboard: bool = False

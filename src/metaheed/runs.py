@@ -84,7 +84,8 @@ class RunFolder:
 
     def holds_a_run(self) -> bool:
         """Whether any file of a run is here."""
-        return any(file.exists() for file in (self.config_file, self.metrics_file, self.checkpoints, self.result_file))
+        files = (self.config_file, self.metrics_file, self.checkpoints, self.result_file, self.replayed_file)
+        return any(file.exists() for file in files)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:

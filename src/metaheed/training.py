@@ -20,7 +20,6 @@ from metaheed.data import Dataset, Episodes, check_name, load_dataset
 from metaheed.errors import (
     ConfigError,
     Interrupted,
-    MetaheedError,
     NonFiniteError,
     NonFiniteTaskError,
     RunError,
@@ -111,7 +110,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     training = replace(
         training,
         device=str(device),
-        execution=pick_execution(training.execution, device, training.threads),
+        execution=pick_execution(training.execution, device, training.threads, ":" in learner.backbone),
         threads=training.threads or torch.get_num_threads(),
         out=training.out or Path("runs") / config.run_name,
     )
@@ -137,7 +136,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
                 _run(folder, config, reporter or Silent())
             except (Interrupted, NonFiniteError):
                 raise
-            except MetaheedError:
+            except Exception:  # whatever it was, a run that has not begun leaves no folder that refuses the next
                 if not folder.metrics_file.exists():  # the loop has not begun
                     for file in (folder.config_file, folder.lock_file, folder.replayed_file):
                         file.unlink(missing_ok=True)
@@ -272,7 +271,7 @@ def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
     """The weights to replay: this run's copy of them, made at its start; or, where that is too short, the source's."""
     needed, B = config.training.iterations, config.outer.meta_batch_size
     copied = folder.read_replayed()
-    if copied is not None and len(copied) >= needed:
+    if copied is not None and copied.shape[1] == B and len(copied) >= needed:
         return copied
     assert isinstance(config.rule, ReplayedConfig)
     if config.rule.replay is None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from metaheed.errors import ConfigError
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD, ProtoNet
@@ -142,6 +143,25 @@ def test_a_wrong_guess_of_the_head_is_noticed(
         with pytest.raises(ConfigError, match=r"module 'body.1'.*not its head.*--head"):
             run(guessing)(guessing.init(rng), batch)
         run(told)(told.init(rng), batch)
+
+
+class Scaled(HeadFirst):
+    """Changes its head's output in place."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).mul_(10)
+
+
+def test_a_head_in_unusual_clothes(rng: torch.Generator) -> None:
+    normed = nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.Tanh(), weight_norm(nn.Linear(8, WAYS)))
+    episode = task(make_batch(1, WAYS, 2, 2, SHAPE, torch.float32), 0)
+    for kind in (ANIL, BOIL, ProtoNet):
+        learner = kind(normed)
+        assert learner.head == "3"
+        task_gradient(learner, learner.init(rng), episode)
+    scaled = ProtoNet(Scaled(), head="head")
+    with pytest.raises(ConfigError, match=r"return its output as it is"):
+        scaled.adapt(scaled.init(rng), episode.support_x, episode.support_y)
 
 
 def test_protonet_before_adaptation_finds_all_classes_alike(rng: torch.Generator) -> None:

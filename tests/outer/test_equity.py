@@ -72,6 +72,14 @@ def test_a_loss_of_zero_stays_finite(index: str, parameter: float | None) -> Non
             assert bool(torch.isfinite(equity_coefficients(losses, index, parameter)).all())
 
 
+@pytest.mark.parametrize(("index", "parameter"), CASES)
+def test_losses_of_nothing_are_equal(index: str, parameter: float | None) -> None:
+    for value in (0.0, 1e-40):
+        for tasks in range(1, 65):
+            c = equity_coefficients(torch.full((tasks,), value), index, parameter)
+            assert float(c.abs().max()) < 1e-2
+
+
 @pytest.mark.parametrize(("index", "parameter"), [("gini", None), ("generalized-entropy", 2.0)])
 def test_a_loss_of_zero_has_its_one_sided_derivative(index: str, parameter: float | None) -> None:
     losses, h = torch.tensor([0.0, 1.0, 2.0], dtype=torch.float64), 1e-6

@@ -101,6 +101,9 @@ class Backbone:
             ConfigError: there is no module of that name, or it has no parameters.
         """
         owners: list[str] = [n for n, part in self.module.named_modules() if [*part.parameters(recurse=False)]]
+        owners = [
+            n.split(".parametrizations.")[0] for n in owners
+        ]  # a parametrised layer's own parameters lie below it
         if name is None:
             return owners[-1]
         modules = [n for n, _ in self.module.named_modules() if n]
@@ -116,18 +119,22 @@ class Backbone:
         Raises:
             ConfigError: the module called head is not the network's last operation.
         """
-        seen: list[tuple[Tensor, Tensor]] = []
-        hook = self.module.get_submodule(head).register_forward_hook(
-            lambda module, given, output: seen.append((given[0], output))
-        )
+        seen: list[tuple[Tensor, Tensor, int]] = []
+
+        def note(module: nn.Module, given: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> None:
+            inputs = [*given, *named.values()]
+            if inputs and isinstance(output, Tensor):
+                seen.append((inputs[0], output, output._version))
+
+        hook = self.module.get_submodule(head).register_forward_hook(note, with_kwargs=True)
         try:
             logits = self(params, x)
         finally:
             hook.remove()
-        if not seen or seen[-1][1] is not logits:
+        if not seen or seen[-1][1] is not logits or seen[-1][2] != logits._version:
             raise ConfigError(
-                f"the network's logits are not what its module {head!r} puts out, so that is not its head: "
-                "name the head's module with --head (in Python: head=...)"
+                f"the network's logits are not what its module {head!r} puts out, so that is not its head: name the "
+                "head's module with --head (in Python: head=...); if this is it, return its output as it is"
             )
         return seen[-1][0]
 

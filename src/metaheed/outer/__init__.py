@@ -161,11 +161,18 @@ def build_execution(
 
 
 def pick_execution(
-    name: Literal["auto", "looped", "threaded", "vectorized"], device: torch.device, threads: int | None
+    name: Literal["auto", "looped", "threaded", "vectorized"],
+    device: torch.device,
+    threads: int | None,
+    own_network: bool = False,
 ) -> Literal["looped", "threaded", "vectorized"]:
-    """The execution behind a configured name: auto is threaded on a CPU of several threads, else looped there."""
+    """The execution behind a configured name: auto is threaded on a CPU of several threads, else looped there.
+
+    A user's own network is looped on a CPU unless asked otherwise: see `threaded` on what threads ask of it.
+    """
     if name != "auto":
         return name
     if device.type != "cpu":
         return "vectorized"
-    return "threaded" if (threads or torch.get_num_threads()) > 1 else "looped"
+    several = (threads or torch.get_num_threads()) > 1
+    return "threaded" if several and not own_network else "looped"

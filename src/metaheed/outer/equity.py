@@ -21,7 +21,8 @@ from metaheed.config import EQUITY_PARAMETERS, EquityConfig, check_equity_parame
 def inequality(losses: Tensor, index: str = EquityConfig.equity_index, parameter: float | None = None) -> Tensor:
     """I({ℓ_i}), 0-d in the losses' dtype; differentiable.
 
-    A loss below 1e-12 of the mean, where logarithms and powers end, counts as that much. Computed in float64.
+    A loss below 1e-12 of the mean, or below 1e-12, where logarithms and powers end, counts as that much. Computed in
+    float64.
 
     Args:
         losses: (M,), not negative.
@@ -54,7 +55,7 @@ def equity_coefficients(
 
 
 def _floored(losses: Tensor) -> Tensor:
-    floor = (1e-12 * losses.detach().mean()).clamp(min=torch.finfo(losses.dtype).tiny)
+    floor = (1e-12 * losses.detach().mean()).clamp(min=1e-12)
     return losses + (floor - losses).clamp(min=0).detach()  # not clamped itself: that would have no derivative
 
 

@@ -111,6 +111,9 @@ def threaded(learner: Learner, workers: int) -> Execution[tuple[Params, TaskInfo
 
     On CPUs with several cores: small convolutions gain more from a task a core than from a convolution over all cores.
     For that PyTorch's own threads must be one (`torch.set_num_threads(1)`), which the command line sees to.
+
+    Each thread works on a copy of the learner. Switches that PyTorch keeps for the whole process (`sdpa_kernel` and
+    other `torch.backends` contexts) must not be thrown inside the network's forward: throw them around the call.
     """
     return map_threaded(learner, task_gradient, workers)
 
@@ -145,15 +148,16 @@ def map_threaded(learner: Learner, function: Callable[[Learner, Params, Episode]
         raise ConfigError(f"threaded with {workers} workers: there must be at least 1")
     # A copy of the learner for each: `functional_call` puts parameters into the module it calls while it runs.
     free: queue.SimpleQueue[Learner] = queue.SimpleQueue()
-    for _ in range(workers):
-        free.put(copy.deepcopy(learner))
     # A new thread's convolutions use every core until PyTorch has told it how many it may.
     pool = ThreadPoolExecutor(
         workers, "metaheed-task", initializer=lambda: torch.set_num_threads(torch.get_num_threads())
     )
 
     def one(meta: Params, task: Episode) -> T:
-        own = free.get()
+        try:
+            own = free.get_nowait()
+        except queue.Empty:
+            own = copy.deepcopy(learner)
         try:
             return function(own, meta, task)
         finally:
