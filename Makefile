@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/metaheed demo
 
 test: $(VENV)/.installed-dev lint peers
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
