@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
-    ("errors",),
+    ("errors", "files"),
     ("types", "config"),
     ("data", "learners"),
     ("outer",),

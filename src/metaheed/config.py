@@ -124,7 +124,7 @@ PRESETS: dict[str, dict[tuple[int, int], Preset]] = {
     "tieredimagenet": _IMAGES,
     "cifar-fs": _IMAGES,
     "fc100": _IMAGES,
-    "omniglot": {(5, 1): _DRAWINGS, (5, 5): _DRAWINGS, (20, 1): _DRAWINGS, (20, 5): _DRAWINGS},
+    **dict.fromkeys(("omniglot", "omniglot-vinyals"), dict.fromkeys(((5, 1), (5, 5), (20, 1), (20, 5)), _DRAWINGS)),
 }
 """Data set -> (ways, shots) -> preset: the cells of the paper's Tables 1 and 2, and by analogy those that it lacks."""
 
@@ -139,11 +139,19 @@ def preset(data: str, ways: int, shots: int) -> Preset:
 class EpisodeConfig:
     """Which images, and how tasks are made of them."""
 
+    folder_image_size: ClassVar[int] = 84
+    folder_split_seed: ClassVar[int] = 0
     data: str = "glyphs"
-    """Data set: glyphs (built in, needs no files), omniglot, cifar-fs."""
+    """Data set: glyphs (built in, needs no files), miniimagenet, tieredimagenet, cifar-fs, fc100, omniglot (the paper's
+    split), omniglot-vinyals (another split of it), or folder (pictures of one's own)."""
     data_root: Path | None = None
-    """Folder that holds the published files, itself or in their customary subfolder (omniglot/, cifar-100-python/);
-    glyphs needs none."""
+    """Folder that holds the published files, or what 'metaheed data prepare' made of them, itself or in their customary
+    subfolder (omniglot/, cifar-100-python/); for folder: the folder, zip or tar of pictures. glyphs needs none."""
+    image_size: int | None = None
+    """Pixels a side to which the pictures of --data folder are resized; none: 84. Other data sets have their own."""
+    split_seed: int | None = None
+    """Seed by which the classes of --data folder are divided into train, val and test where neither its layout nor lists
+    beside it divide them; none: 0."""
     ways: int = 5
     """N, classes in a training task."""
     shots: int = 1
@@ -161,6 +169,16 @@ class EpisodeConfig:
         _check_types(self)
         _at_least(self, 2, "ways", "test_ways")
         _at_least(self, 1, "shots", "queries", "test_shots", "test_queries")
+        _at_least(self, 8, "image_size", most=1024)
+        _at_least(self, 0, "split_seed", most=2**63 - 1)
+        for name, what in (("image_size", "images of its own size"), ("split_seed", "a split of its own")):
+            value = getattr(self, name)
+            _require(
+                value is None or self.data == "folder",
+                name,
+                value,
+                f"{self.data} has {what}: leave it out, or use --data folder",
+            )
 
     @property
     def train_shape(self) -> tuple[int, int, int]:

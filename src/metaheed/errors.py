@@ -19,6 +19,10 @@ class DataError(MetaheedError):
     """Images that are missing, damaged, or too few for the episodes asked for."""
 
 
+class MissingDataError(DataError):
+    """A data set that does not lie where it was looked for."""
+
+
 class RunError(MetaheedError):
     """A run folder that cannot be used."""
 

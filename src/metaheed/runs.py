@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from metaheed.config import RunConfig, from_dict, to_dict
 from metaheed.errors import RunError
+from metaheed.files import try_lock, write_synced
 from metaheed.learners import Learner, build_learner
 from metaheed.outer import OuterState
 from metaheed.types import Params
@@ -98,7 +99,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.lock_file.open("a+")
         with file:
-            if not _try_lock(file):
+            if not try_lock(file):
                 file.seek(0)
                 raise RunError(
                     f"{self.path} is being trained by another process ({file.read().strip() or 'unknown'}): "
@@ -138,7 +139,7 @@ class RunFolder:
         with _writing(self.path):
             self.checkpoints.mkdir(exist_ok=True)
             part = self.last.with_suffix(".part")
-            _write_synced(part, _packed(tensors, about))
+            write_synced(part, _packed(tensors, about))
             # A damaged last one, found when the run was resumed, must not replace the whole one before it.
             if self.last.exists() and not self._last_is_damaged:
                 self.last.replace(self.previous)
@@ -313,7 +314,7 @@ def write_whole(path: Path, content: bytes) -> None:
     part = path.with_suffix(".part")
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_synced(part, content)
+        write_synced(part, content)
         part.replace(path)
 
 
@@ -323,18 +324,6 @@ def check_writable(path: Path) -> None:
     with _writing(path):
         part.touch()
         part.unlink()
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    try:
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        with contextlib.suppress(OSError):
-            path.unlink()
-        raise
 
 
 @contextlib.contextmanager
@@ -394,18 +383,3 @@ def _checkpoint(tensors: Params, about: dict[str, Any]) -> Checkpoint:
     progress = Progress(**{field: about[field] for field in Progress._fields})
     best = groups.pop("best")
     return Checkpoint(progress, OuterState(**groups), best, (channels, height, width))
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -3,19 +3,38 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from metaheed.data import cifar, glyphs, omniglot
+from metaheed.config import EpisodeConfig
+from metaheed.data import cifar, folder, glyphs, miniimagenet, omniglot, tieredimagenet
 from metaheed.data.episodes import Episodes
 from metaheed.data.images import SPLITS, Dataset, Split
+from metaheed.data.sources import Request, Source, Watcher, in_memory
+from metaheed.data.store import find_store, open_store
 from metaheed.errors import unknown
 
-__all__ = ["DATASETS", "SPLITS", "Dataset", "Episodes", "Split", "check_name", "load_dataset"]
+__all__ = [
+    "DATASETS",
+    "SPLITS",
+    "Dataset",
+    "Episodes",
+    "Request",
+    "Source",
+    "Split",
+    "check_name",
+    "find_source",
+    "load_dataset",
+]
 
-DATASETS: dict[str, Callable[[Path | None], Dataset]] = {
-    "glyphs": lambda root: glyphs.load(),
-    "omniglot": omniglot.load,
-    "cifar-fs": cifar.load,
+DATASETS: dict[str, Callable[[Request], Source]] = {
+    "glyphs": lambda request: glyphs.find(),
+    "omniglot": omniglot.find_paper,
+    "omniglot-vinyals": omniglot.find_vinyals,
+    "cifar-fs": cifar.find_fs,
+    "fc100": cifar.find_fc100,
+    "miniimagenet": miniimagenet.find,
+    "tieredimagenet": tieredimagenet.find,
+    "folder": folder.find,
 }
-"""Name -> loader, given the folder to look in."""
+"""Name -> what finds it, in whichever layout it lies."""
 
 
 def check_name(name: str) -> None:
@@ -24,12 +43,41 @@ def check_name(name: str) -> None:
         raise unknown("data set", name, DATASETS)
 
 
-def load_dataset(name: str, root: Path | None = None) -> Dataset:
-    """A data set by name, read from `root` or from its customary subfolder.
+def find_source(name: str, request: Request) -> Source:
+    """The published files of a data set, recognised by what lies under the root or its customary subfolder.
+
+    Raises:
+        ConfigError: no data set has that name.
+        MissingDataError: its files are not there; says which, and where they are published.
+        DataError: they are damaged.
+    """
+    check_name(name)
+    return DATASETS[name](request)
+
+
+def load_dataset(
+    name: str,
+    root: Path | None = None,
+    image_size: int | None = None,
+    split_seed: int | None = None,
+    watcher: Watcher | None = None,
+) -> Dataset:
+    """A data set by name: from its store under `root` if there is one, mapped into memory; else its files are read.
+
+    Args:
+        name: a key of DATASETS.
+        root: where to look; its customary subfolder is tried, too.
+        image_size, split_seed: of a folder of pictures; see EpisodeConfig.
+        watcher: told of images that appear in two classes.
 
     Raises:
         ConfigError: no data set has that name.
         DataError: its files are missing or damaged; says which, and where they are published.
     """
     check_name(name)
-    return DATASETS[name](root)
+    request = Request(root, image_size, split_seed)
+    size = (image_size or EpisodeConfig.folder_image_size) if name == "folder" else None
+    path = find_store(name, request, size)
+    if path is not None:
+        return open_store(path, request)
+    return in_memory(find_source(name, request), watcher)

@@ -1,119 +1,197 @@
-"""CIFAR-FS (Bertinetto et al., ICLR 2019): the 100 classes of CIFAR-100 split 64/16/20, 600 images each, 32×32 RGB.
+"""CIFAR-FS (Bertinetto et al., ICLR 2019) and FC100 (Oreshkin et al., NeurIPS 2018): CIFAR-100, 32×32 RGB, split anew.
 
-Read straight from the published cifar-100-python folder or its tar.gz: Python 2 pickles, by the safe reader.
+CIFAR-FS splits the 100 classes 64/16/20 at random; FC100 60/20/20 by superclass (12/4/4), so that train and test are
+further apart. 600 images a class. Read from the published cifar-100-python folder or its tar.gz, or from the pickles
+that circulate, CIFAR_FS_{split}.pickle and FC100_{split}.pickle: Python 2 pickles, by the safe reader.
 """
 
 import io
-import tarfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from metaheed.data.images import SPLITS, Dataset, channel_statistics, make_split
-from metaheed.data.locate import class_list, folders
-from metaheed.data.safe_pickle import load_arrays, loads_arrays
+from metaheed.data.images import SPLITS
+from metaheed.data.locate import class_list, folders, holding, lacking
+from metaheed.data.safe_pickle import Opener, StoredArray, load_arrays, reading
+from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, stamp
+from metaheed.data.trees import open_tree
 from metaheed.errors import DataError
 
 PUBLISHED = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 FOLDER = "cifar-100-python"
 ARCHIVE = "cifar-100-python.tar.gz"
 PARTS = ("train", "test", "meta")
-_LARGEST = 1 << 29  # bytes of one part; the published train part has 155 million
+SIDE = 32
+_INLINE = 4096  # bytes of a string that are kept; the pixels stay in the file
+_AT_ONCE = 1024  # images
 
 
-def load(root: Path | None) -> Dataset:
-    """The data set from the folder that holds cifar-100-python (or that is it), or its tar.gz.
+class _Variant(NamedTuple):
+    name: str
+    lists: str
+    """The class lists' name."""
+    pickle: str
+    """The circulating pickles' name."""
+    subfolders: tuple[str, ...]
+
+
+_FS = _Variant("cifar-fs", "cifar_fs", "CIFAR_FS_{}.pickle", (FOLDER, "cifar-fs", "cifar100", "CIFAR-FS"))
+_FC100 = _Variant("fc100", "fc100", "FC100_{}.pickle", (FOLDER, "fc100", "cifar100", "FC100"))
+
+
+def find_fs(request: Request) -> Source:
+    """CIFAR-FS in the folder that holds (or is) cifar-100-python, or its tar.gz, or the three pickles.
 
     Raises:
         DataError: a file is missing or damaged; says which, and where it is published.
     """
-    images = _by_class(_parts(root))
-    splits = {}
-    for split in SPLITS:
-        names = class_list(f"cifar_fs_{split}")
-        splits[split] = make_split(split, names, [images[name] for name in names])
-    mean, std = channel_statistics(splits["train"].images)
-    return Dataset("cifar-fs", splits, mean, std)
+    return _find(request.root, _FS)
 
 
-def _parts(root: Path | None) -> dict[str, Any]:
-    expected = f"{FOLDER}/{{train,test,meta}} or {ARCHIVE}"
-    places = folders(root, "cifar-fs", (FOLDER, "cifar-fs", "cifar100"), expected, PUBLISHED)
-    for folder in places:
-        if all((folder / part).is_file() for part in PARTS):
-            return {part: load_arrays(folder / part, PUBLISHED) for part in PARTS}
-    for folder in places:
-        if (folder / ARCHIVE).is_file():
-            return _from_archive(folder / ARCHIVE)
-    for folder in places:
-        present = [part for part in PARTS if (folder / part).is_file()]
-        if folder.name == FOLDER or present:
-            missing = " and ".join(str(folder / part) for part in PARTS if part not in present)
-            raise DataError(f"cifar-fs: {missing} not found; published at {PUBLISHED}")
-    raise DataError(f"cifar-fs: neither {expected} found in {' or '.join(map(str, places))}; published at {PUBLISHED}")
+def find_fc100(request: Request) -> Source:
+    """As `find_fs`, FC100."""
+    return _find(request.root, _FC100)
 
 
-def _from_archive(path: Path) -> dict[str, Any]:
-    parts: dict[str, Any] = {}
-    try:
-        with tarfile.open(path, "r:gz") as archive:
-            for member in archive:
-                part = member.name.removeprefix("./").removeprefix(f"{FOLDER}/")
-                if part in PARTS and member.isfile():
-                    if member.size > _LARGEST:
-                        raise ValueError(f"{member.name} claims {member.size} bytes")
-                    file = archive.extractfile(member)
-                    assert file is not None  # a regular file always has content
-                    parts[part] = loads_arrays(io.BytesIO(file.read()), f"{path}:{member.name}", PUBLISHED)
-    except DataError:
-        raise
-    except Exception as error:  # tar and gzip raise many kinds on damaged files; all mean the same here
-        raise DataError(
-            f"{path} is damaged ({type(error).__name__}: {error}): fetch it anew from {PUBLISHED}"
-        ) from error
-    missing = [part for part in PARTS if part not in parts]
+def _find(root: Path | None, variant: _Variant) -> Source:
+    pickles = [variant.pickle.format(split) for split in SPLITS]
+    expected = f"{FOLDER}/{{train,test,meta}} or {ARCHIVE} or {variant.pickle.format('{train,val,test}')}"
+    places = folders(root, variant.name, variant.subfolders, expected, PUBLISHED)
+    folder = holding(places, PARTS)
+    if folder is not None:
+        files = {part: folder / part for part in PARTS}
+        parts = {part: _Part(path, str(path)) for part, path in files.items()}
+        return _whole(variant, parts, f"the {FOLDER} folder {folder}", stamp(*files.values()))
+    folder = holding(places, [ARCHIVE])
+    if folder is not None:
+        path = folder / ARCHIVE
+        return _whole(variant, _from_archive(path), f"the archive {path}", stamp(path))
+    folder = holding(places, pickles)
+    if folder is not None:
+        return _from_pickles(variant, [folder / name for name in pickles])
+    if not any((place / p).is_file() for place in places for p in (*PARTS, *pickles)):
+        # Named as the folder's own layout rather than by its parts.
+        parts_shown = [f"{FOLDER}/{{train,test,meta}}", ARCHIVE, variant.pickle.format("{train,val,test}")]
+        raise lacking(variant.name, places[:1], [[" or ".join(parts_shown)]], PUBLISHED)
+    raise lacking(variant.name, places, [PARTS, pickles], PUBLISHED)
+
+
+class _Part:
+    """A part of CIFAR-100, its pixels still in the file."""
+
+    def __init__(self, source: Path | Opener, name: str) -> None:
+        self.name = name
+        self._values = load_arrays(source, name, PUBLISHED, _INLINE)
+
+    def __getitem__(self, key: str) -> Any:
+        # A file written anew by Python 3 has str keys.
+        if not isinstance(self._values, dict):
+            return None
+        return self._values.get(key.encode(), self._values.get(key))
+
+    def refuse(self, what: str) -> DataError:
+        return DataError(f"{self.name} {what}: fetch it anew from {PUBLISHED}")
+
+    def names(self) -> list[str]:
+        values = self["fine_label_names"]
+        if not isinstance(values, list):
+            raise self.refuse("has no usable 'fine_label_names'")
+        return [v.decode("ascii", "replace") if isinstance(v, bytes) else str(v) for v in values]
+
+    def labels(self, key: str, below: int, count: int) -> np.ndarray:
+        values = self[key]
+        if isinstance(values, StoredArray) and values.is_like("iu", 1):
+            values = values.read().tolist()
+        if not isinstance(values, list) or len(values) != count:
+            raise self.refuse(f"has {count} images but no {key!r} that match")
+        if not all(type(k) is int and 0 <= k < below for k in values):
+            raise self.refuse(f"has {key!r} that are no numbers below {below}")
+        return np.array(values, np.int64)
+
+
+def _from_archive(path: Path) -> dict[str, _Part]:
+    tree = open_tree(path, PUBLISHED)
+    members = {e.path.removeprefix("./").removeprefix(f"{FOLDER}/"): e for e in tree.entries}
+    missing = [part for part in PARTS if part not in members]
     if missing:
         raise DataError(f"{path} lacks {FOLDER}/{' and '.join(missing)}: fetch it anew from {PUBLISHED}")
+    wanted = [e for e in tree.entries if e in [members[part] for part in PARTS]]
+    parts = {}
+    with reading(str(path), PUBLISHED):
+        for entry, content in zip(wanted, tree.read(wanted), strict=True):
+            part = next(p for p in PARTS if members[p] == entry)
+            parts[part] = _Part(lambda content=content: io.BytesIO(content), f"{path}:{entry.path}")  # type: ignore[misc]
     return parts
 
 
-def _by_class(parts: dict[str, Any]) -> dict[str, np.ndarray]:
-    names = [_text(name) for name in _field(parts, "meta", b"fine_label_names", lambda v: isinstance(v, list))]
-    wanted = {name for split in SPLITS for name in class_list(f"cifar_fs_{split}")}
-    if not wanted <= set(names):
-        raise DataError(
-            f"CIFAR-100's meta file lacks the class {min(wanted - set(names))!r}: fetch it anew from {PUBLISHED}"
-        )
+def _whole(variant: _Variant, parts: dict[str, _Part], layout: str, stamped: str) -> Source:
+    names = parts["meta"].names()
+    lists = {split: tuple(class_list(f"{variant.lists}_{split}")) for split in SPLITS}
+    absent = sorted({name for classes in lists.values() for name in classes} - set(names))
+    if absent:
+        raise parts["meta"].refuse(f"lacks the class {absent[0]!r}")
     pixels, labels = [], []
-    for part in ("train", "test"):
-        data = _field(parts, part, b"data", _is_pixels)
-        numbers = _field(parts, part, b"fine_labels", lambda v: isinstance(v, list))
-        if len(numbers) != len(data) or not all(isinstance(k, int) and 0 <= k < len(names) for k in numbers):
-            raise DataError(
-                f"CIFAR-100's {part} file has {len(data)} images but labels that do not match: "
-                f"fetch it anew from {PUBLISHED}"
-            )
-        pixels.append(np.asarray(data))  # a plain array, whatever class the reader built
-        labels.append(np.array(numbers, dtype=np.int64))
-    images = np.concatenate(pixels).reshape(-1, 3, 32, 32)
+    for part in (parts["train"], parts["test"]):
+        data = part["data"]
+        if not isinstance(data, StoredArray) or not data.is_like(np.uint8, 2) or data.shape[1:] != (3 * SIDE**2,):
+            raise part.refuse("has no usable 'data'")
+        pixels.append((data, part.name))
+        labels.append(part.labels("fine_labels", len(names), data.shape[0]))
     label = np.concatenate(labels)
-    return {name: images[label == k] for k, name in enumerate(names)}
+    splits = {}
+    for split, classes in lists.items():
+        # The number of a class in CIFAR-100 to its place in the split's list.
+        place = np.full(len(names), -1)
+        place[[names.index(c) for c in classes]] = np.arange(len(classes))
+        rows, counts = class_rows(place[label], len(classes))
+        splits[split] = SourceSplit(
+            classes, counts, (3, SIDE, SIDE), len(label), array_stream(rows, lambda start: _planes(pixels, start))
+        )
+    return Source(variant.name, layout, splits, stamped, published=PUBLISHED)
 
 
-def _field(parts: dict[str, Any], part: str, key: bytes, valid: Callable[[Any], bool]) -> Any:
-    values = parts[part]
-    # A file written anew by Python 3 has str keys.
-    value = values.get(key, values.get(key.decode())) if isinstance(values, dict) else None
-    if not valid(value):
-        raise DataError(f"CIFAR-100's {part} file has no usable {key.decode()!r}: fetch it anew from {PUBLISHED}")
-    return value
+def _planes(pixels: list[tuple[StoredArray, str]], start: int) -> Iterator[np.ndarray]:
+    for data, name in pixels:
+        count = data.shape[0]
+        if start < count:
+            with reading(name, PUBLISHED):
+                for chunk in data.chunks(start, _AT_ONCE):
+                    yield chunk.reshape(-1, 3, SIDE, SIDE)
+        start = max(0, start - count)
 
 
-def _is_pixels(value: Any) -> bool:
-    return isinstance(value, np.ndarray) and value.dtype == np.uint8 and value.ndim == 2 and value.shape[1] == 3072
+def _from_pickles(variant: _Variant, files: list[Path]) -> Source:
+    splits = {}
+    for split, path in zip(SPLITS, files, strict=True):
+        part = _Part(path, str(path))
+        data = part["data"]
+        if (
+            not isinstance(data, StoredArray)
+            or not data.is_like(np.uint8, 4)
+            or data.shape[1:] != (SIDE, SIDE, 3)
+        ):
+            raise part.refuse("has no usable 'data' (n, 32, 32, 3)")
+        label = part.labels("labels", 100, data.shape[0])
+        numbers = sorted(set(label.tolist()))
+        expected = len(class_list(f"{variant.lists}_{split}"))
+        if len(numbers) != expected:
+            raise part.refuse(f"has {len(numbers)} classes, but {variant.name}'s {split} split has {expected}")
+        rows, counts = class_rows(np.searchsorted(numbers, label), expected)
+        # The files hold numbers, which need not be CIFAR-100's, and no names.
+        classes = tuple(f"{split} class {number}" for number in numbers)
+        splits[split] = SourceSplit(
+            classes, counts, (3, SIDE, SIDE), len(label), array_stream(rows, _pictures(data, part.name))
+        )
+    layout = f"the pickles {variant.pickle.format('*')} in {files[0].parent}"
+    return Source(variant.name, layout, splits, stamp(*files), published=PUBLISHED)
 
 
-def _text(name: Any) -> str:
-    return name.decode("ascii", "replace") if isinstance(name, bytes) else str(name)
+def _pictures(data: StoredArray, name: str) -> Any:
+    def chunks(start: int) -> Iterator[np.ndarray]:
+        with reading(name, PUBLISHED):
+            for chunk in data.chunks(start, _AT_ONCE):
+                yield chunk.transpose(0, 3, 1, 2)
+
+    return chunks

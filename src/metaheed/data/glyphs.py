@@ -15,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import matplotlib
@@ -23,8 +24,9 @@ import PIL
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
-from metaheed.data.images import SPLITS, Dataset, make_split
+from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list
+from metaheed.data.sources import Source, SourceSplit, array_stream, stamp
 
 FACES = tuple(
     f"DejaVu{family}"
@@ -44,25 +46,34 @@ _ONE = 1 << 12  # fixed-point 1
 _GRID = 4  # nodes a side of the elastic displacement
 
 
-def load() -> Dataset:
+def find() -> Source:
     """The data set, from the cache where it has been built before.
 
     Built in seconds. The cache is $METAHEED_CACHE, else $XDG_CACHE_HOME/metaheed, else ~/.cache/metaheed; where that
     cannot be written the data set is built anew each time.
     """
-    classes = {split: class_list(f"glyphs_{split}") for split in SPLITS}
+    classes = {split: tuple(class_list(f"glyphs_{split}")) for split in SPLITS}
     names = [name for split in SPLITS for name in classes[split]]
-    path = _cache_folder() / f"glyphs-{_cache_key(names)}.npy"
-    images = _read_cache(path, (len(names), INSTANCES, 1, SIDE, SIDE))
-    if images is None:
-        images = build(names)
-        _write_cache(path, images)
+
+    @cache
+    def images() -> np.ndarray:
+        path = _cache_folder() / f"glyphs-{_cache_key(names)}.npy"
+        found = _read_cache(path, (len(names), INSTANCES, 1, SIDE, SIDE))
+        if found is None:
+            found = build(names)
+            _write_cache(path, found)
+        return found.reshape(-1, 1, SIDE, SIDE)
+
+    def chunks(first: int, behind: int, start: int) -> Iterator[np.ndarray]:
+        yield images()[first + start : behind]
+
     splits, first = {}, 0
-    for split in SPLITS:
-        count = len(classes[split])
-        splits[split] = make_split(split, classes[split], list(images[first : first + count]))
+    for split, chosen in classes.items():
+        count = len(chosen) * INSTANCES
+        stream = array_stream(np.arange(count), partial(chunks, first, first + count))
+        splits[split] = SourceSplit(chosen, (INSTANCES,) * len(chosen), (1, SIDE, SIDE), count, stream)
         first += count
-    return Dataset("glyphs", splits, mean=(0.0,), std=(1.0,))
+    return Source("glyphs", "built in", splits, stamp(_cache_key(names)), standardize=False)
 
 
 def build(names: list[str]) -> np.ndarray:

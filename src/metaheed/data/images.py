@@ -1,4 +1,4 @@
-"""Images in memory: uint8 once, class after class, with what turns them into network input.
+"""Images in memory, or mapped into it: uint8 once, class after class, with what turns them into network input.
 
 Legend: n images of C×H×W; a class is a run of consecutive rows.
 """
@@ -27,7 +27,9 @@ class Split:
     counts: tuple[int, ...]
     """Images of each class."""
     images: Tensor
-    """(n, C, H, W) uint8."""
+    """(n, C, H, W) uint8; may be a read-only memory map."""
+    recorded_fingerprint: str | None = None
+    """The fingerprint where it is known, so that a large split need not be read for it."""
 
     @cached_property
     def starts(self) -> np.ndarray:
@@ -37,9 +39,16 @@ class Split:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the class names, counts and pixels."""
-        digest = hashlib.sha256(repr((self.classes, self.counts, tuple(self.images.shape))).encode())
-        digest.update(self.images.cpu().numpy().tobytes())
+        if self.recorded_fingerprint is not None:
+            return self.recorded_fingerprint
+        digest = fingerprint_head(self.classes, self.counts, tuple(self.images.shape))
+        digest.update(self.images.cpu().contiguous().numpy())
         return digest.hexdigest()
+
+
+def fingerprint_head(classes: tuple[str, ...], counts: tuple[int, ...], shape: tuple[int, ...]) -> "hashlib._Hash":
+    """The digest of a split to which its pixels, row after row, are still to be added."""
+    return hashlib.sha256(repr((classes, counts, shape)).encode())
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,10 @@ class Dataset:
     """Subtracted from each channel of pixels in [0, 1]."""
     std: tuple[float, ...]
     """Then divided by."""
+    origin: str = ""
+    """What it was read from, in words."""
+    device: torch.device | None = None
+    """Where batches come out; none: where the images lie."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -76,9 +89,15 @@ class Dataset:
         return (pixels.float() / 255 - mean) / std
 
     def to(self, device: torch.device) -> "Dataset":
-        """The same data set with its images on a device."""
+        """The same data set with its batches on a device; its images lie there too, unless they would take more than
+        half of what is free there: they then stay where they are, and each batch is brought over.
+        """
+        if device.type == "cuda":
+            needed = sum(s.images.nbytes for s in self.splits.values())
+            if needed > torch.cuda.mem_get_info(device)[0] // 2:
+                return replace(self, device=device)
         moved = {name: replace(s, images=s.images.to(device)) for name, s in self.splits.items()}
-        return replace(self, splits=moved)
+        return replace(self, splits=moved, device=device)
 
 
 def make_split(name: str, classes: Sequence[str], images: Sequence[np.ndarray]) -> Split:
@@ -100,27 +119,28 @@ def make_split(name: str, classes: Sequence[str], images: Sequence[np.ndarray]) 
     return Split(name, tuple(classes), tuple(len(array) for array in images), stacked)
 
 
-def with_rotations(split: Split) -> Split:
-    """Every class four times: as it is and turned by 90, 180 and 270 degrees, as classes of their own.
+class Histogram:
+    """How often each channel has each of the 256 values, over any number of images."""
 
-    Rotated copies are made once in memory, so that sampling stays one indexing operation.
-    """
-    names = tuple(f"{c}@{90 * turn}" if turn else c for turn in range(4) for c in split.classes)
-    images = torch.cat([torch.rot90(split.images, turn, (2, 3)) for turn in range(4)])
-    return Split(split.name, names, split.counts * 4, images.contiguous())
+    def __init__(self, channels: int) -> None:
+        self._counts = np.zeros((channels, 256), np.int64)
 
+    def add(self, images: np.ndarray) -> None:
+        """Uint8 images (k, C, H, W)."""
+        for first in range(0, len(images), 1024):  # bincount makes int64 of them
+            for channel, counts in enumerate(self._counts):
+                counts += np.bincount(images[first : first + 1024, channel].ravel(), minlength=256)
 
-def channel_statistics(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over uint8 images (n, C, H, W), as fractions of 255.
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and standard deviation of each channel, as fractions of 255.
 
-    Taken from the histogram of the 256 values, so the result is exact to rounding and the same on every machine.
-    """
-    values = np.arange(256, dtype=np.float64) / 255
-    means, stds = [], []
-    for channel in range(images.shape[1]):
-        histogram = torch.bincount(images[:, channel].flatten().int(), minlength=256).numpy()
-        share = histogram / histogram.sum()
-        mean = float((share * values).sum())
-        means.append(mean)
-        stds.append(float(np.sqrt((share * (values - mean) ** 2).sum())) or 1.0)
-    return tuple(means), tuple(stds)
+        Taken from whole numbers, so exact to rounding and the same on every machine.
+        """
+        values = np.arange(256, dtype=np.float64) / 255
+        means, stds = [], []
+        for counts in self._counts:
+            share = counts / counts.sum()
+            mean = float((share * values).sum())
+            means.append(mean)
+            stds.append(float(np.sqrt((share * (values - mean) ** 2).sum())) or 1.0)
+        return tuple(means), tuple(stds)

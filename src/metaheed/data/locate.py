@@ -4,44 +4,58 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from metaheed.errors import DataError
+from metaheed.errors import MissingDataError
 
 
 def class_list(name: str) -> list[str]:
     """The lines of data/splits/NAME.txt."""
-    text = resources.files("metaheed.data").joinpath("splits", f"{name}.txt").read_text(encoding="utf-8")
-    return [line for line in text.splitlines() if line and not line.startswith("# ")]
+    return [line for line in _committed(f"{name}.txt") if line and not line.startswith("# ")]
+
+
+def class_table(name: str) -> list[tuple[str, str]]:
+    """The lines of data/splits/NAME.csv: class and category."""
+    pairs = (line.split(",") for line in _committed(f"{name}.csv"))
+    return [(label, category) for label, category in pairs]
+
+
+def _committed(file: str) -> list[str]:
+    return resources.files("metaheed.data").joinpath("splits", file).read_text(encoding="utf-8").splitlines()
 
 
 def folders(root: Path | None, dataset: str, subfolders: Sequence[str], expected: str, published: str) -> list[Path]:
     """Where to look: the root itself, then its customary subfolders.
 
     Raises:
-        DataError: no root was given, or it is not a folder.
+        MissingDataError: no root was given, or it is not a folder.
     """
     if root is None:
-        raise DataError(f"{dataset} needs --data-root, the folder with {expected}, published at {published}")
+        raise MissingDataError(f"{dataset} needs --data-root, the folder with {expected}, published at {published}")
     if not root.is_dir():
-        raise DataError(
+        raise MissingDataError(
             f"--data-root {root} is not a folder; {dataset} needs {expected} in it, published at {published}"
         )
     return [root, *(root / sub for sub in subfolders if (root / sub).is_dir())]
 
 
-def find(
-    root: Path | None, dataset: str, subfolders: Sequence[str], files: Sequence[str], published: str
-) -> list[Path]:
-    """All of `files` in the first folder that has them all.
+def holding(places: Sequence[Path], files: Sequence[str]) -> Path | None:
+    """The first of the places that has all of the files."""
+    return next((folder for folder in places if all((folder / file).is_file() for file in files)), None)
 
-    Raises:
-        DataError: no folder has; names what is missing, where it was looked for and where it is published.
-    """
-    places = folders(root, dataset, subfolders, " and ".join(files), published)
-    for folder in places:
-        if all((folder / file).is_file() for file in files):
-            return [folder / file for file in files]
-    best = max(places, key=lambda folder: sum((folder / file).is_file() for file in files))
-    missing = [file for file in files if not (best / file).is_file()]
-    raise DataError(
-        f"{dataset}: {' and '.join(missing)} not found in {' or '.join(map(str, places))}; published at {published}"
+
+def lacking(dataset: str, places: Sequence[Path], layouts: Sequence[Sequence[str]], published: str) -> MissingDataError:
+    """The error that none of the layouts (each a list of files) is in the places: what is missing of the nearest one."""
+    tried = [
+        (sum((folder / file).is_file() for file in files) / len(files), folder, files)
+        for files in layouts
+        for folder in places
+    ]
+    share, folder, files = max(tried, key=lambda t: t[0])  # the first of equals
+    if share:
+        missing = " and ".join(str(folder / file) for file in files if not (folder / file).is_file())
+        return MissingDataError(f"{dataset}: {missing} not found; published at {published}")
+    wanted = " nor ".join(" and ".join(files) for files in layouts)
+    return MissingDataError(
+        f"{dataset}: neither {wanted} found in {' or '.join(map(str, places))}; published at {published}"
+        if len(layouts) > 1
+        else f"{dataset}: {wanted} not found in {' or '.join(map(str, places))}; published at {published}"
     )

@@ -1,88 +1,127 @@
-"""Omniglot (Lake, Salakhutdinov, Tenenbaum, Science 2015), read straight from its two published zip files.
+"""Omniglot (Lake, Salakhutdinov, Tenenbaum, Science 2015), from its two published zip files, or from them unpacked.
 
 1623 characters of 50 alphabets, 20 drawings each, 105×105, ink black. Here: 28×28 by Lanczos, ink 1 and paper 0, and
 each class also turned by 90, 180 and 270 degrees as a class of its own, in every split.
 
-Split: 980/220/423 characters. The paper's own is random and unpublished; ours are the 1623 sorted names permuted by
-numpy.random.default_rng(0), committed as lists.
+Two splits. `omniglot`: 980/220/423 characters; the paper's own is random and unpublished, and ours are the 1623 sorted
+names permuted by numpy.random.default_rng(0), committed as lists. `omniglot-vinyals`: 1028/172/423, of whole alphabets
+but for a few, as in Matching Networks (Vinyals et al., NeurIPS 2016) and the papers after it.
 """
 
 import io
 import re
-import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from metaheed.data.images import SPLITS, Dataset, make_split, with_rotations
-from metaheed.data.locate import class_list, find
+from metaheed.data.decode import Encoded
+from metaheed.data.images import SPLITS
+from metaheed.data.locate import class_list, folders, holding, lacking
+from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
+from metaheed.data.trees import Entry, Tree, open_tree
 from metaheed.errors import DataError
 
 ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 PUBLISHED = "https://github.com/brendenlake/omniglot/tree/master/python"
 SIDE = 28
+TURNS = 4
 _MEMBER = re.compile(r"images_(?:background|evaluation)/([^/]+/character\d\d)/\d{4}_\d\d\.png")
 _LARGEST = 1 << 20  # bytes of one drawing; the published ones have a few hundred
 
 
-def load(root: Path | None) -> Dataset:
-    """The data set from the folder that holds its zip files, or the folder above.
+def find_paper(request: Request) -> Source:
+    """The data set, in the paper's split, from the folder that holds its zip files (or the folders in them), or the
+    folder above.
 
     Raises:
         DataError: a file is missing or damaged; says which, and where it is published.
     """
-    found = find(root, "omniglot", ("omniglot",), ARCHIVES, PUBLISHED)
-    drawings: dict[str, list[tuple[str, np.ndarray]]] = {}
-    for path in found:
-        for character, name, image in _read(path):
-            drawings.setdefault(character, []).append((name, image))
-    names_of = {split: class_list(f"omniglot_{split}") for split in SPLITS}
-    missing = sorted({name for names in names_of.values() for name in names} - set(drawings))
+    return _find(request.root, "omniglot", "omniglot")
+
+
+def find_vinyals(request: Request) -> Source:
+    """As `find_paper`, in the Vinyals split."""
+    return _find(request.root, "omniglot-vinyals", "omniglot_vinyals")
+
+
+def _find(root: Path | None, name: str, lists: str) -> Source:
+    places = folders(root, "omniglot", ("omniglot",), " and ".join(ARCHIVES), PUBLISHED)
+    folder = holding(places, ARCHIVES)
+    unpacked = [a.removesuffix(".zip") for a in ARCHIVES]
+    if folder is not None:
+        found = [folder / archive for archive in ARCHIVES]
+        parts = [("", _archive(path)) for path in found]
+        layout = f"the zip files {' and '.join(ARCHIVES)} in {folder}"
+    else:
+        folder = next((p for p in places if all((p / u).is_dir() for u in unpacked)), None)
+        if folder is None:
+            raise lacking("omniglot", places, [ARCHIVES], PUBLISHED)
+        found = [folder / u for u in unpacked]
+        parts = [(f"{path.name}/", open_tree(path, PUBLISHED)) for path in found]
+        layout = f"the folders {' and '.join(unpacked)} in {folder}"
+    drawings: dict[str, set[str]] = {}
+    for prefix, tree in parts:
+        for entry in tree.entries:
+            matched = _MEMBER.fullmatch(prefix + entry.path)
+            if matched is not None:
+                drawings.setdefault(matched[1], set()).add(prefix + entry.path)
+    names_of = {split: class_list(f"{lists}_{split}") for split in SPLITS}
+    where = " and ".join(map(str, found))
+    missing = sorted({n for names in names_of.values() for n in names} - set(drawings))
     if missing:
         raise DataError(
-            f"{len(missing)} characters are in neither of {', '.join(map(str, found))} "
-            f"(first: {missing[0]}): fetch both anew from {PUBLISHED}"
+            f"{len(missing)} characters are in neither of {where} (first: {missing[0]}): "
+            f"fetch both anew from {PUBLISHED}"
         )
     most = max(map(len, drawings.values()))
-    short = sorted(name for name, drawn in drawings.items() if len(drawn) < most)
+    short = sorted(n for n, drawn in drawings.items() if len(drawn) < most)
     if short:
         raise DataError(
-            f"character {short[0]} has {len(drawings[short[0]])} drawings in {' and '.join(map(str, found))}, "
-            f"others have {most}: fetch both anew from {PUBLISHED}"
+            f"character {short[0]} has {len(drawings[short[0]])} drawings in {where}, others have {most}: "
+            f"fetch both anew from {PUBLISHED}"
         )
-    splits = {}
-    for split, names in names_of.items():
-        arrays = [np.stack([image for _, image in sorted(drawings[n], key=lambda d: d[0])])[:, None] for n in names]
-        splits[split] = with_rotations(make_split(split, names, arrays))
-    return Dataset("omniglot", splits, mean=(0.0,), std=(1.0,))
+    splits = {split: _split(parts, names, drawings) for split, names in names_of.items()}
+    stamped = stamp(lists, [tree.entries for _, tree in parts], *found)
+    return Source(name, layout, splits, stamped, standardize=False, published=PUBLISHED)
 
 
-def _read(path: Path) -> list[tuple[str, str, np.ndarray]]:
-    result = []
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                matched = _MEMBER.fullmatch(member.filename)
-                if matched is None:
-                    continue
-                if member.file_size > _LARGEST:
-                    raise ValueError(f"{member.filename} claims {member.file_size} bytes")
-                result.append((matched[1], member.filename, _draw(archive.read(member))))
-    except Exception as error:  # zip and image readers raise many kinds on damaged files; all mean the same here
-        raise DataError(
-            f"{path} is damaged ({type(error).__name__}: {error}): fetch it anew from {PUBLISHED}"
-        ) from error
-    if not result:
+def _archive(path: Path) -> Tree:
+    tree = open_tree(path, PUBLISHED, _LARGEST)
+    if not any(_MEMBER.fullmatch(entry.path) for entry in tree.entries):
         raise DataError(
             f"{path} holds no drawing of the form images_*/ALPHABET/characterNN/NNNN_NN.png: see {PUBLISHED}"
         )
-    return result
+    return tree
 
 
-def _draw(png: bytes) -> np.ndarray:
+def _split(parts: list[tuple[str, Tree]], names: list[str], drawings: dict[str, set[str]]) -> SourceSplit:
+    """All characters, then all of them turned by 90 degrees, and so on."""
+    each = len(drawings[names[0]])
+    row_of = {member: k * each + i for k, name in enumerate(names) for i, member in enumerate(sorted(drawings[name]))}
+    chosen = [(prefix, tree, [e for e in tree.entries if prefix + e.path in row_of]) for prefix, tree in parts]
+
+    def encoded(start: int) -> Iterator[Encoded]:
+        for prefix, tree, entries in chosen:
+            wanted = entries[start:]
+            start = max(0, start - len(entries))
+            for entry, content in zip(wanted, tree.read(wanted), strict=True):
+                row = row_of[prefix + entry.path]
+                rows = tuple(row + turn * len(row_of) for turn in range(TURNS))
+                yield Encoded(f"{tree.root}:{entry.path}", rows, content)
+
+    classes = tuple(f"{name}@{90 * turn}" if turn else name for turn in range(TURNS) for name in names)
+    shape = (1, SIDE, SIDE)
+    items = sum(len(entries) for _, _, entries in chosen)
+    return SourceSplit(classes, (each,) * len(classes), shape, items, encoded_stream(encoded, draw, shape))
+
+
+def draw(png: bytes) -> np.ndarray:
+    """(4, 28, 28) uint8, ink 255: a drawing as it is and turned by 90, 180 and 270 degrees."""
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         if image.size != (105, 105):
             raise ValueError(f"a drawing of {image.size} pixels, not 105×105")
         small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    return 255 - np.asarray(small)
+    drawn = 255 - np.asarray(small)
+    return np.stack([np.rot90(drawn, turn) for turn in range(TURNS)])

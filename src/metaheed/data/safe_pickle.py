@@ -1,40 +1,66 @@
-"""Reading a stranger's pickle without running a stranger's code.
+"""Reading a stranger's pickle without running a stranger's code, and without holding it in memory.
 
-The published CIFAR-100 files are Python 2 pickles. This reader builds numpy arrays and plain containers (dict, list,
-tuple, str, bytes, numbers) and refuses everything else by name: no other global is ever looked up, let alone called.
+A pickle is a program for a small stack machine. This one interprets it operation by operation, of protocols 0 to 5 and
+of Python 2 as well as 3, and knows numpy arrays and plain containers (dict, list, tuple, str, bytes, numbers) only. It
+refuses everything else by name: no other global is ever looked up, let alone called. A Python 2 str becomes bytes.
+
+Payloads longer than a bound stay in the file: an array, or a string, is then no more than where its bytes lie, so that
+a file of many gigabytes is read in little memory. They come in four forms: as they are, as UTF-8 of Latin-1 text (how
+Python 3 writes bytes into protocol 2), and with two kinds of escapes (protocol 0).
 """
 
 import codecs
-import pickle
+import contextlib
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from metaheed.errors import DataError
 
+Opener = Callable[[], BinaryIO]
 
-def load_arrays(path: Path, published: str) -> Any:
-    """The value in a pickle of arrays and plain containers; a Python 2 str becomes bytes.
+_MOST_OPERATIONS = 1 << 25
+"""The largest published file has 12 million; the bound keeps a hostile one from filling the memory with containers."""
+_BLOCK = 1 << 20  # bytes read at once
+_LINE = 1 << 16  # of a number, or of a global's name
+
+
+def load_arrays(source: Path | Opener, name: str, published: str, inline: int | None = None) -> Any:
+    """The value in a pickle of arrays and plain containers; its arrays are `StoredArray`.
+
+    Args:
+        source: the file, or what opens it anew (seekable).
+        name: the file's, for messages.
+        published: where the file is published, for messages.
+        inline: strings and arrays of more bytes than that stay in the file; none: all are read.
 
     Raises:
         DataError: the file is damaged, or asks for anything but arrays and plain containers; names the file, the
             offender and where the file is published.
     """
-    with path.open("rb") as file:
-        return loads_arrays(file, str(path), published)
+    opener: Opener = (lambda: source.open("rb", buffering=4096)) if isinstance(source, Path) else source
+    with reading(name, published), opener() as file:
+        return _Machine(file, opener, inline).run()
 
 
-def loads_arrays(file: Any, name: str, published: str) -> Any:
-    """As `load_arrays`, from an open binary file."""
+@contextlib.contextmanager
+def reading(name: str, published: str) -> Iterator[None]:
+    """Turn whatever damaged content raises into a DataError that names the file and where to have it anew."""
     try:
-        return _ArrayUnpickler(file, encoding="bytes").load()
+        yield
+    except DataError:
+        raise
     except _RefusedError as error:
         raise DataError(
             f"{name} is not read: its pickle asks for {error}, which a file of arrays has no use for and which could "
             f"run code. Fetch the file anew from {published}"
         ) from error
-    except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
+    except Exception as error:  # damaged content makes readers raise nearly anything
         raise DataError(
             f"{name} is damaged ({type(error).__name__}: {error}): fetch it anew from {published}"
         ) from error
@@ -44,62 +70,490 @@ class _RefusedError(Exception):
     pass
 
 
-class _Array(np.ndarray[Any, Any]):
-    """An array under construction, whose state is checked before numpy sees it."""
+class Stored(NamedTuple):
+    """Bytes, or the text of bytes, that stayed in the file."""
 
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, _, data = state
-        if not isinstance(dtype, np.dtype) or dtype.hasobject or not isinstance(data, bytes):
-            raise _RefusedError("an array of Python objects")
-        if int(np.prod(shape, dtype=object)) * dtype.itemsize != len(data):
-            raise ValueError(f"an array of shape {shape} in {len(data)} bytes")
-        super().__setstate__(state)
+    offset: int
+    length: int
+    form: str
+    """How they are written: raw, utf8, escaped (a Python 2 str of protocol 0), unicode-escaped (a text of it)."""
+    text: bool
+    """Whether they are a text; one that is encoded to Latin-1 is bytes again."""
 
-
-# The admitted callables are objects without attributes, for a pickle may try to set some on whatever it is handed.
-class _Reconstruct:
-    __slots__ = ()
-
-    def __call__(self, kind: Any, shape: Any, code: Any) -> np.ndarray[Any, Any]:
-        # An empty array whatever shape is asked for: the memory comes with the data, in __setstate__.
-        return np.ndarray.__new__(_Array, (0,), np.uint8)
-
-
-class _Encode:
-    """How Python 3 writes bytes into a protocol-2 pickle."""
-
-    __slots__ = ()
-
-    def __call__(self, text: Any, encoding: Any = "latin1") -> bytes:
-        if codecs.lookup(encoding).name != "iso8859-1" or not isinstance(text, str):
-            raise _RefusedError(f"_codecs.encode with {encoding!r}")
-        return text.encode("latin1")
+    def blocks(self, file: BinaryIO, start: int = 0) -> Iterator[bytes]:
+        """The bytes from position `start` on, in blocks; from the beginning of the file's payload unless it is raw."""
+        if self.form == "raw":
+            file.seek(self.offset + start)
+            left = self.length - start
+            while left:
+                block = _exactly(file, min(left, _BLOCK))
+                left -= len(block)
+                yield block
+            return
+        file.seek(self.offset)
+        skip = start
+        for block in _DECODERS[self.form](file, self.length):
+            yield block[skip:]
+            skip = max(0, skip - len(block))
 
 
-class _DType:
-    __slots__ = ()
+class StoredArray:
+    """An array whose bytes are in memory or stayed in the file."""
 
-    def __call__(self, code: Any, *flags: Any) -> np.dtype[Any]:
-        dtype = np.dtype(code.decode("ascii") if isinstance(code, bytes) else str(code))
-        if dtype.hasobject:
-            raise _RefusedError("an array of Python objects")
-        return dtype
+    __slots__ = ("_open", "data", "dtype", "fortran", "shape", "whole")
+
+    def __init__(self, opener: Opener) -> None:
+        self._open = opener
+        self.whole = False  # until its state has been read
+        self.shape: tuple[int, ...] = ()
+        self.dtype = np.dtype(np.uint8)
+        self.fortran = False
+        self.data: bytes | bytearray | Stored = b""
+
+    def is_like(self, dtype: type | str, ndim: int | None = None) -> bool:
+        """Whether it is whole, of that dtype (or kind of dtype, such as "iu"), and has so many axes."""
+        fits = self.dtype.kind in dtype if isinstance(dtype, str) else self.dtype == dtype
+        return self.whole and fits and ndim in (None, len(self.shape))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
+
+    def read(self, file: BinaryIO | None = None) -> np.ndarray:
+        """The array, from its own file or from that file kept open by the caller."""
+        if not self.whole:
+            raise ValueError("an array without content")
+        data: Any = self.data
+        if isinstance(data, Stored):
+            with contextlib.nullcontext(file) if file is not None else self._open() as opened:
+                data = b"".join(data.blocks(opened))
+        return np.frombuffer(data, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")
+
+    def chunks(self, start: int, count: int) -> Iterator[np.ndarray]:
+        """Entries of the first axis from `start` on, `count` at a time, in the memory of one chunk."""
+        if not self.whole or self.fortran:
+            raise ValueError("an array in Fortran order" if self.whole else "an array without content")
+        entry = int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        at = start
+        with self._open() as file:
+            blocks = self.data.blocks(file, start * entry) if isinstance(self.data, Stored) else None
+            held = bytearray()
+            while at < self.shape[0]:
+                taken = min(count, self.shape[0] - at)
+                if blocks is None:
+                    chunk = bytes(self.data[at * entry : (at + taken) * entry])  # type: ignore[index]
+                else:
+                    while len(held) < taken * entry:
+                        held += next(blocks, b"") or _raise(EOFError("an array with too few bytes"))
+                    chunk = bytes(held[: taken * entry])
+                    del held[: taken * entry]
+                yield np.frombuffer(chunk, self.dtype).reshape(taken, *self.shape[1:])
+                at += taken
 
 
-_ADMITTED: dict[tuple[str, str], Any] = {
-    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(),
-    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct(),
-    ("numpy", "ndarray"): "numpy.ndarray",  # only ever handed to _reconstruct, which ignores it
-    ("numpy", "dtype"): _DType(),
-    ("_codecs", "encode"): _Encode(),
+def _raise(error: Exception) -> bytes:
+    raise error
+
+
+def _exactly(file: BinaryIO, count: int) -> bytes:
+    data = file.read(count)
+    if len(data) != count:
+        raise EOFError("it ends too early")
+    return data
+
+
+# Decoders of payloads: blocks of the bytes meant, from an open file that stands at their beginning.
+
+
+def _blocks(file: BinaryIO, length: int) -> Iterator[tuple[bytes, bool]]:
+    while length:
+        block = _exactly(file, min(length, _BLOCK))
+        length -= len(block)
+        yield block, not length
+
+
+def _utf8(file: BinaryIO, length: int) -> Iterator[bytes]:
+    decoder = codecs.getincrementaldecoder("utf-8")("surrogatepass")
+    for block, last in _blocks(file, length):
+        yield decoder.decode(block, last).encode("latin1")
+
+
+def _escapes(pattern: re.Pattern[bytes], decode: Callable[[bytes], bytes]) -> Callable[..., Iterator[bytes]]:
+    def decoded(file: BinaryIO, length: int) -> Iterator[bytes]:
+        rest = b""
+        for block, _ in _blocks(file, length):
+            block = rest + block
+            matched = pattern.match(block)
+            assert matched is not None  # the pattern matches nothing, too
+            rest = block[matched.end() :]  # an escape that goes on in the next block
+            if len(rest) > 12:
+                raise ValueError(f"the escape {rest[:12]!r}")
+            yield decode(matched[0])
+        if rest:
+            raise ValueError(f"the escape {rest!r}")
+
+    return decoded
+
+
+_DECODERS: dict[str, Callable[[BinaryIO, int], Iterator[bytes]]] = {
+    "utf8": _utf8,
+    "escaped": _escapes(
+        re.compile(rb"(?:[^\\]+|\\[\\'\"abfnrtv0]|\\x[0-9a-fA-F]{2})*"), lambda text: codecs.escape_decode(text)[0]
+    ),
+    "unicode-escaped": _escapes(
+        re.compile(rb"(?:[^\\]+|\\u[0-9a-fA-F]{4}|\\U[0-9a-fA-F]{8})*"),
+        lambda text: text.decode("raw_unicode_escape").encode("latin1"),
+    ),
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _ADMITTED:
-            raise _RefusedError(f"{module}.{name}")
-        return _ADMITTED[module, name]
+def _read_payload(file: BinaryIO, payload: Stored) -> bytes | str:
+    """A payload whole; the file stands behind it afterwards."""
+    if not payload.text:
+        return b"".join(payload.blocks(file))
+    file.seek(payload.offset)
+    data = _exactly(file, payload.length)
+    return data.decode("utf-8", "surrogatepass") if payload.form == "utf8" else data.decode("raw_unicode_escape")
 
-    def persistent_load(self, pid: Any) -> Any:
-        raise _RefusedError(f"the persistent object {pid!r}")
+
+# Operation -> what follows it in the file: so many bytes, lines, or a payload behind its length of so many bytes.
+_FIXED = dict.fromkeys(b"JG", 0) | {
+    **{ord(c): n for c, n in zip("JKMGqrhj", (4, 1, 2, 8, 1, 4, 1, 4), strict=True)},
+    **{0x80: 1, 0x82: 1, 0x83: 2, 0x84: 4, 0x95: 8},
+}
+_LINES = {ord(c): 1 for c in "ILFpgP"} | {ord(c): 2 for c in "ci"}
+_PAYLOADS: dict[int, tuple[int, str, bool]] = {
+    **{ord("T"): (4, "raw", False), ord("U"): (1, "raw", False), ord("B"): (4, "raw", False)},
+    **{ord("C"): (1, "raw", False), 0x8E: (8, "raw", False), 0x96: (8, "raw", False)},
+    **{ord("X"): (4, "utf8", True), 0x8C: (1, "utf8", True), 0x8D: (8, "utf8", True)},
+    **{0x8A: (1, "raw", False), 0x8B: (4, "raw", False)},
+}
+_QUOTED, _UNICODE = ord("S"), ord("V")
+_BARE = frozenset(b"0N12()]}tldasuebRoQ.") | {0x81, 0x85, 0x86, 0x87, 0x88, 0x89, 0x8F, 0x90, 0x91, 0x92, 0x93, 0x94}
+_BARE |= {0x97, 0x98}
+
+
+def _operations(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """(operation, argument) one after another; payloads are passed over."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    for _ in range(_MOST_OPERATIONS):
+        code = file.read(1)
+        if not code:
+            raise EOFError("it ends too early")
+        op = code[0]
+        if op in _BARE:
+            yield op, None
+        elif op in _FIXED:
+            yield op, _exactly(file, _FIXED[op])
+        elif op in _PAYLOADS:
+            width, form, text = _PAYLOADS[op]
+            length = int.from_bytes(_exactly(file, width), "little")
+            payload = Stored(file.tell(), length, form, text)
+            if payload.offset + length > size:
+                raise EOFError(f"{length} bytes are announced where {size - payload.offset} are left")
+            file.seek(length, os.SEEK_CUR)
+            yield op, payload
+        elif op in _LINES:
+            yield op, [_line(file) for _ in range(_LINES[op])]
+        elif op in (_QUOTED, _UNICODE):
+            yield op, _text_line(file, op)
+        else:
+            raise ValueError(f"no such operation as {code!r}")
+        if op == 0x2E:  # the end
+            return
+    raise ValueError(f"it has more than {_MOST_OPERATIONS} operations")
+
+
+def _line(file: BinaryIO) -> bytes:
+    line = file.readline(_LINE)
+    if not line.endswith(b"\n"):
+        raise EOFError("a line without an end")
+    return line[:-1]
+
+
+def _text_line(file: BinaryIO, op: int) -> Stored:
+    offset, length, block = file.tell(), 0, b""
+    first = file.read(1)
+    file.seek(offset)
+    while not block.endswith(b"\n"):
+        block = file.readline(_LINE)
+        if not block:
+            raise EOFError("a line without an end")
+        length += len(block)
+        last = block[-2:-1] or last
+    if op == _UNICODE:
+        return Stored(offset, length - 1, "unicode-escaped", True)
+    if length < 3 or first not in b"\"'" or last != first:
+        raise ValueError("a string without quotes")
+    return Stored(offset + 1, length - 3, "escaped", False)
+
+
+class _Type(NamedTuple):
+    name: str
+
+
+class _DType:
+    """A dtype under construction: its byte order comes with its state."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: np.dtype[Any]) -> None:
+        self.dtype = dtype
+
+
+_ADMITTED = {
+    **{(f"numpy.{core}.multiarray", "_reconstruct"): "reconstruct" for core in ("core", "_core")},
+    **{(f"numpy.{core}.numeric", "_frombuffer"): "frombuffer" for core in ("core", "_core")},
+    ("numpy", "ndarray"): "ndarray",
+    ("numpy", "dtype"): "dtype",
+    ("_codecs", "encode"): "encode",
+    ("__builtin__", "bytes"): "bytes",
+    ("builtins", "bytes"): "bytes",
+}
+_MARK = object()
+_GETS = frozenset(b"ghj")
+
+
+class _Machine:
+    def __init__(self, file: BinaryIO, opener: Opener, inline: int | None) -> None:
+        self._file, self._open, self._inline = file, opener, inline
+        self._stack: list[Any] = []
+        self._memo: dict[int, Any] = {}
+        self._memoized = 0
+
+    def run(self) -> Any:
+        # What is never fetched from the memo need not be kept there; Python 2 puts everything into it.
+        fetched = {self._number(op, argument) for op, argument in _operations(self._file) if op in _GETS}
+        self._fetched = fetched
+        for op, argument in _operations(self._file):
+            handler = _HANDLERS.get(op)
+            if handler is None:
+                raise _RefusedError(_NAMES.get(op, f"the operation {bytes([op])!r}"))
+            handler(self, op, argument)
+        (value,) = self._stack
+        return value
+
+    @staticmethod
+    def _number(op: int, argument: Any) -> int:
+        return int(argument[0]) if op in b"gp" else int.from_bytes(argument, "little")
+
+    def _pop_to_mark(self) -> list[Any]:
+        at = len(self._stack) - 1
+        while self._stack[at] is not _MARK:
+            at -= 1
+            if at < 0:
+                raise ValueError("a mark is missing")
+        items = self._stack[at + 1 :]
+        del self._stack[at:]
+        return items
+
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _nothing(self, op: int, argument: Any) -> None:
+        pass
+
+    def _mark(self, op: int, argument: Any) -> None:
+        self._push(_MARK)
+
+    def _pop(self, op: int, argument: Any) -> None:
+        self._stack.pop()
+
+    def _drop_to_mark(self, op: int, argument: Any) -> None:
+        self._pop_to_mark()
+
+    def _repeat(self, op: int, argument: Any) -> None:
+        self._push(self._stack[-1])
+
+    def _constant(self, op: int, argument: Any) -> None:
+        self._push({ord("N"): None, 0x88: True, 0x89: False}[op])
+
+    def _number_line(self, op: int, argument: Any) -> None:
+        (text,) = argument
+        if op == ord("I") and text in (b"00", b"01"):
+            self._push(text == b"01")
+        else:
+            self._push(float(text) if op == ord("F") else int(text.rstrip(b"L")))
+
+    def _integer(self, op: int, argument: Any) -> None:
+        self._push(int.from_bytes(argument, "little", signed=op == ord("J")))
+
+    def _long(self, op: int, argument: Stored) -> None:
+        if argument.length > 1024:
+            raise ValueError(f"a whole number of {argument.length} bytes")
+        data = _read_payload(self._file, argument)
+        assert isinstance(data, bytes)  # not text
+        self._push(int.from_bytes(data, "little", signed=True))
+
+    def _float(self, op: int, argument: Any) -> None:
+        self._push(struct.unpack(">d", argument)[0])
+
+    def _payload(self, op: int, argument: Stored) -> None:
+        if self._inline is not None and argument.length > self._inline:
+            self._push(argument)
+            return
+        behind = self._file.tell()
+        self._push(_read_payload(self._file, argument))
+        self._file.seek(behind)
+
+    def _empty(self, op: int, argument: Any) -> None:
+        self._push({ord("]"): list, ord("}"): dict, ord(")"): tuple}[op]())
+
+    def _few(self, op: int, argument: Any) -> None:
+        count = op - 0x84
+        if len(self._stack) < count:
+            raise IndexError("a tuple of values that are not there")
+        items = tuple(self._stack[-count:])
+        del self._stack[-count:]
+        self._push(items)
+
+    def _container(self, op: int, argument: Any) -> None:
+        items = self._pop_to_mark()
+        if op == ord("d"):
+            self._push(dict(zip(items[::2], items[1::2], strict=True)))
+        else:
+            self._push(items if op == ord("l") else tuple(items))
+
+    def _append(self, op: int, argument: Any) -> None:
+        items = self._pop_to_mark() if op == ord("e") else [self._stack.pop()]
+        target = self._stack[-1]
+        if type(target) is not list:
+            raise TypeError("it appends to what is no list")
+        target.extend(items)
+
+    def _set_items(self, op: int, argument: Any) -> None:
+        if op == ord("u"):
+            items = self._pop_to_mark()
+        else:
+            value = self._stack.pop()
+            items = [self._stack.pop(), value]
+        target = self._stack[-1]
+        if type(target) is not dict:
+            raise TypeError("it sets items of what is no dict")
+        target.update(zip(items[::2], items[1::2], strict=True))
+
+    def _put(self, op: int, argument: Any) -> None:
+        if op == 0x94:
+            number = self._memoized
+            self._memoized += 1
+        else:
+            number = self._number(op, argument)
+        if number in self._fetched:
+            self._memo[number] = self._stack[-1]
+
+    def _get(self, op: int, argument: Any) -> None:
+        self._push(self._memo[self._number(op, argument)])
+
+    def _global(self, op: int, argument: Any) -> None:
+        if op == 0x93:
+            name, module = self._stack.pop(), self._stack.pop()
+            if not (isinstance(name, str) and isinstance(module, str)):
+                raise TypeError("a global whose name is no text")
+        else:
+            module, name = (part.decode("utf-8") for part in argument)
+        if (module, name) not in _ADMITTED or op == ord("i"):
+            raise _RefusedError(f"{module}.{name}")
+        self._push(_Type(_ADMITTED[module, name]))
+
+    def _reduce(self, op: int, argument: Any) -> None:
+        arguments, kind = self._stack.pop(), self._stack.pop()
+        if not isinstance(kind, _Type) or type(arguments) is not tuple:
+            raise _RefusedError("a call of what is no function")
+        self._push(getattr(self, f"_make_{kind.name}")(*arguments))
+
+    def _make_reconstruct(self, kind: Any, shape: Any, code: Any) -> StoredArray:
+        # Whatever shape is asked for here: the content comes with the state.
+        return StoredArray(self._open)
+
+    def _make_frombuffer(self, data: Any, dtype: Any, shape: Any, order: Any) -> StoredArray:
+        return self._filled(StoredArray(self._open), shape, dtype, order == "F", data)
+
+    def _make_dtype(self, code: Any, *flags: Any) -> _DType:
+        dtype = np.dtype(code.decode("ascii") if isinstance(code, bytes) else str(code))
+        if dtype.hasobject:
+            raise _RefusedError("an array of Python objects")
+        if dtype.kind not in "biufSU":
+            raise _RefusedError(f"an array of {dtype}")
+        return _DType(dtype)
+
+    def _make_encode(self, text: Any, encoding: Any = "latin1") -> bytes | Stored:
+        if not isinstance(encoding, str) or codecs.lookup(encoding).name != "iso8859-1":
+            raise _RefusedError(f"_codecs.encode with {encoding!r}")
+        if isinstance(text, Stored) and text.text:
+            return text._replace(text=False)
+        if not isinstance(text, str):
+            raise _RefusedError("_codecs.encode of what is no text")
+        return text.encode("latin1")
+
+    def _make_bytes(self) -> bytes:
+        return b""
+
+    def _make_ndarray(self, *arguments: Any) -> None:
+        raise _RefusedError("a call of numpy.ndarray")
+
+    def _build(self, op: int, argument: Any) -> None:
+        state, target = self._stack.pop(), self._stack[-1]
+        if isinstance(target, _DType):
+            order, subdtype, names, fields = state[1:5]
+            if (subdtype, names, fields) != (None, None, None):
+                raise _RefusedError("an array of records")
+            order = order.decode("ascii") if isinstance(order, bytes) else str(order)
+            if order not in ("|", "<", ">", "="):
+                raise ValueError(f"the byte order {order!r}")
+            target.dtype = target.dtype.newbyteorder("=" if order == "|" else order)  # type: ignore[arg-type]
+        elif isinstance(target, StoredArray):
+            _, shape, dtype, fortran, data = state
+            self._filled(target, shape, dtype, bool(fortran), data)
+        else:
+            raise _RefusedError("the state of an object")
+
+    def _filled(self, array: StoredArray, shape: Any, dtype: Any, fortran: bool, data: Any) -> StoredArray:
+        if not isinstance(dtype, _DType) or not (
+            isinstance(data, bytes) or (isinstance(data, Stored) and not data.text)
+        ):
+            raise _RefusedError("an array of Python objects")
+        if type(shape) is not tuple or not all(type(n) is int and n >= 0 for n in shape):
+            raise ValueError(f"an array of shape {shape!r}")
+        count = int(np.prod(np.array(shape, dtype=object))) * dtype.dtype.itemsize
+        known = data.length if isinstance(data, Stored) else len(data)
+        raw = isinstance(data, bytes) or data.form == "raw"
+        # An escaped payload has more bytes than it means, and none fewer.
+        if known < count or (raw and known != count):
+            raise ValueError(f"an array of shape {shape} in {known} bytes")
+        array.shape, array.dtype, array.fortran, array.data = shape, dtype.dtype, fortran and len(shape) > 1, data
+        array.whole = True
+        return array
+
+
+_HANDLERS: dict[int, Callable[[_Machine, int, Any], None]] = {
+    **dict.fromkeys((0x80, 0x95, 0x2E), _Machine._nothing),
+    **dict.fromkeys((ord("N"), 0x88, 0x89), _Machine._constant),
+    **dict.fromkeys(b"ILF", _Machine._number_line),
+    **dict.fromkeys(b"JKM", _Machine._integer),
+    **dict.fromkeys((0x8A, 0x8B), _Machine._long),
+    **dict.fromkeys((*b"TUBCXSV", 0x8E, 0x96, 0x8C, 0x8D), _Machine._payload),
+    **dict.fromkeys(b"]})", _Machine._empty),
+    **dict.fromkeys((0x85, 0x86, 0x87), _Machine._few),
+    **dict.fromkeys(b"tld", _Machine._container),
+    **dict.fromkeys(b"ae", _Machine._append),
+    **dict.fromkeys(b"su", _Machine._set_items),
+    **dict.fromkeys((*b"pqr", 0x94), _Machine._put),
+    **dict.fromkeys(b"ghj", _Machine._get),
+    **dict.fromkeys((*b"ci", 0x93), _Machine._global),
+    ord("G"): _Machine._float,
+    ord("("): _Machine._mark,
+    ord("0"): _Machine._pop,
+    ord("1"): _Machine._drop_to_mark,
+    ord("2"): _Machine._repeat,
+    ord("R"): _Machine._reduce,
+    ord("b"): _Machine._build,
+}
+_NAMES = {
+    **dict.fromkeys((*b"o", 0x81, 0x92), "the creation of an object"),
+    **dict.fromkeys((0x82, 0x83, 0x84), "an extension code"),
+    **dict.fromkeys(b"PQ", "a persistent object"),
+    **dict.fromkeys((0x97, 0x98), "a buffer outside the file"),
+    **dict.fromkeys((0x8F, 0x90, 0x91), "a set"),
+}
