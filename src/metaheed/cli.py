@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -25,6 +25,7 @@ from metaheed.config import (
     EvaluationConfig,
     RunConfig,
     ToyConfig,
+    TrainingConfig,
     checked,
     default_config,
     default_pair,
@@ -95,6 +96,84 @@ class Toy:
     training: ToyConfig = field(default_factory=ToyConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DataPrepare:
+    """Convert a data set once into a store that training maps into memory; goes on where an interrupted one stopped."""
+
+    name: tyro.conf.Positional[str]
+    """Data set: miniimagenet, tieredimagenet, cifar-fs, fc100, omniglot, omniglot-vinyals, folder, glyphs."""
+    source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
+    """Folder of the published files; for folder: the folder, zip or tar of pictures. glyphs needs none."""
+    to: Path | None = None
+    """Folder in which the store is made; none: --from, or the folder that holds it if it is a file."""
+    image_size: int | None = None
+    """Pixels a side, of folder only; none: 84."""
+    split_seed: int | None = None
+    """Seed by which undivided classes are divided, of folder only; none: 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataList:
+    """What there is: every data set, whether it was found and in which layout, its classes and images."""
+
+    data_root: Path | None = None
+    """Where to look; none: the built-in data set only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataVerify:
+    """Go through stores: counts, checksums, and images that are in two classes or splits."""
+
+    stores: tyro.conf.Positional[tuple[Path, ...]]
+    """Stores, or folders that hold some."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataShow:
+    """A picture (PNG) of an episode, or of some classes."""
+
+    name: tyro.conf.Positional[str]
+    """Data set."""
+    data_root: Path | None = None
+    """Where it lies; as in training."""
+    image_size: int | None = None
+    """Of folder only; as in training."""
+    split_seed: int | None = None
+    """Of folder only; as in training."""
+    split: Literal["train", "val", "test"] = "train"
+    """Whose classes."""
+    classes: int | None = None
+    """Show the first images of so many classes instead of an episode."""
+    ways: int = EpisodeConfig.ways
+    """N of the episode."""
+    shots: int = EpisodeConfig.shots
+    """K of the episode."""
+    queries: int = EpisodeConfig.queries
+    """Q of the episode; with --classes: images a class, less one."""
+    seed: int = TrainingConfig.seed
+    """Which stream of episodes: training's of that seed."""
+    index: int = 0
+    """Which of its episodes."""
+    out: Path = Path("data.png")
+    """The picture to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSplit:
+    """Divide a folder of classes by a seed: writes the lists train.txt, val.txt and test.txt into it."""
+
+    folder: tyro.conf.Positional[Path]
+    """The folder that holds a folder of images for each class."""
+    seed: int = EpisodeConfig.folder_split_seed
+    """Decides which class goes where."""
+    val: float = EpisodeConfig.folder_shares[0]
+    """Share of the classes for validation, at least two."""
+    test: float = EpisodeConfig.folder_shares[1]
+    """Share of the classes for test, at least two."""
+    overwrite: bool = False
+    """Replace lists that are there."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; its exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -142,11 +221,13 @@ def _dispatch(arguments: list[str]) -> int:
         "demo": (Demo, _demo),
         "toy": (Toy, _toy),
     }
+    if arguments[:1] == ["data"]:
+        return _data(arguments)
     if arguments and arguments[0] in commands:
         kind, command = commands[arguments[0]]
         return command(_parse(kind, arguments[0], arguments))
     if arguments and not arguments[0].startswith("-"):
-        raise unknown("command", arguments[0], ["train", *commands])
+        raise unknown("command", arguments[0], ["train", "data", *commands])
     print(_USAGE)
     return 0 if arguments in (["-h"], ["--help"]) else 2
 
@@ -160,6 +241,7 @@ _USAGE = """metaheed: few-shot meta-learning with task attention
   metaheed evaluate RUN [options]       judge it on frozen test tasks
   metaheed compare RUN... --against RUN...
                                         paired differences on the same tasks
+  metaheed data COMMAND                 data sets: prepare, list, verify, show, split
   metaheed demo                         all of it on built-in data, in minutes
   metaheed toy                          MetaLSTM against MetaLSTM++ in two parameters, drawn
   metaheed --version
@@ -184,6 +266,26 @@ def _parse(kind: Any, command: str, arguments: list[str], description: str | Non
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
         )
     return checked(parsed)
+
+
+def _data(arguments: list[str]) -> int:
+    commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
+        "prepare": (DataPrepare, _data_prepare),
+        "list": (DataList, _data_list),
+        "verify": (DataVerify, _data_verify),
+        "show": (DataShow, _data_show),
+        "split": (DataSplit, _data_split),
+    }
+    named = arguments[1:2]
+    if named and named[0] in commands:
+        kind, command = commands[named[0]]
+        return command(_parse(kind, f"data {named[0]}", arguments[1:]))
+    if named and not named[0].startswith("-"):
+        raise unknown("data command", named[0], commands)
+    print("usage: metaheed data COMMAND [options]\n")
+    for name, (kind, _) in commands.items():
+        print(f"  metaheed data {name:9}{kind.__doc__}")
+    return 0 if named in (["-h"], ["--help"]) else 2
 
 
 def _custom(arguments: list[str]) -> RunConfig:
@@ -290,6 +392,74 @@ def _compare(command: Compare) -> int:
     if len(difference.per_seed) > 1:
         for seed, mean in difference.per_seed.items():
             print(f"  seed {seed}: {100 * mean:+.2f}")
+    return 0
+
+
+def _data_prepare(command: DataPrepare) -> int:
+    from metaheed.data import Request, find_source
+    from metaheed.data.store import prepare
+    from metaheed.progress import make_watcher
+
+    EpisodeConfig(data=command.name, image_size=command.image_size, split_seed=command.split_seed)
+    source = find_source(command.name, Request(command.source, command.image_size, command.split_seed))
+    to = command.to or command.source or Path()
+    watcher = make_watcher()
+    watcher.message(f"{command.name}: found {source.layout}")
+    path = prepare(source, to.parent if to.is_file() else to, watcher)
+    classes = "/".join(str(len(split.classes)) for split in source.splits.values())
+    images = sum(sum(split.counts) for split in source.splits.values())
+    print(
+        f"{path} holds {classes} classes, {images} images; train with --data {command.name} --data-root {path.parent}"
+    )
+    return 0
+
+
+def _data_list(command: DataList) -> int:
+    from metaheed.data import survey
+
+    for name, state, counts in survey(command.data_root):
+        print(f"{name:17}{counts:32}{state}")
+    return 0
+
+
+def _data_verify(command: DataVerify) -> int:
+    from metaheed.data.store import stores_in, verify
+    from metaheed.progress import make_watcher
+
+    for path in stores_in(command.stores):
+        manifest, notices = verify(path, make_watcher())
+        classes = "/".join(str(len(classes)) for classes, _, _ in manifest.splits.values())
+        images = sum(sum(counts) for _, counts, _ in manifest.splits.values())
+        print(f"{path} is whole: {manifest.name}, {classes} classes, {images} images, all checksums as recorded")
+        for line in notices or ["no image is in two classes"]:
+            print(f"  {line}")
+    return 0
+
+
+def _data_show(command: DataShow) -> int:
+    from metaheed.data import Episodes, load_dataset
+    from metaheed.data.show import draw_classes, draw_episode, write_png
+
+    EpisodeConfig(data=command.name, image_size=command.image_size, split_seed=command.split_seed)
+    dataset = load_dataset(command.name, command.data_root, command.image_size, command.split_seed)
+    if command.classes is None:
+        shape = (command.ways, command.shots, command.queries)
+        image, names = draw_episode(Episodes(dataset, command.split, *shape, command.seed), command.index)
+    else:
+        image, names = draw_classes(dataset, command.split, command.classes, command.queries + 1)
+    write_png(image, command.out)
+    for name in names:
+        print(name)
+    print(f"picture: {command.out}")
+    return 0
+
+
+def _data_split(command: DataSplit) -> int:
+    from metaheed.data.folder import write_lists
+
+    lists = write_lists(command.folder, command.seed, command.val, command.test, command.overwrite)
+    for split, names in lists.items():
+        print(f"{command.folder / split}.txt: {len(names)} classes")
     return 0
 
 

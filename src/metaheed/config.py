@@ -141,6 +141,7 @@ class EpisodeConfig:
 
     folder_image_size: ClassVar[int] = 84
     folder_split_seed: ClassVar[int] = 0
+    folder_shares: ClassVar[tuple[float, float]] = (0.16, 0.20)  # of the classes, for val and test: miniImageNet's
     data: str = "glyphs"
     """Data set: glyphs (built in, needs no files), miniimagenet, tieredimagenet, cifar-fs, fc100, omniglot (the paper's
     split), omniglot-vinyals (another split of it), or folder (pictures of one's own)."""

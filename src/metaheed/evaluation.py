@@ -102,7 +102,9 @@ def evaluate_run(
         for asked, own in zip((config.ways, config.shots, config.queries), run.episodes.test_shape, strict=True)
     )
     replace(run, episodes=replace(run.episodes, test_ways=ways))  # refuses more ways than the head has
-    dataset = load_dataset(run.episodes.data, data_root or run.episodes.data_root).to(where)
+    data = run.episodes
+    dataset = load_dataset(data.data, data_root or data.data_root, data.image_size, data.split_seed).to(where)
+    folder.check_classes(dataset, config.split)
     if list(dataset.image_shape) != list(about["image_shape"]):
         raise DataError(f"{path} was trained on images {about['image_shape']}, but these are {dataset.image_shape}")
     episodes = Episodes(dataset, config.split, ways, shots, queries, config.episode_seed)

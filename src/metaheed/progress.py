@@ -103,6 +103,85 @@ class Lines:
         """Nothing to put away."""
 
 
+def make_watcher() -> "Work | WorkLines":
+    """Who tells of work on images: a bar if standard error is a terminal, else lines."""
+    console = Console(stderr=True)
+    return Work(console) if console.is_terminal else WorkLines()
+
+
+class Work:
+    """A live progress bar with images done and time left."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+
+    def start(self, what: str, items: int, done: int) -> None:
+        """Show the bar."""
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("images  left"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        self._task = self._progress.add_task(what, total=items, completed=done)
+        self._progress.start()
+
+    def advance(self, items: int) -> None:
+        """Advance."""
+        if self._progress is not None:
+            self._progress.advance(self._task, items)
+
+    def message(self, text: str) -> None:
+        """A line above the bar."""
+        self._console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class WorkLines:
+    """A line every ten seconds at most."""
+
+    def __init__(self) -> None:
+        self._what, self._items, self._done, self._first = "", 0, 0, 0
+        self._since = self._said = 0.0
+
+    def start(self, what: str, items: int, done: int) -> None:
+        """Begin the clock."""
+        self._what, self._items, self._done, self._first = what, items, done, done
+        self._since = self._said = time.monotonic()
+        if done:
+            self.message(f"{what}: going on after {done} of {items} images")
+
+    def advance(self, items: int) -> None:
+        """Say how it stands, now and then."""
+        self._done += items
+        now = time.monotonic()
+        if now - self._said >= 10 or self._done == self._items:
+            self._said = now
+            rate = (self._done - self._first) / max(now - self._since, 1e-9)
+            left = int((self._items - self._done) / rate) if rate else 0
+            self.message(
+                f"{self._what}: {self._done}/{self._items} images  "
+                f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+            )
+
+    def message(self, text: str) -> None:
+        """Say it, if anybody is left to hear it."""
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Nothing to put away."""
+
+
 def _validation(iteration: int, accuracy: float, half_width: float, best: bool) -> str:
     return f"validation after {iteration}: {accuracy:.2%} ± {half_width:.2%}{' (best so far)' if best else ''}"
 

@@ -7,6 +7,7 @@
     checkpoints/best.safetensors   θ at the best validation accuracy, under the backbone's own names
     replayed.safetensors           the weights of another run, where the rule replays them
     result.json                    the evaluation on test tasks (result-val.json: on validation tasks)
+    classes.json                   the classes of each split, where they were split by a seed or a user's lists
     run.lock                       held by the process that trains
 
 Files hold iterations and never the clock, so that the same run leaves the same bytes.
@@ -28,6 +29,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from metaheed.config import RunConfig, from_dict, to_dict
+from metaheed.data import Dataset
 from metaheed.errors import RunError
 from metaheed.files import try_lock, write_synced
 from metaheed.learners import Learner, build_learner
@@ -76,6 +78,7 @@ class RunFolder:
         self.result_file = path / "result.json"
         self.validation_result_file = path / "result-val.json"
         self.replayed_file = path / "replayed.safetensors"
+        self.classes_file = path / "classes.json"
         self.lock_file = path / "run.lock"
         self._last_is_damaged = False
         self.checkpoints = path / "checkpoints"
@@ -225,11 +228,50 @@ class RunFolder:
         except RunError:
             return None
 
+    def record_classes(self, dataset: Dataset) -> None:
+        """Keep which classes of a folder of one's own are trained on and which not.
+
+        Raises:
+            RunError: the run was begun with others, or they cannot be written.
+        """
+        if dataset.name != "folder":
+            return
+        now = {name: list(split.classes) for name, split in dataset.splits.items()}
+        then = self._read_classes()
+        if then is None:
+            write_whole(self.classes_file, (json.dumps(now, indent=1) + "\n").encode())
+        elif then != now:
+            where = [{name: split for split, names in side.items() for name in names} for side in (then, now)]
+            moved = next(n for n in sorted({*where[0], *where[1]}) if where[0].get(n) != where[1].get(n))
+            raise RunError(
+                f"{self.path} was begun with other classes: {moved!r} was in {where[0].get(moved, 'none')} and is in "
+                f"{where[1].get(moved, 'none')} now. Put the folder back as it was, or train anew"
+            )
+
+    def check_classes(self, dataset: Dataset, split: str) -> None:
+        """Raise RunError if classes that the run was trained on are in a split that it is to be judged on."""
+        then = self._read_classes() if dataset.name == "folder" else None
+        known = sorted({*then["train"]} & {*dataset.splits[split].classes}) if then is not None else []
+        if known:
+            raise RunError(
+                f"{self.path} was trained on classes that are in {split} now: {', '.join(known)}. Put the folder back as "
+                "it was; lists written by 'metaheed data split' keep a split when classes are added"
+            )
+
+    def _read_classes(self) -> dict[str, list[str]] | None:
+        try:
+            classes = json.loads(self.classes_file.read_text(encoding="utf-8"))
+            return {split: list(classes[split]) for split in ("train", "val", "test")}
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.classes_file} cannot be read: {error!r}") from error
+
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write left beside its target."""
         for file in (
             *(self.config_file, self.result_file, self.validation_result_file),
-            *(self.last, self.best, self.replayed_file),
+            *(self.last, self.best, self.replayed_file, self.classes_file),
         ):
             file.with_suffix(".part").unlink(missing_ok=True)
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from metaheed.config import AttendedConfig, ReplayedConfig, RunConfig
-from metaheed.data import Dataset, Episodes, check_name, load_dataset
+from metaheed.data import Ahead, Dataset, Episodes, check_name, load_dataset
 from metaheed.errors import (
     ConfigError,
     Interrupted,
@@ -138,7 +138,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
                 raise
             except Exception:  # whatever it was, a run that has not begun leaves no folder that refuses the next
                 if not folder.metrics_file.exists():  # the loop has not begun
-                    for file in (folder.config_file, folder.lock_file, folder.replayed_file):
+                    for file in (folder.config_file, folder.lock_file, folder.replayed_file, folder.classes_file):
                         file.unlink(missing_ok=True)
                 raise
     finally:
@@ -195,7 +195,7 @@ class _Session:
     rule: Rule
     tools: Tools
     validation: Callable[[Params, Callable[[int], None]], tuple[float, float, float]]
-    image_shape: tuple[int, int, int]
+    dataset: Dataset
     device: torch.device
 
 
@@ -218,6 +218,8 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             reporter.message(f"{folder.path} is finished: all {config.training.iterations} iterations are done")
             return
         session = _set_up(folder, config)
+        if session.dataset.origin:
+            reporter.message(f"data: {session.dataset.origin}")
         fresh = _fresh(session)
         _try_out(session, fresh.state.meta)
         if checkpoint is None:
@@ -239,7 +241,9 @@ def _finished(progress: Progress, config: RunConfig) -> bool:
 
 def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     device = pick_device(config.training.device)
-    dataset = load_dataset(config.episodes.data, config.episodes.data_root).to(device)
+    data = config.episodes
+    dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed).to(device)
+    folder.record_classes(dataset)
     # All episodes before the network, so that tasks the data cannot give are refused as such, test tasks included:
     # rather now than after a long training.
     streams = _Streams(dataset, config)
@@ -264,7 +268,7 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     # δ has a generator of its own, so that θ's start is the same under every rule.
     logged = _logged_weights(folder, config) if isinstance(config.rule, ReplayedConfig) else None
     rule = build_rule(config, torch.Generator().manual_seed(seed + 1), logged)
-    return _Session(config, folder, learner, rule, tools, validation, dataset.image_shape, device)
+    return _Session(config, folder, learner, rule, tools, validation, dataset, device)
 
 
 def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
@@ -306,8 +310,8 @@ class _Streams:
     def __init__(self, dataset: Dataset, config: RunConfig) -> None:
         shape, seed = config.episodes.train_shape, config.training.seed
         self._episodes = {
-            "training": Episodes(dataset, "train", *shape, seed, stream="train"),
-            "probe": Episodes(dataset, "train", *shape, seed, stream="probe"),
+            "training": Ahead(Episodes(dataset, "train", *shape, seed, stream="train")),
+            "probe": Ahead(Episodes(dataset, "train", *shape, seed, stream="probe")),
         }
         self.latest = ""
 
@@ -362,7 +366,7 @@ def _fresh(session: _Session) -> Checkpoint:
     generator = torch.Generator().manual_seed(session.config.training.seed)
     meta = session.learner.init(generator)
     state = OuterState(meta, session.tools.optimizer.init(meta), session.rule.init(meta))
-    return Checkpoint(Progress(), state, {}, session.image_shape)
+    return Checkpoint(Progress(), state, {}, session.dataset.image_shape)
 
 
 _REMEDY = "Checkpoints before it, if any, are kept; lower --fast-lr or --meta-lr, or set --clip-norm"
@@ -383,7 +387,7 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
     def save() -> None:
         nonlocal progress
         progress = progress._replace(metrics_bytes=metrics.sync(), tasks_bytes=tasks.sync())
-        folder.write_checkpoint(Checkpoint(progress, state, best, session.image_shape))
+        folder.write_checkpoint(Checkpoint(progress, state, best, session.dataset.image_shape))
 
     def check_stop(_: int = 0) -> None:
         if received:

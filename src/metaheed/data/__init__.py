@@ -1,19 +1,20 @@
 """Data sets as classes of uint8 images, and the episodes drawn from them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from metaheed.config import EpisodeConfig
 from metaheed.data import cifar, folder, glyphs, miniimagenet, omniglot, tieredimagenet
-from metaheed.data.episodes import Episodes
+from metaheed.data.episodes import Ahead, Episodes
 from metaheed.data.images import SPLITS, Dataset, Split
 from metaheed.data.sources import Request, Source, Watcher, in_memory
-from metaheed.data.store import find_store, open_store
-from metaheed.errors import unknown
+from metaheed.data.store import find_store, open_store, read_manifest
+from metaheed.errors import DataError, MissingDataError, unknown
 
 __all__ = [
     "DATASETS",
     "SPLITS",
+    "Ahead",
     "Dataset",
     "Episodes",
     "Request",
@@ -22,6 +23,7 @@ __all__ = [
     "check_name",
     "find_source",
     "load_dataset",
+    "survey",
 ]
 
 DATASETS: dict[str, Callable[[Request], Source]] = {
@@ -81,3 +83,24 @@ def load_dataset(
     if path is not None:
         return open_store(path, request)
     return in_memory(find_source(name, request), watcher)
+
+
+def survey(root: Path | None) -> Iterator[tuple[str, str, str]]:
+    """Name, state and counts of every data set under a root."""
+    for name in DATASETS:
+        try:
+            path = find_store(name, Request(root), EpisodeConfig.folder_image_size if name == "folder" else None)
+            if path is not None:
+                counts = {split: counts for split, (_, counts, _) in read_manifest(path).splits.items()}
+                state = f"the store {path}"
+            else:
+                source = DATASETS[name](Request(root))
+                counts = {split: part.counts for split, part in source.splits.items()}
+                state = source.layout
+        except MissingDataError:
+            yield name, "not found" if root else "not looked for: no --data-root", ""
+        except DataError as error:
+            yield name, f"cannot be used: {error}", ""
+        else:
+            classes = "/".join(str(len(counts[split])) for split in SPLITS)
+            yield name, state, f"{classes} classes, {sum(map(sum, counts.values()))} images"

@@ -167,11 +167,7 @@ def _from_pickles(variant: _Variant, files: list[Path]) -> Source:
     for split, path in zip(SPLITS, files, strict=True):
         part = _Part(path, str(path))
         data = part["data"]
-        if (
-            not isinstance(data, StoredArray)
-            or not data.is_like(np.uint8, 4)
-            or data.shape[1:] != (SIDE, SIDE, 3)
-        ):
+        if not isinstance(data, StoredArray) or not data.is_like(np.uint8, 4) or data.shape[1:] != (SIDE, SIDE, 3):
             raise part.refuse("has no usable 'data' (n, 32, 32, 3)")
         label = part.labels("labels", 100, data.shape[0])
         numbers = sorted(set(label.tolist()))

@@ -8,6 +8,8 @@ attention share nothing with the training batches but the classes.
 
 import hashlib
 import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +27,7 @@ class Episodes:
     and on every machine.
 
     Args:
-        dataset: its images may lie on any device; batches come out there.
+        dataset: its images may lie on any device; batches come out there, or on the data set's own device.
         split: train, val or test.
         ways, shots, queries: N, K, Q.
         seed: below 2**63.
@@ -55,17 +57,25 @@ class Episodes:
         self.split = dataset.split(split)
         self.ways, self.shots, self.queries = ways, shots, queries
         self._key = (seed, zlib.crc32((stream or split).encode()))
+        self._equal = len(set(self.split.counts)) == 1
         where = f"split {split!r} of {dataset.name}"
         if ways > len(self.split.classes):
             raise DataError(
                 f"{ways} ways, but {where} has {len(self.split.classes)} classes: use at most that many ways"
             )
-        fewest = min(self.split.counts)
-        if shots + queries > fewest:
-            label = self.split.classes[self.split.counts.index(fewest)]
+        few = [
+            (count, label)
+            for label, count in zip(self.split.classes, self.split.counts, strict=True)
+            if count < shots + queries
+        ]
+        if few:
+            fewest, label = min(few, key=lambda f: f[0])
+            others = [f"{name!r} ({count})" for count, name in few if name != label]
+            more = f", {', '.join(others[:20])}" if others else ""
+            more += f" and {len(others) - 20} more classes" if len(others) > 20 else ""
             raise DataError(
                 f"{shots} shots + {queries} queries = {shots + queries} images per class, but class {label!r} of "
-                f"{where} has {fewest}: use fewer shots or queries"
+                f"{where} has {fewest}{more}: use fewer shots or queries"
             )
 
     def rows(self, index: int) -> np.ndarray:
@@ -74,15 +84,30 @@ class Episodes:
         chosen = sample(bits, len(self.split.classes), self.ways)
         each = self.shots + self.queries
         starts, counts = self.split.starts, self.split.counts
+        if self._equal:
+            # The same draws, all classes' keys at once.
+            keys = bits.random_raw(self.ways * counts[0]).reshape(self.ways, counts[0])
+            return starts[chosen, None] + np.argsort(keys, axis=1, kind="stable")[:, :each]
         return np.stack([starts[c] + sample(bits, counts[c], each) for c in chosen])
 
     def batch(self, first: int, count: int) -> Episode:
         """Tasks first … first+count−1 as one batched Episode, images float32, gathered in one indexing operation."""
-        N, K, Q = self.ways, self.shots, self.queries
+        return self.episode(self.draw(first, count))
+
+    def draw(self, first: int, count: int) -> "Draw":
+        """The first part of `batch`, which touches no accelerator: rows, and their images if they lie on the CPU."""
         rows = torch.from_numpy(np.stack([self.rows(index) for index in range(first, first + count)]))
-        device = self.split.images.device
-        pixels = self.split.images[rows.flatten().to(device)]
-        x = self.dataset.normalize(pixels).view(count, N, K + Q, *pixels.shape[1:])
+        images = self.split.images
+        return Draw(rows, images[rows.flatten()] if images.device.type == "cpu" else None)
+
+    def episode(self, draw: "Draw") -> Episode:
+        """The second part of `batch`."""
+        N, K, Q = self.ways, self.shots, self.queries
+        count = len(draw.rows)
+        images = self.split.images
+        device = images.device if self.dataset.device is None else self.dataset.device
+        pixels = images[draw.rows.flatten().to(images.device)] if draw.pixels is None else draw.pixels
+        x = self.dataset.normalize(pixels.to(device)).view(count, N, K + Q, *pixels.shape[1:])
         labels = torch.arange(N, device=device)
         return Episode(
             support_x=x[:, :, :K].flatten(1, 2),
@@ -100,6 +125,36 @@ class Episodes:
         for index in range(count):
             digest.update(self.rows(index).astype("<i8").tobytes())
         return digest.hexdigest()
+
+
+class Draw(NamedTuple):
+    """A batch of tasks whose images have been chosen."""
+
+    rows: torch.Tensor
+    """(B, N, K+Q) int64."""
+    pixels: torch.Tensor | None
+    """(B·N·(K+Q), C, H, W) uint8; none: they are gathered where they lie."""
+
+
+class Ahead:
+    """Batch after batch of a stream, the next one being drawn in a thread of its own while this one is trained on.
+
+    Drawing takes a processor core and, from a memory map, may wait for the disk; what comes out is the same.
+    """
+
+    def __init__(self, episodes: Episodes) -> None:
+        self._episodes = episodes
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="episodes")
+        self._next: tuple[tuple[int, int], Future[Draw]] | None = None
+
+    def batch(self, first: int, count: int) -> Episode:
+        """As `Episodes.batch`."""
+        expected, self._next = self._next, None
+        ready = expected is not None and expected[0] == (first, count)
+        draw = expected[1].result() if expected is not None and ready else self._episodes.draw(first, count)
+        following = (first + count, count)
+        self._next = (following, self._pool.submit(self._episodes.draw, *following))
+        return self._episodes.episode(draw)
 
 
 def sample(bits: np.random.Philox, population: int, count: int) -> np.ndarray:

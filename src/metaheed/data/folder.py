@@ -1,0 +1,237 @@
+"""One's own pictures: a folder (or zip, or tar) of classes, JPEG, PNG, WebP, BMP or TIFF of any size.
+
+Three layouts. root/{train,val,test}/class/image; or root/class/image with the lists train.txt, val.txt and test.txt
+beside (one class a line, as `metaheed data split` writes them); or root/class/image alone, then split by a seed: 64% of
+the classes for training, 16% for validation, 20% for test, as miniImageNet is.
+"""
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from metaheed.config import EpisodeConfig
+from metaheed.data.decode import SUFFIXES, Encoded, rgb
+from metaheed.data.episodes import sample
+from metaheed.data.images import SPLITS
+from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
+from metaheed.data.trees import Entry, Tree, open_tree
+from metaheed.errors import ConfigError, DataError, MissingDataError
+from metaheed.files import write_synced
+
+_SAME = {"valid": "val", "validation": "val", "dev": "val"}
+_FEWEST = 2  # images of a class: one to adapt to, one to be judged on
+
+
+def find(request: Request) -> Source:
+    """The data set of a folder or archive.
+
+    Raises:
+        DataError: there are no classes of images in it, too few of either, or a class is in two splits; names them all.
+    """
+    if request.root is None:
+        raise MissingDataError(
+            "folder needs --data-root, the folder (or zip, or tar) that holds a folder of images for each class, or "
+            "train/, val/ and test/ with such folders"
+        )
+    tree = open_tree(request.root)
+    side = EpisodeConfig.folder_image_size if request.image_size is None else request.image_size
+    classes, layout = _classes(tree)
+    settings = {"image_size": side}
+    if set(classes) == {""}:
+        lists = read_lists(tree)
+        if lists is None:
+            seed = EpisodeConfig.folder_split_seed if request.split_seed is None else request.split_seed
+            settings["split_seed"] = seed
+            lists = split_classes(sorted(classes[""]), seed, *EpisodeConfig.folder_shares, str(tree.root))
+            layout += f", its classes split by seed {seed}"
+        else:
+            layout += ", its classes split by its lists"
+            _check_lists(lists, set(classes[""]), tree.root)
+        classes = {split: {name: classes[""][name] for name in lists[split]} for split in SPLITS}
+    _check(classes, tree.root)
+    splits = {split: _split(tree, split, classes[split], side) for split in SPLITS}
+    stamped = stamp(tree.entries, settings, sorted(map(sorted, classes.values())))
+    return Source("folder", layout, splits, stamped, settings=settings)
+
+
+def read_lists(tree: Tree) -> dict[str, list[str]] | None:
+    """The classes of each split from train.txt, val.txt and test.txt; none: there are none of these.
+
+    Raises:
+        DataError: some are there and others are missing.
+    """
+    by_name = {e.path: e for e in tree.entries}
+    there = [split for split in SPLITS if f"{split}.txt" in by_name]
+    if not there:
+        return None
+    if len(there) < len(SPLITS):
+        absent = " and ".join(f"{s}.txt" for s in SPLITS if s not in there)
+        raise DataError(
+            f"{tree.root} has {there[0]}.txt but no {absent}: add it, or write all three with "
+            f"'metaheed data split {tree.root}'"
+        )
+    wanted = [e for e in tree.entries if e.path in {f"{s}.txt" for s in SPLITS}]
+    lists = {}
+    for entry, content in zip(wanted, tree.read(wanted), strict=True):
+        lines = content.decode("utf-8-sig", "replace").splitlines()
+        lists[entry.path.removesuffix(".txt")] = [line.strip() for line in lines if line.strip()]
+    return lists
+
+
+def split_classes(names: Sequence[str], seed: int, val: float, test: float, where: str) -> dict[str, list[str]]:
+    """Sorted names divided into train, val and test by a seed: the same on every machine.
+
+    Raises:
+        DataError: too few for two classes in each split, of which a task could be made.
+    """
+    bits = np.random.Philox(key=np.array([seed, zlib.crc32(b"split")], np.uint64))
+    order = [names[i] for i in sample(bits, len(names), len(names))]
+    tests, vals = (max(2, round(share * len(names))) for share in (test, val))
+    if len(names) - tests - vals < 2:
+        raise DataError(
+            f"{where} has {len(names)} classes, of which {tests} would go to test and {vals} to val, and fewer than 2 "
+            "to train: add classes (at least 6), or divide them yourself into train/, val/ and test/"
+        )
+    ends = (len(names) - vals - tests, len(names) - tests)
+    return {
+        "train": sorted(order[: ends[0]]),
+        "val": sorted(order[ends[0] : ends[1]]),
+        "test": sorted(order[ends[1] :]),
+    }
+
+
+def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: bool = False) -> dict[str, list[str]]:
+    """Write train.txt, val.txt and test.txt into a folder of classes, divided by a seed.
+
+    Raises:
+        ConfigError: shares that leave nothing to train on.
+        DataError: the folder has no classes, or is divided already, or the lists are there.
+    """
+    if not (0 < val < 1 and 0 < test < 1 and val + test < 1):
+        raise ConfigError(f"--val is {val} and --test {test}, but they are shares above 0 that leave some for training")
+    if not 0 <= seed < 2**63:
+        raise ConfigError(f"--seed is {seed}, but it must be in [0, 2**63)")
+    if not folder.is_dir():
+        raise MissingDataError(f"{folder} is not a folder: lists are written into the folder of classes")
+    tree = open_tree(folder)
+    classes, layout = _classes(tree)
+    if set(classes) != {""}:
+        raise DataError(f"{layout} already, and needs no lists")
+    there = [name for name in (f"{split}.txt" for split in SPLITS) if (folder / name).exists()]
+    if there and not overwrite:
+        raise DataError(f"{folder} has {' and '.join(there)} already: keep that split, or replace it with --overwrite")
+    odd = sorted(name for name in classes[""] if name != name.strip() or not name.isprintable())
+    if odd:
+        raise DataError(f"{folder}: {odd[0]!r} cannot be a line of a list: rename it")
+    lists = split_classes(sorted(classes[""]), seed, val, test, str(folder))
+    for split, names in lists.items():
+        part = folder / f"{split}.txt.part"
+        write_synced(part, "".join(f"{name}\n" for name in names).encode())
+    for split in lists:
+        (folder / f"{split}.txt.part").replace(folder / f"{split}.txt")
+    return lists
+
+
+Members = dict[str, dict[str, list[tuple[Entry, str]]]]
+"""Split ("": undivided) -> class -> its images, each an entry and its name."""
+
+
+def _classes(tree: Tree) -> tuple[Members, str]:
+    kind = "folder" if tree.root.is_dir() else "archive"
+    images = [e for e in tree.entries if e.path.lower().endswith(SUFFIXES)]
+    parts = {e.path: PurePosixPath(e.path).parts for e in images}
+    # An archive often holds one folder with everything in it.
+    if kind == "archive" and len({p[0] for p in parts.values()}) == 1 and all(len(p) > 2 for p in parts.values()):
+        parts = {path: p[1:] for path, p in parts.items()}
+    tops = {_SAME.get(p[0], p[0]) for p in parts.values() if len(p) > 1}
+    found: Members = {}
+    if tops & set(SPLITS) and all(len(p) > 2 for p in parts.values() if _SAME.get(p[0], p[0]) in SPLITS):
+        absent = [split for split in SPLITS if split not in tops]
+        if absent:
+            raise DataError(
+                f"{tree.root} has {' and '.join(sorted(tops & set(SPLITS)))} but no images in {' and '.join(absent)}: add "
+                "classes there that are in none of the others"
+            )
+        for entry in images:
+            path = parts[entry.path]
+            split = _SAME.get(path[0], path[0])
+            if split in SPLITS:
+                found.setdefault(split, {}).setdefault(path[1], []).append((entry, "/".join(path[2:])))
+        return found, f"the {kind} {tree.root}, divided into train/, val/ and test/"
+    for entry in images:
+        path = parts[entry.path]
+        if len(path) > 1:
+            found.setdefault("", {}).setdefault(path[0], []).append((entry, "/".join(path[1:])))
+    # Empty folders are classes too, whose images are missing: better said than passed over.
+    if tree.root.is_dir():
+        for child in tree.root.iterdir():
+            if child.is_dir() and not child.name.startswith(".") and ".metaheed" not in child.name:
+                found.setdefault("", {}).setdefault(child.name, [])
+    if not any(found.get("", {}).values()):
+        raise MissingDataError(
+            f"{tree.root} has no folders of images ({', '.join(SUFFIXES)}): it needs a folder for each class, or train/, "
+            "val/ and test/ with such folders"
+        )
+    return found, f"the {kind} {tree.root} of {len(found[''])} classes"
+
+
+def _check_lists(lists: Mapping[str, Sequence[str]], names: set[str], root: Path) -> None:
+    listed = [name for split in SPLITS for name in lists[split]]
+    twice = sorted(name for name, count in Counter(listed).items() if count > 1)
+    absent = sorted(set(listed) - names)
+    for wrong, what in ((twice, "listed twice"), (absent, "listed, but no folder of images")):
+        if wrong:
+            raise DataError(
+                f"{root}: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} {what} in train.txt, val.txt and "
+                f"test.txt: correct them, or write them anew with 'metaheed data split {root} --overwrite'"
+            )
+
+
+def _check(classes: Members, root: Path) -> None:
+    where: dict[str, list[str]] = {}
+    for split in SPLITS:
+        for name in classes[split]:
+            where.setdefault(name, []).append(split)
+    twice = [f"{name!r} ({' and '.join(splits)})" for name, splits in sorted(where.items()) if len(splits) > 1]
+    if twice:
+        raise DataError(
+            f"{root}: {', '.join(twice)} in more than one split; a class that is tested on must not be known from "
+            "training: move or rename"
+        )
+    few = [
+        f"{name!r} ({len(images)})"
+        for split in SPLITS
+        for name, images in sorted(classes[split].items())
+        if len(images) < _FEWEST
+    ]
+    if few:
+        raise DataError(
+            f"{root}: too few images (a class needs {_FEWEST} at least, one to adapt to and one to be judged on): "
+            f"{', '.join(few)}. Add some, or remove the folder"
+        )
+
+
+def _split(tree: Tree, split: str, classes: dict[str, list[tuple[Entry, str]]], side: int) -> SourceSplit:
+    names = sorted(classes)
+    # Rows go by the images' names, whatever the order in which they are read.
+    row, row_of = 0, {}
+    for name in names:
+        for entry, _ in sorted(classes[name], key=lambda image: image[1]):
+            row_of[entry.path] = row
+            row += 1
+    path_of = {row: path for path, row in row_of.items()}
+    entries = [e for e in tree.entries if e.path in row_of]
+
+    def encoded(start: int) -> Iterator[Encoded]:
+        wanted = entries[start:]
+        for entry, content in zip(wanted, tree.read(wanted), strict=True):
+            yield Encoded(entry.path, (row_of[entry.path],), content)
+
+    shape = (3, side, side)
+    counts = tuple(len(classes[name]) for name in names)
+    stream = encoded_stream(encoded, partial(rgb, side=side), shape)
+    return SourceSplit(tuple(names), counts, shape, len(entries), stream, path_of.__getitem__)

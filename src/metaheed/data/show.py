@@ -1,0 +1,86 @@
+"""Pictures of a data set: an episode as attention and adaptation get it, or a sheet of classes."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from metaheed.data.episodes import Episodes
+from metaheed.data.glyphs import font_file
+from metaheed.data.images import Dataset
+from metaheed.errors import DataError
+from metaheed.files import write_synced
+
+_TILE = 64  # pixels of an image at least, whole multiples of its own
+_GAP, _LINE, _NAME = 4, 18, 190
+_PAPER, _INK, _FRAME = (255, 255, 255), (30, 30, 30), (204, 102, 119)
+
+
+def draw_episode(episodes: Episodes, index: int) -> tuple[Image.Image, list[str]]:
+    """Task `index`: a row a class, its support images framed and before its queries; and the classes' names."""
+    rows = episodes.rows(index)
+    starts = episodes.split.starts
+    names = [episodes.split.classes[int(np.searchsorted(starts, row[0], side="right")) - 1] for row in rows]
+    images = episodes.split.images.cpu().numpy()
+    title = (
+        f"{episodes.dataset.name} {episodes.split.name}, task {index}: {episodes.ways} ways; "
+        f"{episodes.shots} support images (framed) and {episodes.queries} queries a class"
+    )
+    return _sheet(title, names, [images[row] for row in rows], episodes.shots), names
+
+
+def draw_classes(dataset: Dataset, split: str, classes: int, images: int) -> tuple[Image.Image, list[str]]:
+    """The first images of so many classes, evenly over the split, a row a class; and the classes' names."""
+    part = dataset.split(split)
+    chosen = np.unique(np.linspace(0, len(part.classes) - 1, min(classes, len(part.classes))).round().astype(int))
+    pixels = part.images.cpu().numpy()
+    rows = [pixels[part.starts[c] : part.starts[c] + min(images, part.counts[c])] for c in chosen]
+    names = [part.classes[c] for c in chosen]
+    return _sheet(f"{dataset.name} {split}: {len(chosen)} of {len(part.classes)} classes", names, rows, 0), names
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """Write a picture, whole or not at all.
+
+    Raises:
+        DataError: it cannot be written.
+    """
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_synced(part, buffer.getvalue())
+        part.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path} ({error.strerror}): choose another --out") from error
+
+
+def _sheet(title: str, names: Sequence[str], rows: Sequence[np.ndarray], framed: int) -> Image.Image:
+    height, width = rows[0].shape[2:]
+    scale = max(1, -(-_TILE // height))
+    step_x, step_y = width * scale + _GAP, max(height * scale + _GAP, _LINE)
+    font = ImageFont.truetype(str(font_file("DejaVuSans")), 12, layout_engine=ImageFont.Layout.BASIC)
+    wide = max(max(map(len, rows)) * step_x + _NAME, int(font.getlength(title)) + 2 * _GAP)
+    page = Image.new("RGB", (wide + _GAP, len(rows) * step_y + _LINE + 2 * _GAP), _PAPER)
+    pen = ImageDraw.Draw(page)
+    pen.text((_GAP, 2), title, fill=_INK, font=font)
+    for k, (name, images) in enumerate(zip(names, rows, strict=True)):
+        top = _LINE + _GAP + k * step_y
+        pen.text((_GAP, top + step_y // 2 - _LINE // 2), _cut(name, font), fill=_INK, font=font)
+        for i, pixels in enumerate(images):
+            picture = Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0)).convert("RGB")
+            left = _NAME + i * step_x
+            if i < framed:
+                frame = (left - 2, top - 2, left + width * scale + 1, top + height * scale + 1)
+                pen.rectangle(frame, outline=_FRAME, width=2)
+            page.paste(picture.resize((width * scale, height * scale), Image.Resampling.NEAREST), (left, top))
+    return page
+
+
+def _cut(name: str, font: ImageFont.FreeTypeFont) -> str:
+    while font.getlength(name) > _NAME - 2 * _GAP:
+        name = name.rstrip("…")[:-1] + "…"
+    return name

@@ -1,0 +1,450 @@
+"""A data set converted once into a folder that is mapped into memory, so that training starts at once at any size.
+
+    NAME.metaheed/manifest.json       classes, counts, checksums, split, statistics, and what it was made from
+    NAME.metaheed/images_train.npy    (n, C, H, W) uint8, class after class; images_val.npy, images_test.npy likewise
+
+While it is made the folder is NAME.metaheed.part, with progress.json in place of the manifest: how many items of the
+source are safely written. It gets its name at the very end, so that a store is whole or not there; made again after any
+interruption, it is gone on with and ends in the same bytes.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from metaheed.data.images import SPLITS, Dataset, Histogram, Split, fingerprint_head
+from metaheed.data.sources import (
+    Digests,
+    Quiet,
+    Request,
+    Source,
+    SourceSplit,
+    Watcher,
+    describe_duplicates,
+    gigabytes,
+    refuse,
+)
+from metaheed.errors import DataError, MetaheedError, MissingDataError
+from metaheed.files import try_lock, write_synced
+
+SUFFIX = ".metaheed"
+_FORMAT = 1
+_EVERY = 5.0  # seconds between records of the progress
+_AT_ONCE = 1 << 22  # bytes read at once when the finished files are gone through
+_SPARE = 1 << 26  # bytes of disk that stay free
+_FIELDS: dict[str, type] = {
+    **{"format": int, "name": str, "layout": str, "stamp": str, "image_shape": list, "mean": list, "std": list},
+    **{"splits": dict, "settings": dict},
+}
+
+
+def store_name(name: str, settings: dict[str, int]) -> str:
+    """The folder of a store: one for each data set, and size of a folder's images."""
+    size = settings.get("image_size")
+    return f"{name}-{size}px{SUFFIX}" if size else f"{name}{SUFFIX}"
+
+
+def is_store(path: Path) -> bool:
+    """Whether a finished store lies there."""
+    return (path / "manifest.json").is_file() and not path.name.endswith(".part")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a store says of itself."""
+
+    path: Path
+    name: str
+    layout: str
+    stamp: str
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    splits: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]]
+    """Classes, counts and fingerprint of each split."""
+    settings: dict[str, int]
+
+    def images(self, split: str) -> np.ndarray:
+        """The images of a split as a read-only memory map, (n, C, H, W) uint8.
+
+        Raises:
+            DataError: the file is missing, or is not what the manifest says.
+        """
+        file = self.path / f"images_{split}.npy"
+        expected = (sum(self.splits[split][1]), *self.shape)
+        try:
+            images = np.load(file, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise _broken(self.path, f"{file.name} cannot be read: {error}") from error
+        if images.shape != expected or images.dtype != np.uint8:
+            raise _broken(
+                self.path, f"{file.name} holds {images.shape} of {images.dtype}, the manifest says {expected}"
+            )
+        return images
+
+
+def _broken(path: Path, what: str) -> DataError:
+    return DataError(
+        f"the store {path} is damaged ({what}): delete it and prepare it anew with 'metaheed data prepare'"
+    )
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a store.
+
+    Raises:
+        DataError: it is damaged, or of another version of this program.
+    """
+    try:
+        values = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name, kind in _FIELDS.items():
+            if not isinstance(values[name], kind):
+                raise ValueError(f"its {name} is {values[name]!r}")
+        if values["format"] != _FORMAT:
+            raise ValueError(f"it has format {values['format']}, but this program reads {_FORMAT}")
+        channels, height, width = map(int, values["image_shape"])
+        splits = {
+            split: (
+                tuple(map(str, values["splits"][split]["classes"])),
+                tuple(map(int, values["splits"][split]["counts"])),
+                str(values["splits"][split]["sha256"]),
+            )
+            for split in SPLITS
+        }
+        if any(len(classes) != len(counts) or not classes for classes, counts, _ in splits.values()):
+            raise ValueError("classes and counts do not match")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _broken(path, f"manifest.json cannot be read: {error!r}") from error
+    return Manifest(
+        path,
+        values["name"],
+        values["layout"],
+        values["stamp"],
+        (channels, height, width),
+        tuple(map(float, values["mean"])),
+        tuple(map(float, values["std"])),
+        splits,
+        values["settings"],
+    )
+
+
+def find_store(name: str, request: Request, image_size: int | None) -> Path | None:
+    """The store of a data set under a root, if there is one: the root itself, or in it.
+
+    Args:
+        name: the data set's.
+        request: its root.
+        image_size: where the data set's images have no size of their own.
+
+    Raises:
+        DataError: the root is a store of another data set, or size.
+    """
+    root = request.root
+    if root is None or not root.is_dir():
+        return None
+    wanted = store_name(name, {} if image_size is None else {"image_size": image_size})
+    if is_store(root):
+        found = read_manifest(root)
+        if store_name(found.name, found.settings) != wanted:
+            raise DataError(
+                f"--data-root {root} is a store of {found.name} with images {found.shape}: use --data {found.name} with "
+                "its --image-size, or another --data-root"
+            )
+        return root
+    return root / wanted if is_store(root / wanted) else None
+
+
+def open_store(path: Path, request: Request = Request()) -> Dataset:  # noqa: B008  # immutable
+    """The data set of a store, its images mapped into memory: read when they are used, and never written.
+
+    Raises:
+        DataError: the store is damaged (sizes; `verify` finds more), or was made by another split seed.
+    """
+    manifest = read_manifest(path)
+    seed = manifest.settings.get("split_seed")
+    if request.split_seed is not None and request.split_seed != seed:
+        raise DataError(
+            f"the store {path} was split "
+            + ("as its folder was" if seed is None else f"by seed {seed}")
+            + f", not by seed {request.split_seed}: leave --split-seed out, or prepare another store with it"
+        )
+    splits = {}
+    for split, (classes, counts, fingerprint) in manifest.splits.items():
+        with warnings.catch_warnings():
+            # PyTorch warns that writing into a read-only map would crash; nothing here writes into images.
+            warnings.simplefilter("ignore", UserWarning)
+            images = torch.from_numpy(manifest.images(split))
+        splits[split] = Split(split, classes, counts, images, fingerprint)
+    return Dataset(
+        manifest.name, splits, manifest.mean, manifest.std, f"the store {path} (made from {manifest.layout})"
+    )
+
+
+def prepare(source: Source, folder: Path, watcher: Watcher | None = None) -> Path:
+    """Convert a source into a store in `folder`; goes on where an interrupted one stopped.
+
+    Returns:
+        The store.
+
+    Raises:
+        DataError: the source is damaged (all unreadable images are named at once), the disk is too small, another
+            process is at it, or a store of something else is there. Nothing half-written is left behind then.
+        OSError: writing failed; what is written is kept, and gone on with next time.
+    """
+    watcher = watcher or Quiet()
+    settings = dict(source.settings)
+    path = folder / store_name(source.name, settings)
+    part = path.with_name(path.name + ".part")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(path.with_name(path.name + ".lock"), path):
+        if path.exists():
+            if is_store(path) and read_manifest(path).stamp == source.stamp:
+                watcher.message(f"{path} is prepared already")
+                return path
+            raise DataError(
+                f"{path} is there already, and was made from something else: delete it, or choose another --to"
+            )
+        try:
+            _fill(source, part, watcher)
+            manifest = _finish(source, part, watcher)
+        except MetaheedError:
+            # The source must change before it can be tried again, and then this is of no use.
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+        write_synced(part / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+        (part / "progress.json").unlink()
+        part.rename(path)
+    return path
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, path: Path) -> Iterator[None]:
+    while True:
+        file: IO[str] = lock.open("a")
+        if not try_lock(file):
+            file.close()
+            raise DataError(f"{path} is being prepared by another process: wait for it, or stop it")
+        with contextlib.suppress(OSError):
+            if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
+                break
+        file.close()  # its last holder deleted it just before we had it
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # some systems do not delete what is open
+            lock.unlink()
+        file.close()
+
+
+def _fill(source: Source, part: Path, watcher: Watcher) -> None:
+    """Write all images of the source to their rows."""
+    part.mkdir(exist_ok=True)
+    record = part / "progress.json"
+    done, problems = _read_progress(record, source)
+    present = sum(p.stat().st_blocks * 512 for p in part.iterdir()) if hasattr(os, "pwrite") else 0
+    needed = sum(split.bytes for split in source.splits.values()) - present + _SPARE
+    free = shutil.disk_usage(part).free
+    if needed > free:
+        raise DataError(
+            f"{part.parent} has {gigabytes(free)} free, but {source.name} needs {gigabytes(needed)}: make room, or choose "
+            "another --to"
+        )
+    if not record.exists():
+        for split in SPLITS:
+            _create(part / f"images_{split}.npy", source.splits[split])
+    items = sum(split.items for split in source.splits.values())
+    watcher.start(f"converting {source.name}", items, sum(done.values()))
+    try:
+        for split in SPLITS:
+            with (part / f"images_{split}.npy").open("r+b", buffering=0) as file:
+                _fill_split(source, split, file, record, done, problems, watcher)
+    finally:
+        watcher.stop()
+    refuse(problems, source)
+
+
+def _fill_split(
+    source: Source,
+    name: str,
+    file: IO[bytes],
+    record: Path,
+    done: dict[str, int],
+    problems: list[str],
+    watcher: Watcher,
+) -> None:
+    split = source.splits[name]
+    entry = int(np.prod(split.shape))
+    np.lib.format.read_magic(file)
+    np.lib.format.read_array_header_1_0(file)
+    offset, saved = file.tell(), time.monotonic()
+    if done[name] == split.items:
+        return
+
+    def save() -> None:
+        os.fsync(file.fileno())
+        values = {"stamp": source.stamp, "done": done, "problems": problems}
+        write_synced(record.with_suffix(".new"), json.dumps(values).encode())
+        record.with_suffix(".new").replace(record)
+
+    for chunk in split.read(done[name]):
+        # Neighbouring rows in one go.
+        for run in np.split(np.arange(len(chunk.rows)), np.flatnonzero(np.diff(chunk.rows) != 1) + 1):
+            if len(run):
+                file.seek(offset + int(chunk.rows[run[0]]) * entry)
+                _write_all(file, np.ascontiguousarray(chunk.images[run]))
+        problems += chunk.problems
+        done[name] += chunk.items
+        watcher.advance(chunk.items)
+        if time.monotonic() - saved > _EVERY:
+            save()
+            saved = time.monotonic()
+    if done[name] != split.items:
+        raise DataError(f"{source.layout} has {done[name]} images for {name}, not {split.items}, as its labels say")
+    save()
+
+
+def _write_all(file: IO[bytes], images: np.ndarray) -> None:
+    left = memoryview(images).cast("B")
+    while left:
+        left = left[file.write(left) :]
+
+
+def _create(path: Path, split: SourceSplit) -> None:
+    with path.open("wb") as file:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (sum(split.counts), *split.shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + split.bytes)
+
+
+def _read_progress(record: Path, source: Source) -> tuple[dict[str, int], list[str]]:
+    try:
+        values: Any = json.loads(record.read_text(encoding="utf-8"))
+        if values["stamp"] == source.stamp:
+            return {split: int(values["done"][split]) for split in SPLITS}, list(values["problems"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # none, or none that is whole: from the beginning
+    for file in record.parent.iterdir():
+        file.unlink()
+    return dict.fromkeys(SPLITS, 0), []
+
+
+def _finish(source: Source, part: Path, watcher: Watcher) -> dict[str, Any]:
+    """The manifest of the filled files, which are gone through once; images in two classes are reported."""
+    total = sum(sum(split.counts) for split in source.splits.values())
+    histogram = Histogram(source.splits["train"].shape[0])
+    digests, splits, images = {}, {}, {}
+    watcher.start("checksums", total, 0)
+    try:
+        for name in SPLITS:
+            split = source.splits[name]
+            images[name] = np.load(part / f"images_{name}.npy", mmap_mode="r")
+            fingerprint, digests[name] = scan(
+                part / f"images_{name}.npy",
+                split.classes,
+                split.counts,
+                watcher,
+                histogram if name == "train" else None,
+            )
+            splits[name] = {"classes": split.classes, "counts": split.counts, "sha256": fingerprint}
+    finally:
+        watcher.stop()
+    for line in describe_duplicates(images, source.splits, digests):
+        watcher.message(f"{source.name}: {line}")
+    mean, std = histogram.statistics() if source.standardize else ((0.0,), (1.0,))
+    return {
+        "format": _FORMAT,
+        "name": source.name,
+        "layout": source.layout,
+        "stamp": source.stamp,
+        "settings": dict(source.settings),
+        "image_shape": source.splits["train"].shape,
+        "mean": mean,
+        "std": std,
+        "splits": splits,
+    }
+
+
+def scan(
+    path: Path,
+    classes: tuple[str, ...],
+    counts: tuple[int, ...],
+    watcher: Watcher,
+    histogram: Histogram | None = None,
+) -> tuple[str, np.ndarray]:
+    """The fingerprint of a split and a digest of each of its images, from its file in one pass and little memory."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, _ = np.lib.format.read_array_header_1_0(file)
+        entry = int(np.prod(shape[1:]))
+        digest = fingerprint_head(classes, counts, shape)
+        digests = Digests(shape[0])
+        at_once = max(1, _AT_ONCE // entry)
+        for first in range(0, shape[0], at_once):
+            count = min(at_once, shape[0] - first)
+            data = file.read(count * entry)
+            if len(data) != count * entry:
+                raise _broken(path.parent, f"{path.name} ends too early")
+            digest.update(data)
+            images = np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
+            digests.add(images)
+            if histogram is not None:
+                histogram.add(images)
+            watcher.advance(count)
+    return digest.hexdigest(), digests.values
+
+
+def verify(path: Path, watcher: Watcher | None = None) -> tuple[Manifest, list[str]]:
+    """Go through a whole store.
+
+    Returns:
+        What it says of itself, and a line on each image that is in two classes.
+
+    Raises:
+        DataError: a count or a checksum is not what the manifest says.
+    """
+    watcher = watcher or Quiet()
+    manifest = read_manifest(path)
+    images = {split: manifest.images(split) for split in SPLITS}
+    digests = {}
+    watcher.start(f"verifying {path}", sum(len(i) for i in images.values()), 0)
+    try:
+        for split, (classes, counts, recorded) in manifest.splits.items():
+            fingerprint, digests[split] = scan(path / f"images_{split}.npy", classes, counts, watcher)
+            if fingerprint != recorded:
+                raise _broken(path, f"images_{split}.npy has the checksum {fingerprint}, the manifest says {recorded}")
+    finally:
+        watcher.stop()
+    shown = {
+        split: SourceSplit(classes, counts, manifest.shape, sum(counts), lambda start: iter(()))
+        for split, (classes, counts, _) in manifest.splits.items()
+    }
+    return manifest, describe_duplicates(images, shown, digests)
+
+
+def stores_in(paths: Iterable[Path]) -> list[Path]:
+    """The stores among the paths and directly in them.
+
+    Raises:
+        MissingDataError: a path neither is one nor holds any.
+    """
+    found = []
+    for path in paths:
+        here = [path] if is_store(path) else sorted(p for p in path.glob(f"*{SUFFIX}") if is_store(p))
+        if not here:
+            unfinished = " (an unfinished one is there: run its 'metaheed data prepare' again)"
+            raise MissingDataError(
+                f"{path} is no store, and holds none{unfinished if [*path.glob(f'*{SUFFIX}.part')] else ''}: make one "
+                "with 'metaheed data prepare'"
+            )
+        found += here
+    return found

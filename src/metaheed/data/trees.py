@@ -1,0 +1,171 @@
+"""Files under a folder, in a zip or in a tar, listed and read alike. Nothing is ever extracted to the disk.
+
+A stranger's archive is refused, with the member named, where a member would leave the folder, is a link or device, or
+claims a size out of all proportion.
+"""
+
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from metaheed.errors import DataError, MissingDataError
+
+LARGEST_FILE = 1 << 29
+"""Bytes that a member may claim; the largest published one (CIFAR-100's train part) has 155 million."""
+_RATIO = 200  # of unpacked to packed, beyond which an archive of more than _SMALL bytes is a bomb
+_SMALL = 1 << 26
+_DRIVE = re.compile(r"[A-Za-z]:[\\/]")
+
+
+class Entry(NamedTuple):
+    """A file of a tree."""
+
+    path: str
+    """Relative, with forward slashes."""
+    size: int
+    """Bytes, as claimed."""
+
+
+class Tree(NamedTuple):
+    """The files under a folder or in an archive."""
+
+    root: Path
+    entries: list[Entry]
+    """In the order in which they are read fastest."""
+    contents: Callable[[Iterable[Entry]], Iterator[bytes]]
+    remedy: str
+
+    def read(self, entries: Iterable[Entry]) -> Iterator[bytes]:
+        """The contents of some of the entries, which are given in the order of the list.
+
+        Raises:
+            DataError: an archive is damaged there.
+        """
+        try:
+            yield from self.contents(entries)
+        except (DataError, OSError, GeneratorExit):
+            raise
+        except Exception as error:  # archive readers raise many kinds on damaged files; all mean the same here
+            raise damaged(self.root, error, self.remedy) from error
+
+
+def damaged(path: Path, error: Exception, remedy: str) -> DataError:
+    """The error for an archive that its reader cannot go on with."""
+    return DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}")
+
+
+def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_FILE, depth: int = 4) -> Tree:
+    """The tree of a folder, a .zip or a .tar (compressed or not).
+
+    Args:
+        path: folder or archive.
+        published: where it is published, for messages; none: it is the user's own.
+        largest: bytes that a file may claim.
+        depth: folders below which a folder is not searched.
+
+    Raises:
+        MissingDataError: it is neither.
+        DataError: an archive is damaged, or holds what no honest one does.
+    """
+    remedy = f"fetch it anew from {published}" if published else "unpack it with a tool you trust, and look at it"
+    if path.is_dir():
+        entries = sorted(_walk(path, "", depth))
+        return Tree(path, entries, lambda chosen: ((path / e.path).read_bytes() for e in chosen), remedy)
+    if not path.is_file():
+        raise MissingDataError(f"{path} is neither a folder nor a zip or tar file")
+    try:
+        if zipfile.is_zipfile(path):
+            return _zip_tree(path, largest, remedy)
+        if tarfile.is_tarfile(path):
+            return _tar_tree(path, largest, remedy)
+    except DataError:
+        raise
+    except Exception as error:  # archive readers raise many kinds on damaged files; all mean the same here
+        raise damaged(path, error, remedy) from error
+    if published:
+        raise DataError(f"{path} is damaged (it is neither a zip nor a tar file): {remedy}")
+    raise MissingDataError(f"{path} is neither a folder nor a zip or tar file")
+
+
+def _walk(folder: Path, prefix: str, depth: int) -> Iterator[Entry]:
+    with os.scandir(folder) as found:
+        for entry in sorted(found, key=lambda e: e.name):
+            # What a system or this program puts beside the images.
+            if entry.name.startswith((".", "__MACOSX")) or ".metaheed" in entry.name:
+                continue
+            if entry.is_dir():
+                if depth:
+                    yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", depth - 1)
+            elif entry.is_file():
+                yield Entry(prefix + entry.name, entry.stat().st_size)
+
+
+def _zip_tree(path: Path, largest: int, remedy: str) -> Tree:
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+    entries = []
+    for member in members:
+        # Unix writes the kind of a file into the upper half of the attributes.
+        kind = (member.external_attr >> 16) & 0o170000
+        plain = kind in (0, 0o100000) or member.is_dir()
+        _check(path, member.filename, plain, member.file_size, member.compress_size, largest, remedy)
+        if member.flag_bits & 1:
+            raise DataError(f"{path}: {member.filename} is encrypted, and no password is known: {remedy}")
+        if not member.is_dir() and not _hidden(member.filename):
+            entries.append(Entry(member.filename, member.file_size))
+
+    def read(chosen: Iterable[Entry]) -> Iterator[bytes]:
+        with zipfile.ZipFile(path) as archive:
+            for entry in chosen:
+                yield archive.read(entry.path)
+
+    return Tree(path, entries, read, remedy)
+
+
+def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
+    entries, total = [], 0
+    with tarfile.open(path) as archive:
+        for member in archive:
+            _check(path, member.name, member.isfile() or member.isdir(), member.size, None, largest, remedy)
+            total += member.size
+            if total > max(_SMALL, _RATIO * path.stat().st_size):
+                raise DataError(
+                    f"{path} unpacks to more than {total} bytes, {_RATIO} times its own size, which no archive of "
+                    f"images does: {remedy}"
+                )
+            if member.isfile() and not _hidden(member.name):
+                entries.append(Entry(member.name, member.size))
+
+    def read(chosen: Iterable[Entry]) -> Iterator[bytes]:
+        # From front to back in one pass: going back in a compressed tar means unpacking it anew.
+        wanted = iter(chosen)
+        entry = next(wanted, None)
+        with tarfile.open(path) as archive:
+            for member in archive:
+                while entry is not None and entry.path == member.name and member.isfile():
+                    file = archive.extractfile(member)
+                    assert file is not None  # a regular file always has content
+                    yield file.read()
+                    entry = next(wanted, None)
+                if entry is None:
+                    return
+
+    return Tree(path, entries, read, remedy)
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith(".") and part != "." or part == "__MACOSX" for part in PurePosixPath(name).parts)
+
+
+def _check(path: Path, name: str, plain: bool, size: int, packed: int | None, largest: int, remedy: str) -> None:
+    parts = PurePosixPath(name.replace("\\", "/"))
+    if parts.is_absolute() or ".." in parts.parts or _DRIVE.match(name) or "\0" in name:
+        raise DataError(f"{path}: its member {name!r} would leave the folder, which no honest archive does: {remedy}")
+    if not plain:
+        raise DataError(f"{path}: its member {name!r} is a link or a device, not a file: {remedy}")
+    if size > largest or (packed is not None and size > max(_SMALL, _RATIO * packed)):
+        raise DataError(f"{path}: its member {name!r} claims {size} bytes, more than any image or part has: {remedy}")

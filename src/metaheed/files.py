@@ -1,0 +1,39 @@
+"""Files that are whole or not there, and locks that end with their process."""
+
+import contextlib
+import os
+from pathlib import Path
+from typing import IO
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and bring it to the disk; where that fails nothing is left behind.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+def try_lock(file: IO[str]) -> bool:
+    """Lock an open file for this process, unless another has it; the operating system frees it when the process ends."""
+    try:
+        if os.name == "nt":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
