@@ -418,7 +418,7 @@ def _data_list(command: DataList) -> int:
     from metaheed.data import survey
 
     for name, state, counts in survey(command.data_root):
-        print(f"{name:17}{counts:32}{state}")
+        print(f"{name:18}{counts:38}{state}")
     return 0
 
 

@@ -151,8 +151,8 @@ class EpisodeConfig:
     image_size: int | None = None
     """Pixels a side to which the pictures of --data folder are resized; none: 84. Other data sets have their own."""
     split_seed: int | None = None
-    """Seed by which the classes of --data folder are divided into train, val and test where neither its layout nor lists
-    beside it divide them; none: 0."""
+    """Seed by which the classes of --data folder are divided into train, val and test where neither its layout nor
+    lists beside it divide them; none: 0."""
     ways: int = 5
     """N, classes in a training task."""
     shots: int = 1

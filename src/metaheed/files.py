@@ -24,7 +24,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def try_lock(file: IO[str]) -> bool:
-    """Lock an open file for this process, unless another has it; the operating system frees it when the process ends."""
+    """Lock an open file for this process, unless another has it; the system frees it when the process ends."""
     try:
         if os.name == "nt":
             import msvcrt

@@ -254,8 +254,8 @@ class RunFolder:
         known = sorted({*then["train"]} & {*dataset.splits[split].classes}) if then is not None else []
         if known:
             raise RunError(
-                f"{self.path} was trained on classes that are in {split} now: {', '.join(known)}. Put the folder back as "
-                "it was; lists written by 'metaheed data split' keep a split when classes are added"
+                f"{self.path} was trained on classes that are in {split} now: {', '.join(known)}. Put the folder back "
+                "as it was; lists written by 'metaheed data split' keep a split when classes are added"
             )
 
     def _read_classes(self) -> dict[str, list[str]] | None:

@@ -1,9 +1,12 @@
+import queue
+import threading
+
 import numpy as np
 import pytest
 import torch
 
-from metaheed.data import Dataset, Episodes
-from metaheed.data.images import make_split, with_rotations
+from metaheed.data import Ahead, Dataset, Episodes
+from metaheed.data.images import make_split
 from metaheed.errors import ConfigError, DataError
 
 RECORDED = [[[234, 223, 238], [190, 191, 184], [92, 87, 96]], [[14, 9, 19], [39, 20, 30], [108, 104, 107]]]
@@ -84,15 +87,42 @@ def test_too_few_classes_or_images_is_a_clear_error(small_dataset: Dataset) -> N
         Episodes(small_dataset, "tset", 5, 1, 1, 0)
 
 
-def test_rotations_are_extra_classes() -> None:
-    image = np.zeros((2, 1, 16, 16), np.uint8)
-    image[:, :, 0, :4] = 255  # top left
-    split = with_rotations(make_split("train", ["a", "b"], [image, image]))
-    assert split.classes == ("a", "b", "a@90", "b@90", "a@180", "b@180", "a@270", "b@270")
-    assert split.counts == (2,) * 8
-    turned = [split.images[split.starts[k], 0] for k in range(0, 8, 2)]
-    for turn, picture in enumerate(turned):
-        assert torch.equal(picture, torch.from_numpy(np.rot90(image[0, 0], turn).copy()))
+def test_classes_of_unequal_size_are_drawn_as_one_by_one(small_dataset: Dataset) -> None:
+    """The draws for equal classes are made at once; they must be those of each class on its own."""
+    episodes = Episodes(small_dataset, "train", 5, 2, 7, seed=3)
+    at_once = [episodes.rows(index) for index in range(20)]
+    episodes._equal = False
+    assert all(np.array_equal(episodes.rows(index), rows) for index, rows in enumerate(at_once))
+
+
+def test_drawing_ahead_changes_nothing(small_dataset: Dataset) -> None:
+    episodes = Episodes(small_dataset, "train", 5, 1, 3, seed=3)
+    ahead = Ahead(episodes)
+    for first, count in ((0, 1), (0, 4), (4, 4), (8, 4), (40, 4), (44, 2), (48, 2)):  # resumed, and of other sizes
+        for ours, theirs in zip(ahead.batch(first, count), episodes.batch(first, count), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_the_next_batch_is_drawn_while_this_one_is_used(
+    small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    episodes = Episodes(small_dataset, "train", 5, 1, 3, seed=3)
+    drawn, draw = queue.Queue(), episodes.draw  # type: ignore[var-annotated]
+    monkeypatch.setattr(episodes, "draw", lambda *task: (drawn.put((*task, threading.get_ident())), draw(*task))[1])
+    ahead = Ahead(episodes)
+    ahead.batch(0, 4)
+    seen = [drawn.get(timeout=10) for _ in range(2)]
+    assert [task[:2] for task in seen] == [(0, 4), (4, 4)]
+    assert seen[0][2] == threading.get_ident() != seen[1][2]
+    ahead.batch(4, 4)
+    assert drawn.get(timeout=10)[:2] == (8, 4), "the one that was ready was used, and the next begun"
+
+
+def test_every_class_with_too_few_images_is_named() -> None:
+    images = [np.zeros((n, 1, 16, 16), np.uint8) for n in (9, 3, 20, 5)]
+    splits = {name: make_split(name, list("abcd"), images) for name in ("train", "val", "test")}
+    with pytest.raises(DataError, match=r"but class 'b' of split 'train' of d has 3, 'a' \(9\), 'd' \(5\): use fewer"):
+        Episodes(Dataset("d", splits, (0.0,), (1.0,)), "train", 2, 1, 9, 0)
 
 
 def test_fingerprint_knows_tasks_and_images(small_dataset: Dataset) -> None:

@@ -10,18 +10,60 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from metaheed.data import SPLITS, load_dataset
-from metaheed.data.locate import class_list
+from metaheed.data import SPLITS, Dataset, load_dataset
+from metaheed.data.locate import class_list, class_table
+from metaheed.data.safe_pickle import load_arrays
 from metaheed.errors import DataError
 from tests.conftest import python2_pickle
+from tests.data.making import picture, png
 
 
-def test_class_lists_have_the_sizes_of_the_splits_and_are_disjoint() -> None:
-    for name, sizes in (("omniglot", (980, 220, 423)), ("cifar_fs", (64, 16, 20))):
-        lists = [class_list(f"{name}_{split}") for split in SPLITS]
-        assert tuple(map(len, lists)) == sizes
-        assert len({c for part in lists for c in part}) == sum(sizes)
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("omniglot", (980, 220, 423)),
+        ("omniglot_vinyals", (1028, 172, 423)),
+        ("cifar_fs", (64, 16, 20)),
+        ("fc100", (60, 20, 20)),
+        ("miniimagenet", (64, 16, 20)),
+    ],
+)
+def test_class_lists_have_the_sizes_of_the_splits_and_are_disjoint(name: str, sizes: tuple[int, ...]) -> None:
+    lists = [class_list(f"{name}_{split}") for split in SPLITS]
+    assert tuple(map(len, lists)) == sizes
+    assert len({c for part in lists for c in part}) == sum(sizes)
+
+
+def test_lists_of_the_same_classes_agree() -> None:
+    def classes(name: str) -> set[str]:
+        return {c for split in SPLITS for c in class_list(f"{name}_{split}")}
+
+    assert classes("omniglot") == classes("omniglot_vinyals")
+    assert classes("cifar_fs") == classes("fc100")
+
+
+def test_tieredimagenet_lists() -> None:
+    tables = [class_table(f"tieredimagenet_{split}") for split in SPLITS]
+    assert tuple(map(len, tables)) == (351, 97, 160)
+    assert len({name for table in tables for name, _ in table}) == 608
+    categories = [{category for _, category in table} for table in tables]
+    assert tuple(map(len, categories)) == (20, 6, 8)
+    assert len(set.union(*categories)) == 34, "whole categories are kept apart"
+
+
+def test_fc100_keeps_superclasses_apart(published: Path) -> None:
+    folder = published / "cifar-100-python"
+    meta = load_arrays(folder / "meta", "meta", "")
+    part = load_arrays(folder / "test", "test", "", 4096)
+    coarse_of = dict(zip(part[b"fine_labels"], part[b"coarse_labels"], strict=True))
+    names = [name.decode() for name in meta[b"fine_label_names"]]
+    coarse = [name.decode() for name in meta[b"coarse_label_names"]]
+    assert tuple(len(class_list(f"fc100_{s}_superclasses")) for s in SPLITS) == (12, 4, 4)
+    for split in SPLITS:
+        found = {coarse[coarse_of[names.index(name)]] for name in class_list(f"fc100_{split}")}
+        assert found == set(class_list(f"fc100_{split}_superclasses"))
 
 
 def test_omniglot_split_is_the_documented_permutation() -> None:
@@ -51,11 +93,11 @@ class TestOmniglot:
         with pytest.raises(DataError, match=r"nowhere is not a folder"):
             load_dataset("omniglot", tmp_path / "nowhere")
         shutil.copy(omniglot_zips / "images_background.zip", tmp_path)
-        with pytest.raises(DataError, match=r"images_evaluation.zip not found in .*github.com/brendenlake") as error:
+        with pytest.raises(DataError, match=r"images_evaluation.zip not found; .*github.com/brendenlake") as error:
             load_dataset("omniglot", tmp_path)
         assert "images_background" not in str(error.value)
 
-    @pytest.mark.parametrize("damage", ["truncated", "not a zip", "another zip", "bad image", "bomb"])
+    @pytest.mark.parametrize("damage", ["truncated", "not a zip", "another zip", "bomb"])
     def test_damaged(self, damage: str, omniglot_zips: Path, tmp_path: Path) -> None:
         for archive in omniglot_zips.iterdir():
             shutil.copy(archive, tmp_path)
@@ -65,12 +107,66 @@ class TestOmniglot:
         elif damage == "not a zip":
             victim.write_bytes(b"<html>404</html>")
         else:
-            content = {"another zip": b"", "bad image": b"\x89PNG\r\n", "bomb": b"\0" * (1 << 22)}[damage]
+            content = {"another zip": b"", "bomb": b"\0" * (1 << 22)}[damage]
             name = "other.txt" if damage == "another zip" else "images_background/Greek/character01/0001_01.png"
             with zipfile.ZipFile(victim, "w", zipfile.ZIP_DEFLATED) as file:
                 file.writestr(name, content)
-        with pytest.raises(DataError, match=r"images_background.zip (is damaged|holds no drawing).*github.com/brenden"):
+        what = "is damaged|holds no drawing|its member .* claims 4194304 bytes"
+        with pytest.raises(DataError, match=rf"images_background.zip:? ({what}).*github.com/brenden"):
             load_dataset("omniglot", tmp_path)
+
+    @pytest.mark.parametrize("content", [b"\x89PNG\r\n", b"", "of another size"])
+    def test_a_drawing_that_is_none(self, content: bytes | str, omniglot_zips: Path, tmp_path: Path) -> None:
+        for archive in omniglot_zips.iterdir():
+            with zipfile.ZipFile(archive) as old, zipfile.ZipFile(tmp_path / archive.name, "w") as new:
+                for member in old.infolist():
+                    bad = member.filename.endswith("Greek/character07/" + member.filename[-11:])
+                    data = png(picture(1, 20)) if isinstance(content, str) else content
+                    new.writestr(member, data if bad else old.read(member))
+        with pytest.raises(DataError, match=r"2 of the images .* cannot be read: .*github.com/brenden") as error:
+            load_dataset("omniglot", tmp_path)
+        assert str(error.value).count("Greek/character07") == 2, "all of them are named at once"
+
+    def test_a_member_whose_checksum_is_wrong(self, omniglot_zips: Path, tmp_path: Path) -> None:
+        for archive in omniglot_zips.iterdir():
+            shutil.copy(archive, tmp_path)
+        victim = tmp_path / "images_evaluation.zip"
+        data = bytearray(victim.read_bytes())
+        at = data.find(b"IDAT")
+        data[at + 6] ^= 0xFF
+        victim.write_bytes(data)
+        with pytest.raises(DataError, match=r"images_evaluation.zip is damaged \(BadZipFile: Bad CRC-32"):
+            load_dataset("omniglot", tmp_path)
+
+    def test_unpacked(self, omniglot_zips: Path, tmp_path: Path) -> None:
+        for archive in omniglot_zips.iterdir():
+            with zipfile.ZipFile(archive) as file:
+                file.extractall(tmp_path / "omniglot")
+        dataset = load_dataset("omniglot", tmp_path)
+        assert "the folders images_background and images_evaluation" in dataset.origin
+        zips = load_dataset("omniglot", omniglot_zips)
+        assert "the zip files" in zips.origin
+        assert [s.fingerprint for s in dataset.splits.values()] == [s.fingerprint for s in zips.splits.values()]
+
+    def test_vinyals(self, omniglot_zips: Path) -> None:
+        dataset = load_dataset("omniglot-vinyals", omniglot_zips)
+        assert [len(dataset.split(s).classes) for s in SPLITS] == [4 * 1028, 4 * 172, 4 * 423]
+        ours = load_dataset("omniglot", omniglot_zips)
+
+        def drawings(data: Dataset, split: str, name: str) -> torch.Tensor:
+            part = data.split(split)
+            return part.images[part.starts[part.classes.index(name)] :][:2]
+
+        name = next(c for c in class_list("omniglot_vinyals_test") if c in class_list("omniglot_train"))
+        assert torch.equal(drawings(dataset, "test", name), drawings(ours, "train", name))
+
+    def test_rotations_are_extra_classes(self, omniglot_zips: Path) -> None:
+        split = load_dataset("omniglot", omniglot_zips).split("val")
+        assert split.classes[220] == split.classes[0] + "@90"
+        assert split.classes[440 + 7] == split.classes[7] + "@180"
+        for turn in range(4):
+            turned = split.images[split.starts[220 * turn + 3]]
+            assert torch.equal(turned, torch.rot90(split.images[split.starts[3]], turn, (1, 2)))
 
     def test_incomplete(self, omniglot_zips: Path, tmp_path: Path) -> None:
         for archive in omniglot_zips.iterdir():
@@ -123,7 +219,9 @@ class TestCifarFs:
                 load_dataset("cifar-fs", tmp_path)
 
     def test_missing(self, cifar_folder: Path, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"neither cifar-100-python/.* or cifar-100-python.tar.gz.*cs.toronto.edu"):
+        with pytest.raises(
+            DataError, match=r"cifar-100-python/.* or cifar-100-python.tar.gz or CIFAR_FS.*cs.toronto.edu"
+        ):
             load_dataset("cifar-fs", tmp_path)
         shutil.copytree(cifar_folder, tmp_path, dirs_exist_ok=True)
         (tmp_path / "cifar-100-python" / "meta").unlink()
@@ -161,6 +259,40 @@ class TestCifarFs:
         dataset = load_dataset("cifar-fs", published)
         assert all(set(dataset.split(s).counts) == {600} for s in SPLITS)
         assert dataset.mean == pytest.approx((0.507, 0.487, 0.441), abs=0.01)
+
+
+class TestCifarPickles:
+    @pytest.mark.parametrize(("data", "file"), [("cifar-fs", "CIFAR_FS_{}.pickle"), ("fc100", "FC100_{}.pickle")])
+    def test_read(self, data: str, file: str, tmp_path: Path) -> None:
+        sizes = (64, 16, 20) if data == "cifar-fs" else (60, 20, 20)
+        for split, size in zip(SPLITS, sizes, strict=True):
+            labels = [k for _ in range(3) for k in range(10, 10 + size)]
+            images = np.zeros((len(labels), 32, 32, 3), np.uint8)
+            images[..., 0] = 200
+            images[..., 2] = np.array(labels)[:, None, None]
+            path = tmp_path / file.format(split)
+            path.write_bytes(python2_pickle({b"data": images, b"labels": labels}))
+        dataset = load_dataset(data, tmp_path)
+        assert tuple(len(dataset.split(s).classes) for s in SPLITS) == sizes
+        split = dataset.split("val")
+        assert split.classes[3] == "val class 13"
+        mine = split.images[split.starts[3] :][:3]
+        assert (mine[:, 0] == 200).all(), "red first"
+        assert (mine[:, 2] == 13).all()
+        assert "the pickles" in dataset.origin
+        (tmp_path / file.format("train")).write_bytes(python2_pickle({b"data": images, b"labels": labels}))
+        with pytest.raises(DataError, match=rf"has 20 classes, but {data}'s train split has {sizes[0]}"):
+            load_dataset(data, tmp_path)
+
+
+def test_fc100(cifar_folder: Path) -> None:
+    dataset = load_dataset("fc100", cifar_folder)
+    assert [len(dataset.split(s).classes) for s in SPLITS] == [60, 20, 20]
+    other = load_dataset("cifar-fs", cifar_folder)
+    name = dataset.split("test").classes[0]
+    found = next(s for s in other.splits.values() if name in s.classes)
+    ours = dataset.split("test").images[:30]
+    assert torch.equal(ours, found.images[found.starts[found.classes.index(name)] :][:30])
 
 
 class Evil:

@@ -15,10 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF")
-"""What is read; MPO is the JPEG of many phones."""
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
+"""What is read."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MOST_PIXELS = 89_478_485
 """A picture that claims more is refused: Pillow's own bound against decompression bombs."""
@@ -150,6 +150,7 @@ def decode_all(encoded: Iterator[Encoded], decode: Decoder, shape: tuple[int, in
     head = next(groups, None)
     if head is None:
         return
+    Image.init()  # the formats, which threads would load over each other
     small = head[1] < _SMALL * len(head[0])
     workers = min(4 if small else 16, os.cpu_count() or 1)
     waiting: collections.deque[tuple[int, Future[Decoded]]] = collections.deque()
@@ -199,6 +200,6 @@ def _decode_group(group: list[Encoded], decode: Decoder, shape: tuple[int, int, 
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, Image.UnidentifiedImageError):
-        return f"not an image of the formats {', '.join(f for f in FORMATS if f != 'MPO')}"
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image of the formats {', '.join(FORMATS)}"
     return str(error) or type(error).__name__

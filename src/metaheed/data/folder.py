@@ -153,8 +153,8 @@ def _classes(tree: Tree) -> tuple[Members, str]:
         absent = [split for split in SPLITS if split not in tops]
         if absent:
             raise DataError(
-                f"{tree.root} has {' and '.join(sorted(tops & set(SPLITS)))} but no images in {' and '.join(absent)}: add "
-                "classes there that are in none of the others"
+                f"{tree.root} has {' and '.join(sorted(tops & set(SPLITS)))} but no images in {' and '.join(absent)}: "
+                "add classes there that are in none of the others"
             )
         for entry in images:
             path = parts[entry.path]
@@ -173,8 +173,8 @@ def _classes(tree: Tree) -> tuple[Members, str]:
                 found.setdefault("", {}).setdefault(child.name, [])
     if not any(found.get("", {}).values()):
         raise MissingDataError(
-            f"{tree.root} has no folders of images ({', '.join(SUFFIXES)}): it needs a folder for each class, or train/, "
-            "val/ and test/ with such folders"
+            f"{tree.root} has no folders of images ({', '.join(SUFFIXES)}): it needs a folder for each class, or "
+            "train/, val/ and test/ with such folders"
         )
     return found, f"the {kind} {tree.root} of {len(found[''])} classes"
 

@@ -42,7 +42,7 @@ class Split:
         if self.recorded_fingerprint is not None:
             return self.recorded_fingerprint
         digest = fingerprint_head(self.classes, self.counts, tuple(self.images.shape))
-        digest.update(self.images.cpu().contiguous().numpy())
+        digest.update(self.images.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
 

@@ -43,7 +43,7 @@ def holding(places: Sequence[Path], files: Sequence[str]) -> Path | None:
 
 
 def lacking(dataset: str, places: Sequence[Path], layouts: Sequence[Sequence[str]], published: str) -> MissingDataError:
-    """The error that none of the layouts (each a list of files) is in the places: what is missing of the nearest one."""
+    """The error that none of the layouts (each a list of files) is in the places: what the nearest one lacks."""
     tried = [
         (sum((folder / file).is_file() for file in files) / len(files), folder, files)
         for files in layouts

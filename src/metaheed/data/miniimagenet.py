@@ -1,7 +1,7 @@
 """miniImageNet in the split of Ravi & Larochelle (ICLR 2017): 64/16/20 classes of ImageNet, 600 images each, 84×84 RGB.
 
 From the pickles that circulate, mini-imagenet-cache-{train,val,test}.pkl, whose one array of pixels is read from the
-file part by part; or from images/ with {train,val,test}.csv (filename,label), the list that Ravi & Larochelle published.
+file part by part; or from images/ with {train,val,test}.csv (filename,label), the lists of Ravi & Larochelle.
 Images of another size are resized to 84×84 with Lanczos, the aspect ratio not kept, as their scripts and Finn's do.
 """
 
@@ -20,7 +20,10 @@ from metaheed.data.safe_pickle import StoredArray, load_arrays, reading
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, encoded_stream, stamp
 from metaheed.errors import DataError, MissingDataError
 
-PUBLISHED = "https://github.com/renmengye/few-shot-ssl-public (pickles), https://github.com/twitter-research/meta-learning-lstm (lists)"
+PUBLISHED = (
+    "https://github.com/renmengye/few-shot-ssl-public (pickles), "
+    "https://github.com/twitter-research/meta-learning-lstm (lists)"
+)
 PICKLE = "mini-imagenet-cache-{}.pkl"
 SIDE = 84
 _SUBFOLDERS = ("miniimagenet", "mini-imagenet", "miniImageNet", "mini_imagenet")
@@ -60,7 +63,7 @@ def _check_classes(found: set[str], split: str, where: Path) -> tuple[str, ...]:
     if found != set(classes):
         odd = sorted(found ^ set(classes))
         raise DataError(
-            f"{where} has {len(found)} classes, which are not the {len(classes)} of the {split} split of Ravi & Larochelle "
+            f"{where} has {len(found)} classes, which are not the {len(classes)} of Ravi & Larochelle's {split} split "
             f"({odd[0]!r} is {'not one of them' if odd[0] in found else 'missing'}): fetch it anew from {PUBLISHED}"
         )
     return classes

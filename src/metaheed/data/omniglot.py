@@ -20,7 +20,7 @@ from metaheed.data.decode import Encoded
 from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list, folders, holding, lacking
 from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
-from metaheed.data.trees import Entry, Tree, open_tree
+from metaheed.data.trees import Tree, open_tree
 from metaheed.errors import DataError
 
 ARCHIVES = ("images_background.zip", "images_evaluation.zip")

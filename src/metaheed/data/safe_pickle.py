@@ -108,7 +108,7 @@ class StoredArray:
         self.shape: tuple[int, ...] = ()
         self.dtype = np.dtype(np.uint8)
         self.fortran = False
-        self.data: bytes | bytearray | Stored = b""
+        self.data: bytes | Stored = b""
 
     def is_like(self, dtype: type | str, ndim: int | None = None) -> bool:
         """Whether it is whole, of that dtype (or kind of dtype, such as "iu"), and has so many axes."""
@@ -137,17 +137,15 @@ class StoredArray:
         entry = int(np.prod(self.shape[1:])) * self.dtype.itemsize
         at = start
         with self._open() as file:
-            blocks = self.data.blocks(file, start * entry) if isinstance(self.data, Stored) else None
+            data = self.data
+            blocks = data.blocks(file, start * entry) if isinstance(data, Stored) else iter([data[start * entry :]])
             held = bytearray()
             while at < self.shape[0]:
                 taken = min(count, self.shape[0] - at)
-                if blocks is None:
-                    chunk = bytes(self.data[at * entry : (at + taken) * entry])  # type: ignore[index]
-                else:
-                    while len(held) < taken * entry:
-                        held += next(blocks, b"") or _raise(EOFError("an array with too few bytes"))
-                    chunk = bytes(held[: taken * entry])
-                    del held[: taken * entry]
+                while len(held) < taken * entry:
+                    held += next(blocks, b"") or _raise(EOFError("an array with too few bytes"))
+                chunk = bytes(held[: taken * entry])
+                del held[: taken * entry]
                 yield np.frombuffer(chunk, self.dtype).reshape(taken, *self.shape[1:])
                 at += taken
 
@@ -274,7 +272,7 @@ def _line(file: BinaryIO) -> bytes:
 
 
 def _text_line(file: BinaryIO, op: int) -> Stored:
-    offset, length, block = file.tell(), 0, b""
+    offset, length, block, last = file.tell(), 0, b"", b""
     first = file.read(1)
     file.seek(offset)
     while not block.endswith(b"\n"):

@@ -130,7 +130,8 @@ def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
             f"'metaheed data prepare {source.name} --from FOLDER', and train from what that writes"
         )
     watcher = watcher or Quiet()
-    splits, problems = {}, []
+    problems: list[str] = []
+    splits = {}
     for name, split in source.splits.items():
         images = np.empty((sum(split.counts), *split.shape), np.uint8)
         for chunk in split.read(0):
@@ -142,7 +143,8 @@ def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
     if source.published is None and any(split.name_of for split in source.splits.values()):
         for line in describe_duplicates({name: s.images.numpy() for name, s in splits.items()}, source.splits):
             watcher.message(f"{source.name}: {line}")
-    mean, std = ((0.0,), (1.0,))
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
     if source.standardize:
         histogram = Histogram(splits["train"].images.shape[1])
         histogram.add(splits["train"].images.numpy())
@@ -290,12 +292,12 @@ def describe_duplicates(
         return []
     across = sum(d.first[0] != d.second[0] for d in found)
     lines = [
-        f"{len(found)} images appear in two classes, {across} of them in two splits; what is in two splits is "
-        "known from training when it is tested on"
+        f"{len(found)} images appear in two classes, {across} of them in two splits"
+        + ("; 'metaheed data verify' names them" if listed == 0 else "")
     ]
     for one in found[:listed]:
         lines.append(" and ".join(_name_row(splits[split], split, row) for split, row in one) + " are the same image")
-    if len(found) > listed:
+    if len(found) > listed > 0:
         lines.append(f"and {len(found) - listed} more")
     return lines
 

@@ -83,7 +83,7 @@ class Manifest:
         file = self.path / f"images_{split}.npy"
         expected = (sum(self.splits[split][1]), *self.shape)
         try:
-            images = np.load(file, mmap_mode="r", allow_pickle=False)
+            images: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise _broken(self.path, f"{file.name} cannot be read: {error}") from error
         if images.shape != expected or images.dtype != np.uint8:
@@ -157,8 +157,8 @@ def find_store(name: str, request: Request, image_size: int | None) -> Path | No
         found = read_manifest(root)
         if store_name(found.name, found.settings) != wanted:
             raise DataError(
-                f"--data-root {root} is a store of {found.name} with images {found.shape}: use --data {found.name} with "
-                "its --image-size, or another --data-root"
+                f"--data-root {root} is a store of {found.name} with images {found.shape}: use --data {found.name} "
+                "with its --image-size, or another --data-root"
             )
         return root
     return root / wanted if is_store(root / wanted) else None
@@ -256,8 +256,8 @@ def _fill(source: Source, part: Path, watcher: Watcher) -> None:
     free = shutil.disk_usage(part).free
     if needed > free:
         raise DataError(
-            f"{part.parent} has {gigabytes(free)} free, but {source.name} needs {gigabytes(needed)}: make room, or choose "
-            "another --to"
+            f"{part.parent} has {gigabytes(free)} free, but {source.name} needs {gigabytes(needed)}: make room, or "
+            "choose another --to"
         )
     if not record.exists():
         for split in SPLITS:
@@ -314,7 +314,7 @@ def _fill_split(
 
 
 def _write_all(file: IO[bytes], images: np.ndarray) -> None:
-    left = memoryview(images).cast("B")
+    left = memoryview(images.data).cast("B")
     while left:
         left = left[file.write(left) :]
 
@@ -358,7 +358,7 @@ def _finish(source: Source, part: Path, watcher: Watcher) -> dict[str, Any]:
             splits[name] = {"classes": split.classes, "counts": split.counts, "sha256": fingerprint}
     finally:
         watcher.stop()
-    for line in describe_duplicates(images, source.splits, digests):
+    for line in describe_duplicates(images, source.splits, digests, listed=0 if source.published else 20):
         watcher.message(f"{source.name}: {line}")
     mean, std = histogram.statistics() if source.standardize else ((0.0,), (1.0,))
     return {

@@ -158,7 +158,7 @@ def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
 
 
 def _hidden(name: str) -> bool:
-    return any(part.startswith(".") and part != "." or part == "__MACOSX" for part in PurePosixPath(name).parts)
+    return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
 
 
 def _check(path: Path, name: str, plain: bool, size: int, packed: int | None, largest: int, remedy: str) -> None:
