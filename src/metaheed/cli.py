@@ -405,7 +405,10 @@ def _data_prepare(command: DataPrepare) -> int:
     to = command.to or command.source or Path()
     watcher = make_watcher()
     watcher.message(f"{command.name}: found {source.layout}")
-    path = prepare(source, to.parent if to.is_file() else to, watcher)
+    try:
+        path = prepare(source, to.parent if to.is_file() else to, watcher)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped; the same command goes on where it stood", signal.SIGINT) from None
     classes = "/".join(str(len(split.classes)) for split in source.splits.values())
     images = sum(sum(split.counts) for split in source.splits.values())
     print(

@@ -48,6 +48,11 @@ class Interrupted(MetaheedError):  # noqa: N818  # an end asked for, not a fault
         self.signal_number = signal_number
 
 
+def is_systems(error: Exception) -> bool:
+    """Whether an error is the operating system's (no permission, no space, no such file), not of a file's content."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """A ConfigError for a name that is not in `known`, with the closest one suggested."""
     known = sorted(known)

@@ -178,7 +178,7 @@ class TestTiered:
 
     def test_the_files_class_counts_are_the_committed_ones(self) -> None:
         for split in SPLITS:
-            assert len({k for k in tiered_labels(split, 1)[0]}) == len(class_table(f"tieredimagenet_{split}"))
+            assert len(set(tiered_labels(split, 1)[0])) == len(class_table(f"tieredimagenet_{split}"))
 
     def test_pngs_that_are_none_are_named_at_once(self, tiered: dict[str, Path], tmp_path: Path) -> None:
         for path in tiered["pickles"].iterdir():

@@ -190,6 +190,8 @@ def _decode_group(group: list[Encoded], decode: Decoder, shape: tuple[int, int, 
     for one in group:
         try:
             image = decode(one.data).reshape(len(one.rows), *shape)
+        except MemoryError:
+            raise
         except Exception as error:  # image readers raise many kinds on damaged files; all mean the same here
             problems.append(f"{one.name}: {_reason(error)}")
             continue

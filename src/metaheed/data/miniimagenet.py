@@ -28,7 +28,7 @@ PICKLE = "mini-imagenet-cache-{}.pkl"
 SIDE = 84
 _SUBFOLDERS = ("miniimagenet", "mini-imagenet", "miniImageNet", "mini_imagenet")
 _INLINE = 512  # bytes of a string that are kept; the pixels stay in the file
-_AT_ONCE = 256  # images
+_AT_ONCE = 64  # images
 
 
 def find(request: Request) -> Source:

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from metaheed.errors import DataError
+from metaheed.errors import DataError, is_systems
 
 Opener = Callable[[], BinaryIO]
 
@@ -53,7 +53,7 @@ def reading(name: str, published: str) -> Iterator[None]:
     """Turn whatever damaged content raises into a DataError that names the file and where to have it anew."""
     try:
         yield
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except _RefusedError as error:
         raise DataError(
@@ -61,6 +61,8 @@ def reading(name: str, published: str) -> Iterator[None]:
             f"run code. Fetch the file anew from {published}"
         ) from error
     except Exception as error:  # damaged content makes readers raise nearly anything
+        if is_systems(error):
+            raise
         raise DataError(
             f"{name} is damaged ({type(error).__name__}: {error}): fetch it anew from {published}"
         ) from error

@@ -263,15 +263,18 @@ def find_duplicates(
     for first, behind in zip([0, *edges], [*edges, len(order)], strict=True):
         if behind - first < 2:
             continue
-        group = order[first:behind]
-        # The digest is short: equal pixels decide.
-        pictures = [images[names[where[g]]][row[g]].tobytes() for g in group]
-        for picture in dict.fromkeys(pictures):
-            same = [g for g, p in zip(group, pictures, strict=True) if p == picture]
-            other = next((g for g in same[1:] if label[g] != label[same[0]]), None)
-            if other is not None:
-                a, b = same[0], other
-                found.append(Duplicate((names[where[a]], int(row[a])), (names[where[b]], int(row[b]))))
+        # The digest is short: equal pixels decide. Different ones are hardly ever in a group.
+        different: list[tuple[int, bool]] = []
+        for at in order[first:behind].tolist():
+            picture = images[names[where[at]]][row[at]]
+            for k, (a, reported) in enumerate(different):
+                if np.array_equal(picture, images[names[where[a]]][row[a]]):
+                    if label[at] != label[a] and not reported:
+                        found.append(Duplicate((names[where[a]], int(row[a])), (names[where[at]], int(row[at]))))
+                        different[k] = (a, True)
+                    break
+            else:
+                different.append((at, False))
     return sorted(found)
 
 

@@ -251,7 +251,7 @@ def _fill(source: Source, part: Path, watcher: Watcher) -> None:
     part.mkdir(exist_ok=True)
     record = part / "progress.json"
     done, problems = _read_progress(record, source)
-    present = sum(p.stat().st_blocks * 512 for p in part.iterdir()) if hasattr(os, "pwrite") else 0
+    present = sum(getattr(p.stat(), "st_blocks", 0) * 512 for p in part.iterdir())
     needed = sum(split.bytes for split in source.splits.values()) - present + _SPARE
     free = shutil.disk_usage(part).free
     if needed > free:

@@ -29,7 +29,7 @@ SIDE = 84
 _SHAPE = (3, SIDE, SIDE)
 _SUBFOLDERS = ("tieredimagenet", "tiered-imagenet", "tieredImageNet", "tiered_imagenet")
 _INLINE = 512  # bytes of a string that are kept; the PNGs stay in the file
-_AT_ONCE = 256  # images
+_AT_ONCE = 64  # images
 _LARGEST_PNG = 1 << 20  # bytes; 84×84×3 pixels have 21,168
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from metaheed.errors import DataError, MissingDataError
+from metaheed.errors import DataError, MissingDataError, is_systems
 
 LARGEST_FILE = 1 << 29
 """Bytes that a member may claim; the largest published one (CIFAR-100's train part) has 155 million."""
@@ -47,9 +47,11 @@ class Tree(NamedTuple):
         """
         try:
             yield from self.contents(entries)
-        except (DataError, OSError, GeneratorExit):
+        except (DataError, MemoryError):
             raise
         except Exception as error:  # archive readers raise many kinds on damaged files; all mean the same here
+            if is_systems(error):
+                raise
             raise damaged(self.root, error, self.remedy) from error
 
 
@@ -82,9 +84,11 @@ def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_F
             return _zip_tree(path, largest, remedy)
         if tarfile.is_tarfile(path):
             return _tar_tree(path, largest, remedy)
-    except DataError:
+    except (DataError, MemoryError):
         raise
     except Exception as error:  # archive readers raise many kinds on damaged files; all mean the same here
+        if is_systems(error):
+            raise
         raise damaged(path, error, remedy) from error
     if published:
         raise DataError(f"{path} is damaged (it is neither a zip nor a tar file): {remedy}")

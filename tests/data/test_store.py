@@ -1,0 +1,435 @@
+"""Stores: the same data as the files they were made from, whole or not there, in little memory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from metaheed.data import SPLITS, Episodes, Request, find_source, load_dataset
+from metaheed.data import store as module
+from metaheed.data.sources import Quiet, Source
+from metaheed.data.store import is_store, open_store, prepare, stores_in, verify
+from metaheed.errors import DataError
+from tests.conftest import Run, python2_pickle
+from tests.data.making import (
+    divided,
+    mini_lists,
+    mini_pickles,
+    mini_split,
+    picture,
+    pictures,
+    png,
+    tiered_arrays,
+    tiered_labels,
+    tiered_pickles,
+)
+from tests.test_training import SMALL, environment
+
+
+def content(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(path.iterdir())}
+
+
+class TestEveryLayout:
+    @pytest.mark.parametrize(
+        ("name", "make"),
+        [
+            ("miniimagenet", mini_pickles),
+            ("miniimagenet", mini_lists),
+            ("tieredimagenet", tiered_pickles),
+            ("tieredimagenet", tiered_arrays),
+            ("folder", divided),
+            ("folder", pictures),
+            ("glyphs", None),
+        ],
+    )
+    def test_the_store_is_the_files(self, name: str, make: object, tmp_path: Path, metaheed: Run) -> None:
+        root = make(tmp_path / "raw") if callable(make) else None
+        before = load_dataset(name, root)
+        options = ["--from", root] if root else []
+        status, out, err = metaheed("data", "prepare", name, *options, "--to", tmp_path / "stores")
+        assert status == 0, err
+        assert f"train with --data {name} --data-root" in out
+        assert "images  left 0:00:00" in err
+        after = load_dataset(name, tmp_path / "stores")
+        assert "the store" in after.origin
+        assert (after.mean, after.std, after.image_shape) == (before.mean, before.std, before.image_shape)
+        for split in SPLITS:
+            ours, theirs = after.split(split), before.split(split)
+            assert ours.fingerprint == theirs.fingerprint
+            assert (ours.classes, ours.counts) == (theirs.classes, theirs.counts)
+            assert torch.equal(ours.images, theirs.images)
+            tasks = [Episodes(d, split, 2, 1, 1, 0).fingerprint(5) for d in (before, after)]
+            assert tasks[0] == tasks[1], "runs on either are compared as runs on the same tasks"
+        (path,) = (tmp_path / "stores").iterdir()
+        assert metaheed("data", "verify", path)[0] == 0
+        assert load_dataset(name, path).origin == after.origin, "the root may be the store itself"
+
+    def test_omniglot_and_cifar(self, omniglot_zips: Path, cifar_folder: Path, tmp_path: Path) -> None:
+        for name, root in (
+            *(("omniglot", omniglot_zips), ("omniglot-vinyals", omniglot_zips)),
+            *(("cifar-fs", cifar_folder), ("fc100", cifar_folder)),
+        ):
+            path = prepare(find_source(name, Request(root)), tmp_path)
+            assert path.name == f"{name}.metaheed"
+            before, after = load_dataset(name, root), load_dataset(name, tmp_path)
+            assert all(before.split(s).fingerprint == after.split(s).fingerprint for s in SPLITS)
+            assert (after.mean, after.std) == (before.mean, before.std)
+
+    def test_training_on_either_leaves_the_same_bytes(self, tmp_path: Path, metaheed: Run) -> None:
+        root = divided(tmp_path / "raw", classes=6, each=6)
+        metaheed("data", "prepare", "folder", "--from", root, "--image-size", 28, "--to", tmp_path / "stores")
+        for data_root, run in ((root, "raw-run"), (tmp_path / "stores", "store-run")):
+            options = ["--data", "folder", "--data-root", data_root, "--image-size", 28, *SMALL]
+            assert metaheed("train", "ta-maml", *options, "--iterations", 3, "--out", run)[0] == 0
+        assert Path("raw-run/metrics.jsonl").read_bytes() == Path("store-run/metrics.jsonl").read_bytes()
+        assert Path("raw-run/tasks.jsonl").read_bytes() == Path("store-run/tasks.jsonl").read_bytes()
+
+
+class Stops(Quiet):
+    """A watcher that stops the work after so many calls."""
+
+    def __init__(self, after: int) -> None:
+        self.left = after
+
+    def advance(self, items: int) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(module, "_EVERY", 0.0)
+    monkeypatch.setattr("metaheed.data.decode._GROUP", 7)
+    yield
+
+
+class TestInterruptions:
+    @pytest.mark.parametrize("make", [divided, tiered_arrays])
+    def test_stopped_anywhere_it_ends_in_the_same_bytes(self, make: object, tmp_path: Path, small_steps: None) -> None:
+        name = "folder" if make is divided else "tieredimagenet"
+        root = make(tmp_path / "raw")  # type: ignore[operator]
+
+        def source() -> Source:
+            return find_source(name, Request(root))
+
+        whole = content(prepare(source(), tmp_path / "whole"))
+        stops = 0
+        for after in (0, 1, 5, 9, 12) if make is divided else (3, 40):
+            folder = tmp_path / str(after)
+            for more in range(40):
+                try:
+                    path = prepare(source(), folder, Stops(after + more))
+                    break
+                except KeyboardInterrupt:
+                    stops += 1
+                    assert not any(is_store(p) for p in folder.iterdir()), "a part is not taken for a whole"
+                    with pytest.raises(DataError):
+                        stores_in([folder])
+            assert content(path) == whole
+            assert [p.name for p in folder.iterdir()] == [path.name], "nothing else is left"
+        assert stops >= 4
+
+    def test_killed(self, tmp_path: Path) -> None:
+        root = pictures(tmp_path / "raw", 12, 40, side=120)
+        whole = content(prepare(find_source("folder", Request(root)), tmp_path / "whole"))
+        code = (
+            "import sys; from pathlib import Path; from metaheed.data import *; from metaheed.data import store, decode;"
+            "store._EVERY = 0.0; decode._GROUP = 5; print('ready', flush=True);"
+            "store.prepare(find_source('folder', Request(Path(sys.argv[1]))), Path(sys.argv[2]))"
+        )
+        command = [sys.executable, "-c", code, str(root), str(tmp_path / "killed")]
+        killed = 0
+        for wait in (0.05, 0.15):
+            process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE)
+            assert process.stdout is not None
+            process.stdout.readline()
+            time.sleep(wait)
+            killed += process.poll() is None
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+        assert killed
+        path = prepare(find_source("folder", Request(root)), tmp_path / "killed")
+        assert content(path) == whole
+
+    def test_it_goes_on_where_it_stood(
+        self, tmp_path: Path, small_steps: None, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        root = divided(tmp_path / "raw")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(find_source("folder", Request(root)), tmp_path / "out", Stops(3))
+        source = find_source("folder", Request(root))
+        asked = []
+        for split in SPLITS:
+            part = source.splits[split]
+            read = part.read
+            watched = lambda start, read=read, split=split: (asked.append((split, start)), read(start))[1]  # noqa: E731
+            object.__setattr__(part, "read", watched)
+        prepare(source, tmp_path / "out")
+        # The three images of the chunk in which it was stopped are written again.
+        assert asked == [("val", 7), ("test", 0)]
+
+    def test_a_changed_source_begins_anew(self, tmp_path: Path, small_steps: None) -> None:
+        root = divided(tmp_path / "raw")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(find_source("folder", Request(root)), tmp_path / "out", Stops(4))
+        (root / "train" / "train00" / "000.png").write_bytes(png(picture(123456, 20)) + b"and more")
+        path = prepare(find_source("folder", Request(root)), tmp_path / "out")
+        whole = load_dataset("folder", root)
+        assert open_store(path).split("train").fingerprint == whole.split("train").fingerprint
+
+    def test_problems_are_remembered_over_an_interruption(self, tmp_path: Path, small_steps: None) -> None:
+        root = divided(tmp_path / "raw")
+        for name in ("train/train00/000.png", "test/test02/003.png"):
+            (root / name).write_bytes(b"none")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(find_source("folder", Request(root)), tmp_path / "out", Stops(4))
+        with pytest.raises(DataError, match=r"2 of the images.*cannot be read") as error:
+            prepare(find_source("folder", Request(root)), tmp_path / "out")
+        assert "train/train00/000.png" in str(error.value)
+        assert "test/test02/003.png" in str(error.value)
+        assert not [*(tmp_path / "out").iterdir()], "nothing half-written is left"
+
+    def test_two_at_once(self, tmp_path: Path) -> None:
+        source = find_source("folder", Request(divided(tmp_path / "raw")))
+
+        class Meanwhile(Quiet):
+            def start(self, what: str, items: int, done: int) -> None:
+                with pytest.raises(DataError, match="is being prepared by another process"):
+                    prepare(source, tmp_path / "out")
+
+        prepare(source, tmp_path / "out", Meanwhile())
+
+    def test_done_already(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        root = divided(tmp_path / "raw")
+        path = prepare(find_source("folder", Request(root)), tmp_path / "out")
+        before = (path / "manifest.json").stat().st_mtime_ns
+        assert prepare(find_source("folder", Request(root)), tmp_path / "out") == path
+        assert "is prepared already" in capsys.readouterr().err
+        assert (path / "manifest.json").stat().st_mtime_ns == before
+
+
+CODE = """
+import resource, sys, threading
+from pathlib import Path
+from metaheed.data import Request, find_source
+from metaheed.data.store import prepare
+threading.stack_size(1 << 19)
+name, root, out, allowed = sys.argv[1:]
+data = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
+limit = data + int(allowed)
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+prepare(find_source(name, Request(Path(root))), Path(out))
+"""
+
+
+class TestMemory:
+    """Under a limit that is smaller than the file that is converted, and than what comes out."""
+
+    @pytest.mark.parametrize("name", ["miniimagenet", "tieredimagenet"])
+    def test_pickles(self, name: str, tmp_path: Path) -> None:
+        if not sys.platform.startswith("linux"):
+            pytest.skip("the limit is Linux's")
+        if name == "miniimagenet":
+            mini_pickles(tmp_path, 1)
+            names = [n for n, _ in mini_split("train", 40)]
+            members: dict[bytes, list[int]] = {}
+            for index, label in enumerate(names):
+                members.setdefault(label.encode(), []).append(index)
+            images = np.random.default_rng(0).integers(0, 256, (len(names), 84, 84, 3), dtype=np.uint8)
+            file = tmp_path / "mini-imagenet-cache-train.pkl"
+            file.write_bytes(python2_pickle({b"image_data": images, b"class_dict": members}))
+        else:
+            tiered_pickles(tmp_path, 1)
+            specific, general = tiered_labels("train", 7)
+            noise = np.random.default_rng(0).integers(0, 256, (84, 84, 3), dtype=np.uint8)
+            one = np.frombuffer(png(noise), np.uint8)[:, None]
+            file = tmp_path / "train_images_png.pkl"
+            file.write_bytes(python2_pickle([one.copy() for _ in specific]))
+            labels = {b"label_specific": specific, b"label_general": general}
+            (tmp_path / "train_labels.pkl").write_bytes(python2_pickle(labels))
+        allowed = 32 << 20
+        assert file.stat().st_size > 1.5 * allowed
+        command = [sys.executable, "-c", CODE, name, str(tmp_path), str(tmp_path / "out"), str(allowed)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert is_store(tmp_path / "out" / f"{name}.metaheed")
+
+    def test_reading_it_all_at_once_would_not_do(self, tmp_path: Path) -> None:
+        """The limit bites: the same numbers read by an ordinary unpickler do not fit."""
+        if not sys.platform.startswith("linux"):
+            pytest.skip("the limit is Linux's")
+        (tmp_path / "x.pkl").write_bytes(python2_pickle({b"image_data": np.zeros((3840, 84, 84, 3), np.uint8)}))
+        code = CODE[: CODE.index("prepare(find")] + "import pickle; pickle.load(open(root, 'rb'), encoding='bytes')"
+        command = [sys.executable, "-c", code, "x", str(tmp_path / "x.pkl"), "out", str(48 << 20)]
+        done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
+        assert "MemoryError" in done.stderr
+
+
+class TestUse:
+    def test_training_starts_in_under_a_second(self, tmp_path: Path) -> None:
+        path = prepare(find_source("tieredimagenet", Request(tiered_arrays(tmp_path / "raw"))), tmp_path)
+        # As large as the real one: the files are sparse, and starting must not read them.
+        manifest = json.loads((path / "manifest.json").read_text())
+        for split in SPLITS:
+            part = manifest["splits"][split]
+            part["counts"] = [1281] * len(part["counts"])
+            with (path / f"images_{split}.npy").open("wb") as file:
+                shape = (sum(part["counts"]), 3, 84, 84)
+                np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+                file.truncate(file.tell() + int(np.prod(shape)))
+        (path / "manifest.json").write_text(json.dumps(manifest))
+        began = time.monotonic()
+        dataset = load_dataset("tieredimagenet", tmp_path)
+        episodes = Episodes(dataset, "train", 5, 1, 15, 0)
+        assert time.monotonic() - began < 1
+        assert episodes.batch(0, 4).query_x.shape == (4, 75, 3, 84, 84)
+        assert sum(s.images.nbytes for s in dataset.splits.values()) > 16e9
+
+    def test_sets_too_large_for_memory_are_used_through_a_store(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("metaheed.data.sources.MOST_IN_MEMORY", 1 << 20)
+        root = mini_pickles(tmp_path, 1)
+        with pytest.raises(
+            DataError, match=r"would take .* of memory: convert it once with 'metaheed data prepare mini"
+        ):
+            load_dataset("miniimagenet", root)
+        prepare(find_source("miniimagenet", Request(root)), root)
+        assert load_dataset("miniimagenet", root).image_shape == (3, 84, 84), "a store goes before the files"
+
+    def test_sizes_and_seeds_of_a_folder(self, tmp_path: Path, metaheed: Run) -> None:
+        root = pictures(tmp_path / "raw")
+        assert metaheed("data", "prepare", "folder", "--from", root, "--image-size", 16, "--split-seed", 3)[0] == 0
+        assert (root / "folder-16px.metaheed").is_dir()
+        assert "the store" in load_dataset("folder", root, 16, 3).origin
+        assert "the store" in load_dataset("folder", root, 16).origin
+        assert "the folder" in load_dataset("folder", root, 84).origin
+        with pytest.raises(DataError, match=r"was split by seed 3, not by seed 0"):
+            load_dataset("folder", root, 16, 0)
+
+    def test_a_store_is_never_written(self, tmp_path: Path) -> None:
+        path = prepare(find_source("folder", Request(divided(tmp_path / "raw"))), tmp_path)
+        images = np.load(path / "images_train.npy", mmap_mode="r")
+        assert not images.flags.writeable
+        before = content(path)
+        Episodes(open_store(path), "train", 2, 1, 2, 0).batch(0, 3)
+        assert content(path) == before
+
+
+class TestVerify:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        return prepare(find_source("folder", Request(divided(tmp_path / "raw"))), tmp_path / "out")
+
+    def test_whole(self, path: Path, metaheed: Run) -> None:
+        status, out, _ = metaheed("data", "verify", path.parent)
+        assert status == 0
+        assert "is whole: folder, 3/3/3 classes, 36 images" in out
+        assert "no image is in two classes" in out
+
+    def test_a_changed_byte(self, path: Path, metaheed: Run) -> None:
+        file = path / "images_val.npy"
+        data = bytearray(file.read_bytes())
+        data[-1] ^= 1
+        file.write_bytes(data)
+        status, _, err = metaheed("data", "verify", path)
+        assert status == 1
+        assert "images_val.npy has the checksum" in err
+        assert open_store(path).split("train").counts == (4, 4, 4), "starting does not read it all"
+
+    @pytest.mark.parametrize("damage", ["truncated", "missing", "other shape", "manifest", "counts", "format"])
+    def test_damage_that_starting_notices(self, damage: str, path: Path) -> None:
+        file, manifest = path / "images_test.npy", path / "manifest.json"
+        if damage == "truncated":
+            os.truncate(file, file.stat().st_size - 1)
+        elif damage == "missing":
+            file.unlink()
+        elif damage == "other shape":
+            np.save(file, np.zeros((12, 3, 84, 83), np.uint8))
+        elif damage == "manifest":
+            manifest.write_text(manifest.read_text()[:100])
+        elif damage == "counts":
+            manifest.write_text(manifest.read_text().replace("4,", "5,", 1))
+        else:
+            manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 9'))
+        with pytest.raises(DataError, match=r"the store .* is damaged .*: delete it and prepare it anew"):
+            open_store(path)
+
+    def test_duplicates_across_splits(self, tmp_path: Path, metaheed: Run) -> None:
+        root = divided(tmp_path / "raw")
+        same = (root / "train" / "train01" / "002.png").read_bytes()
+        (root / "test" / "test00" / "zzz.png").write_bytes(same)
+        status, _, err = metaheed("data", "prepare", "folder", "--from", root, "--to", tmp_path / "out")
+        assert status == 0
+        assert "train/train01/002.png and test/test00/zzz.png are the same image" in err
+        _, notices = verify(tmp_path / "out" / "folder-84px.metaheed")
+        assert notices == [
+            "1 images appear in two classes, 1 of them in two splits",
+            "image 2 of 'train01' (train) and image 4 of 'test00' (test) are the same image",
+        ]
+
+    def test_equal_digests_are_not_yet_equal_images(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("metaheed.data.sources.hashlib.blake2b", lambda data, digest_size: _Same())
+        path = prepare(find_source("folder", Request(divided(tmp_path / "raw"))), tmp_path / "out")
+        assert verify(path)[1] == []
+
+
+class _Same:
+    def digest(self) -> bytes:
+        return bytes(8)
+
+
+class TestShowAndList:
+    def test_list(self, omniglot_zips: Path, metaheed: Run, tmp_path: Path) -> None:
+        status, out, _ = metaheed("data", "list", "--data-root", omniglot_zips)
+        assert status == 0
+        lines = {line.split()[0]: line for line in out.splitlines()}
+        assert "3920/880/1692 classes, 12984 images" in lines["omniglot"]
+        assert "the zip files images_background.zip and images_evaluation.zip" in lines["omniglot"]
+        assert "not found" in lines["tieredimagenet"]
+        assert "built in" in lines["glyphs"]
+        (tmp_path / "mini-imagenet-cache-train.pkl").write_bytes(b"x")
+        for split in ("val", "test"):
+            (tmp_path / f"mini-imagenet-cache-{split}.pkl").write_bytes(b"x")
+        out = metaheed("data", "list", "--data-root", tmp_path)[1]
+        assert "cannot be used" in next(line for line in out.splitlines() if line.startswith("miniimagenet"))
+        assert "not looked for" in metaheed("data", "list")[1]
+
+    def test_an_episode(self, tmp_path: Path, metaheed: Run) -> None:
+        from PIL import Image
+
+        root = divided(tmp_path / "raw", classes=4, each=6)
+        options = ["--data-root", root, "--image-size", 84, "--ways", 3, "--shots", 2, "--queries", 4]
+        status, out, _ = metaheed("data", "show", "folder", *options, "--out", "episode.png")
+        assert status == 0
+        dataset = load_dataset("folder", root, 84)
+        episodes = Episodes(dataset, "train", 3, 2, 4, 0)
+        names = [dataset.split("train").classes[row[0] // 6] for row in episodes.rows(0)]
+        assert out.split()[:3] == names
+        with Image.open("episode.png") as page:
+            # Each image of the task is in the picture, pixel for pixel, in its place.
+            pixels = np.asarray(page.convert("RGB"))
+        first = dataset.split("train").images[episodes.rows(0)[0, 0]].numpy().transpose(1, 2, 0)
+        found = [
+            (y, x)
+            for y in range(pixels.shape[0] - 83)
+            for x in range(150, 250)
+            if np.array_equal(pixels[y : y + 84, x : x + 84], first)
+        ]
+        assert len(found) == 1
+
+    def test_a_sheet_of_classes(self, metaheed: Run) -> None:
+        status, out, _ = metaheed("data", "show", "glyphs", "--classes", 7, "--split", "test", "--out", "sheet.png")
+        assert status == 0
+        assert out.count("U+") == 7
+        assert Path("sheet.png").read_bytes().startswith(b"\x89PNG")
