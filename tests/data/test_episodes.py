@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from metaheed.data import Ahead, Dataset, Episodes
+from metaheed.data.episodes import Draw
 from metaheed.data.images import make_split
 from metaheed.errors import ConfigError, DataError
 
@@ -107,8 +108,14 @@ def test_the_next_batch_is_drawn_while_this_one_is_used(
     small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     episodes = Episodes(small_dataset, "train", 5, 1, 3, seed=3)
-    drawn, draw = queue.Queue(), episodes.draw  # type: ignore[var-annotated]
-    monkeypatch.setattr(episodes, "draw", lambda *task: (drawn.put((*task, threading.get_ident())), draw(*task))[1])
+    drawn: queue.Queue[tuple[int, int, int]] = queue.Queue()
+    draw = episodes.draw
+
+    def watched(first: int, count: int) -> Draw:
+        drawn.put((first, count, threading.get_ident()))
+        return draw(first, count)
+
+    monkeypatch.setattr(episodes, "draw", watched)
     ahead = Ahead(episodes)
     ahead.batch(0, 4)
     seen = [drawn.get(timeout=10) for _ in range(2)]

@@ -142,7 +142,7 @@ class TestTiered:
             with np.load(tiered["arrays"] / f"{split}_images.npz") as arrays:
                 values = {"images": arrays["images"]}
             labels = {"labels": np.array(tiered_labels(split, 2)[0])}
-            np.savez_compressed(tmp_path / f"{split}_images.npz", **values)  # type: ignore[arg-type]
+            np.savez_compressed(tmp_path / f"{split}_images.npz", **values)
             if where == "{}_images.npz":
                 labels |= values
             np.savez_compressed(tmp_path / where.format(split), **labels)  # type: ignore[arg-type]

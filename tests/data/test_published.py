@@ -274,9 +274,9 @@ class TestCifarPickles:
             path.write_bytes(python2_pickle({b"data": images, b"labels": labels}))
         dataset = load_dataset(data, tmp_path)
         assert tuple(len(dataset.split(s).classes) for s in SPLITS) == sizes
-        split = dataset.split("val")
-        assert split.classes[3] == "val class 13"
-        mine = split.images[split.starts[3] :][:3]
+        val = dataset.split("val")
+        assert val.classes[3] == "val class 13"
+        mine = val.images[val.starts[3] :][:3]
         assert (mine[:, 0] == 200).all(), "red first"
         assert (mine[:, 2] == 13).all()
         assert "the pickles" in dataset.origin

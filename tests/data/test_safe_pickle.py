@@ -15,7 +15,7 @@ from metaheed.errors import DataError
 from tests.conftest import python2_pickle
 
 BIG = np.random.default_rng(0).integers(0, 256, (30, 9, 7), dtype=np.uint8)
-VALUE = {
+VALUE: dict[str, Any] = {
     "big": BIG,
     "tricky": b"\x00'\"\\\n\r\x1a" * 300,
     "numbers": [-1, 0, 255, 65536, 2**40, -(2**70), True, False, None, 1.5, ()],
@@ -59,7 +59,7 @@ def test_every_protocol(protocol: int, inline: int | None, tmp_path: Path) -> No
         if isinstance(expected, np.ndarray):
             assert value.dtype == expected.dtype
             assert value.shape == expected.shape
-        assert np.array_equal(value, expected) if key in ("shared",) else np.all(value == expected), key
+        assert np.all(np.equal(value, expected) if key == "shared" else value == expected), key
 
 
 def test_python_2(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Stores: the same data as the files they were made from, whole or not there, in little memory."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 
 from metaheed.data import SPLITS, Episodes, Request, find_source, load_dataset
 from metaheed.data import store as module
-from metaheed.data.sources import Quiet, Source
+from metaheed.data.sources import Chunk, Quiet, Source
 from metaheed.data.store import is_store, open_store, prepare, stores_in, verify
 from metaheed.errors import DataError
 from tests.conftest import Run, python2_pickle
@@ -107,10 +109,9 @@ class Stops(Quiet):
 
 
 @pytest.fixture
-def small_steps(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_EVERY", 0.0)
     monkeypatch.setattr("metaheed.data.decode._GROUP", 7)
-    yield
 
 
 class TestInterruptions:
@@ -143,7 +144,8 @@ class TestInterruptions:
         root = pictures(tmp_path / "raw", 12, 40, side=120)
         whole = content(prepare(find_source("folder", Request(root)), tmp_path / "whole"))
         code = (
-            "import sys; from pathlib import Path; from metaheed.data import *; from metaheed.data import store, decode;"
+            "import sys; from pathlib import Path; from metaheed.data import *;"
+            "from metaheed.data import store, decode;"
             "store._EVERY = 0.0; decode._GROUP = 5; print('ready', flush=True);"
             "store.prepare(find_source('folder', Request(Path(sys.argv[1]))), Path(sys.argv[2]))"
         )
@@ -169,11 +171,14 @@ class TestInterruptions:
             prepare(find_source("folder", Request(root)), tmp_path / "out", Stops(3))
         source = find_source("folder", Request(root))
         asked = []
-        for split in SPLITS:
-            part = source.splits[split]
-            read = part.read
-            watched = lambda start, read=read, split=split: (asked.append((split, start)), read(start))[1]  # noqa: E731
-            object.__setattr__(part, "read", watched)
+
+        def watched(split: str, start: int) -> Iterator[Chunk]:
+            asked.append((split, start))
+            return reads[split](start)
+
+        reads = {split: part.read for split, part in source.splits.items()}
+        splits = {s: dataclasses.replace(part, read=partial(watched, s)) for s, part in source.splits.items()}
+        source = dataclasses.replace(source, splits=splits)
         prepare(source, tmp_path / "out")
         # The three images of the chunk in which it was stopped are written again.
         assert asked == [("val", 7), ("test", 0)]
