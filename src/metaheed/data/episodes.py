@@ -91,29 +91,34 @@ class Episodes:
         return np.stack([starts[c] + sample(bits, counts[c], each) for c in chosen])
 
     def batch(self, first: int, count: int) -> Episode:
-        """Tasks first … first+count−1 as one batched Episode, images float32, gathered in one indexing operation."""
+        """Tasks first … first+count−1 as one batched Episode, images float32, gathered at once."""
         return self.episode(self.draw(first, count))
 
     def draw(self, first: int, count: int) -> "Draw":
         """The first part of `batch`, which touches no accelerator: rows, and their images if they lie on the CPU."""
         rows = torch.from_numpy(np.stack([self.rows(index) for index in range(first, first + count)]))
+        support, query = rows[:, :, : self.shots].flatten(), rows[:, :, self.shots :].flatten()
         images = self.split.images
-        return Draw(rows, images[rows.flatten()] if images.device.type == "cpu" else None)
+        if images.device.type != "cpu":
+            return Draw(count, support, query)
+        return Draw(count, images[support], images[query])
 
     def episode(self, draw: "Draw") -> Episode:
         """The second part of `batch`."""
         N, K, Q = self.ways, self.shots, self.queries
-        count = len(draw.rows)
         images = self.split.images
         device = images.device if self.dataset.device is None else self.dataset.device
-        pixels = images[draw.rows.flatten().to(images.device)] if draw.pixels is None else draw.pixels
-        x = self.dataset.normalize(pixels.to(device)).view(count, N, K + Q, *pixels.shape[1:])
         labels = torch.arange(N, device=device)
+
+        def x(chosen: torch.Tensor) -> torch.Tensor:
+            pixels = chosen if images.device.type == "cpu" else images[chosen.to(images.device)]
+            return self.dataset.normalize(pixels.to(device)).view(draw.tasks, -1, *pixels.shape[1:])
+
         return Episode(
-            support_x=x[:, :, :K].flatten(1, 2),
-            support_y=labels.repeat_interleave(K).expand(count, -1),
-            query_x=x[:, :, K:].flatten(1, 2),
-            query_y=labels.repeat_interleave(Q).expand(count, -1),
+            support_x=x(draw.support),
+            support_y=labels.repeat_interleave(K).expand(draw.tasks, -1),
+            query_x=x(draw.query),
+            query_y=labels.repeat_interleave(Q).expand(draw.tasks, -1),
         )
 
     def __getitem__(self, index: int) -> Episode:
@@ -130,10 +135,12 @@ class Episodes:
 class Draw(NamedTuple):
     """A batch of tasks whose images have been chosen."""
 
-    rows: torch.Tensor
-    """(B, N, K+Q) int64."""
-    pixels: torch.Tensor | None
-    """(B·N·(K+Q), C, H, W) uint8; none: they are gathered where they lie."""
+    tasks: int
+    """B."""
+    support: torch.Tensor
+    """(B·N·K, C, H, W) uint8; or (B·N·K,) int64, the rows of images that are gathered where they lie."""
+    query: torch.Tensor
+    """(B·N·Q, …) likewise."""
 
 
 class Ahead:

@@ -86,7 +86,7 @@ class Dataset:
         """uint8 (..., C, H, W) to float32: /255, minus mean, over standard deviation, channel by channel."""
         mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
-        return (pixels.float() / 255 - mean) / std
+        return pixels.float().div_(255).sub_(mean).div_(std)
 
     def to(self, device: torch.device) -> "Dataset":
         """The same data set with its batches on a device; its images lie there too, unless they would take more than
