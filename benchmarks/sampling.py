@@ -4,8 +4,8 @@
 
 84×84 RGB, 5-way 1-shot with 15 queries a class, 4 tasks a meta-batch (320 images), from random pixels of 64 classes:
 from memory, from a memory-mapped file warm and cold (its pages dropped from the system's cache before every batch;
-Linux), and on the GPU where there is one; beside the ways of learn2learn and torchmeta, written out here: both fetch image
-after image in Python and collate. --shares instead times whole training iterations of MAML.
+Linux), and on the GPU where there is one; beside the ways of learn2learn and torchmeta, written out here: both fetch
+image after image in Python and collate. --shares instead times whole training iterations of MAML.
 """
 
 import argparse
