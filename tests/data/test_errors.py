@@ -369,6 +369,16 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return ["evaluate", path / "run", "--tasks", 3]
 
 
+@row("--index is -1, but it must be")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    return ["data", "show", "glyphs", "--index", -1]
+
+
+@row("--classes is 0 with … both must be at least 1")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    return ["data", "show", "glyphs", "--classes", 0]
+
+
 @row("choose another --out")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     (path / "file").write_bytes(b"")

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from metaheed.data.episodes import Episodes
 from metaheed.data.glyphs import font_file
 from metaheed.data.images import Dataset
-from metaheed.errors import DataError
+from metaheed.errors import ConfigError, DataError
 from metaheed.files import write_synced
 
 _TILE = 64  # pixels of an image at least, whole multiples of its own
@@ -20,6 +20,8 @@ _PAPER, _INK, _FRAME = (255, 255, 255), (30, 30, 30), (204, 102, 119)
 
 def draw_episode(episodes: Episodes, index: int) -> tuple[Image.Image, list[str]]:
     """Task `index`: a row a class, its support images framed and before its queries; and the classes' names."""
+    if index < 0:
+        raise ConfigError(f"--index is {index}, but it must be at least 0")
     rows = episodes.rows(index)
     starts = episodes.split.starts
     names = [episodes.split.classes[int(np.searchsorted(starts, row[0], side="right")) - 1] for row in rows]
@@ -33,6 +35,8 @@ def draw_episode(episodes: Episodes, index: int) -> tuple[Image.Image, list[str]
 
 def draw_classes(dataset: Dataset, split: str, classes: int, images: int) -> tuple[Image.Image, list[str]]:
     """The first images of so many classes, evenly over the split, a row a class; and the classes' names."""
+    if classes < 1 or images < 1:
+        raise ConfigError(f"--classes is {classes} with {images} images each, but both must be at least 1")
     part = dataset.split(split)
     chosen = np.unique(np.linspace(0, len(part.classes) - 1, min(classes, len(part.classes))).round().astype(int))
     pixels = part.images.cpu().numpy()
