@@ -18,6 +18,8 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from metaheed.errors import ConfigError, unknown
 
+ExecutionName = Literal["auto", "looped", "threaded", "vectorized", "processes"]
+
 _checking = ContextVar("checking", default=True)
 
 
@@ -186,6 +188,8 @@ class LearnerConfig:
     """What --clip-norm is unless it is given."""
     has_start: ClassVar[bool] = True
     """Whether the loss before adaptation tells tasks apart."""
+    has_closed_form: ClassVar[bool] = True
+    """Whether it can be computed in closed form with one of our own networks."""
     backbone: str = "conv4-32"
     """Network: conv4-32, conv4-64, conv4-64-strided (Finn et al.'s for Omniglot), or module:Class, called as
     Class(ways, image_shape) with image_shape = (channels, height, width)."""
@@ -238,21 +242,12 @@ class BOILConfig(ANILConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetaSGDConfig(LearnerConfig):
-    """MetaSGD's settings."""
+class MetaSGDConfig(MAMLConfig):
+    """MetaSGD's settings: MAML's, every parameter at a learned rate of its own."""
 
     name: ClassVar[str] = "metasgd"
-    adaptation_steps: int = _USUAL.adaptation_steps
-    """T, gradient steps on the support set, the same in training and test."""
-    fast_lr: float = 0.1
+    fast_lr: float = MAMLConfig.fast_lr
     """Where the learned rate of every parameter starts."""
-    first_order: bool = False
-    """Drop the second derivatives."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, "adaptation_steps")
-        _positive(self, "fast_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,6 +284,7 @@ class ProtoNetConfig(LearnerConfig):
 
     name: ClassVar[str] = "protonet"
     has_start: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = False
     head: str | None = None
     """Name of the head's module in the network; none: the last one registered that has parameters."""
 
@@ -459,11 +455,16 @@ class TrainingConfig:
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
     threads: int | None = None
     """CPU threads; none: PyTorch's choice, which is then recorded, for the sums' order depends on it."""
-    execution: Literal["auto", "looped", "threaded", "vectorized"] = "auto"
-    """How the tasks of a batch are run: one after another, each on one of --threads threads of its own, or vectorised
-    over tasks; auto: threaded on a CPU (looped with one thread or a network of one's own), vectorised on CUDA."""
+    execution: ExecutionName = "auto"
+    """How the tasks of a batch are run: looped, one after another; threaded, each on one of --threads threads;
+    vectorized, as one program; processes, on --threads processes, each vectorized (Linux). auto: on CUDA vectorized; on
+    a CPU processes, where learner and network have a closed form, threaded for ProtoNet, looped for a network of one's
+    own. Printed at the start."""
     chunk_size: int | None = None
     """Tasks at once under the vectorised execution; none: the whole meta-batch."""
+    log_initial_loss: bool = False
+    """Log every task's loss before adaptation also under rules that do not need it (all but attended): a forward pass
+    of the query set more for each task."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder (needs the extra metaheed[tensorboard])."""
 

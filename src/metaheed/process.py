@@ -40,9 +40,9 @@ def pick_device(name: str, fall_back: bool = False) -> torch.device:
 
 @contextlib.contextmanager
 def cpu_threads(config: TrainingConfig) -> Iterator[None]:
-    """PyTorch's own threads for a run: as configured, or one where the threads go to tasks; put back at the end."""
+    """PyTorch's own threads for a run: as configured, or one where each task has its core; put back at the end."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if config.execution == "threaded" else config.threads or before)
+    torch.set_num_threads(1 if config.execution in ("threaded", "processes") else config.threads or before)
     try:
         yield
     finally:

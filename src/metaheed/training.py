@@ -5,6 +5,7 @@ the state of a run is its tensors and its iteration, and a run that was cut off 
 """
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from metaheed.errors import (
 from metaheed.evaluation import evaluate, interval
 from metaheed.learners import Learner, build_learner, find_backbone
 from metaheed.outer import (
+    Execution,
     OuterState,
     Rule,
     StepRecord,
@@ -37,6 +39,7 @@ from metaheed.outer import (
     build_rule,
     initial_gradient,
     pick_execution,
+    plain_gradient,
     task_gradient,
 )
 from metaheed.process import cpu_threads, pick_device
@@ -110,7 +113,9 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     training = replace(
         training,
         device=str(device),
-        execution=pick_execution(training.execution, device, training.threads, ":" in learner.backbone),
+        execution=pick_execution(
+            training.execution, device, training.threads, ":" in learner.backbone, learner.has_closed_form
+        ),
         threads=training.threads or torch.get_num_threads(),
         out=training.out or Path("runs") / config.run_name,
     )
@@ -247,13 +252,18 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     seed = config.training.seed
     learner = build_learner(config.learner, config.episodes.ways, dataset.image_shape, seed)
     B = config.outer.meta_batch_size
-    gradients = build_execution(config.training, device, learner, task_gradient)
+
+    def checked(function: Callable[[Learner, Params, Episode], tuple[Params, TaskInfo]]) -> Execution[Any]:
+        execution = build_execution(config.training, device, learner, function)
+        return lambda meta, batch: _checked(execution(meta, batch), streams.latest)
+
     tools = Tools(
-        gradients=lambda meta, batch: _checked(gradients(meta, batch), streams.latest),
+        gradients=checked(task_gradient),
         initial_gradients=build_execution(config.training, device, learner, initial_gradient),
         optimizer=build_optimizer(config.outer),
         train=lambda t: streams.batch("training", t, B),
         probe=lambda t: streams.batch("probe", t, B),
+        plain_gradients=None if config.training.log_initial_loss else checked(plain_gradient),
     )
     outcome = build_execution(config.training, device, learner, adapted_outcome)
 
@@ -318,7 +328,8 @@ class _Streams:
 
 def _checked(result: tuple[Params, TaskInfo], stream: str) -> tuple[Params, TaskInfo]:
     grads, info = result
-    finite_loss = torch.isfinite(info.query_loss) & torch.isfinite(info.initial_loss)
+    # NaN is also what an initial loss is that nobody asked for.
+    finite_loss = torch.isfinite(info.query_loss) & ~torch.isinf(info.initial_loss)
     finite_gradient = torch.isfinite(info.grad_norm) & torch.stack(
         [torch.isfinite(g).reshape(len(g), -1).all(1) for g in grads.values()]
     ).all(0)
@@ -472,9 +483,9 @@ def _log(
     return loss, accuracy
 
 
-def _short(value: float) -> float:
-    # What a float32 holds, and no more.
-    return float(f"{value:.8g}")
+def _short(value: float) -> float | None:
+    # What a float32 holds, and no more; JSON has no NaN.
+    return None if math.isnan(value) else float(f"{value:.8g}")
 
 
 def _to(state: OuterState, device: torch.device) -> OuterState:

@@ -1,5 +1,6 @@
 """The outer level: per-task gradients, how they are executed, weighted and turned into the next θ."""
 
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Literal
@@ -10,6 +11,7 @@ from torch import Tensor
 from metaheed.config import (
     AttendedConfig,
     EquityConfig,
+    ExecutionName,
     LossSoftmaxConfig,
     OuterConfig,
     ReplayedConfig,
@@ -20,7 +22,7 @@ from metaheed.config import (
     UniformConfig,
 )
 from metaheed.errors import ConfigError
-from metaheed.learners.base import Learner
+from metaheed.learners.base import Learner, NetworkLearner, has_closed_form
 from metaheed.outer.attention import (
     FEATURES,
     TaskAttention,
@@ -40,11 +42,14 @@ from metaheed.outer.gradients import (
     map_looped,
     map_threaded,
     map_vectorized,
+    plain_gradient,
     task_gradient,
     threaded,
     vectorized,
 )
 from metaheed.outer.optimizers import OptState, OuterOptimizer, adam, clipped, sgd
+from metaheed.outer.processes import AVAILABLE as PROCESSES_AVAILABLE
+from metaheed.outer.processes import Workers
 from metaheed.outer.rules import (
     OuterState,
     Rule,
@@ -89,6 +94,7 @@ __all__ = [
     "map_threaded",
     "map_vectorized",
     "pick_execution",
+    "plain_gradient",
     "replayed",
     "sequential",
     "sgd",
@@ -147,32 +153,52 @@ def build_rule(config: RunConfig, generator: torch.Generator, logged: Tensor | N
     raise ConfigError(f"no rule is built from {type(rule).__name__}")
 
 
+_POOLS: weakref.WeakKeyDictionary[Learner, Workers] = weakref.WeakKeyDictionary()
+
+
 def build_execution(
     config: TrainingConfig, device: torch.device, learner: Learner, function: Callable[[Learner, Params, Episode], T]
 ) -> Execution[T]:
-    """How function(learner, θ, task) is run over the tasks of a batch: as configured, or by device."""
-    match pick_execution(config.execution, device, config.threads):
+    """How function(learner, θ, task) is run over the tasks of a batch: as configured, or by device and network.
+
+    Under the execution "processes" all functions of a learner share its workers.
+    """
+    workers = config.threads or torch.get_num_threads()
+    module = learner.backbone.module if isinstance(learner, NetworkLearner) else None
+    own_network = not type(module).__module__.startswith("metaheed.")
+    match pick_execution(config.execution, device, config.threads, own_network, has_closed_form(learner)):
         case "looped":
             return map_looped(partial(function, learner))
         case "threaded":
-            return map_threaded(learner, function, config.threads or torch.get_num_threads())
+            return map_threaded(learner, function, workers)
         case "vectorized":
-            return map_vectorized(partial(function, learner), config.chunk_size)
+            return map_vectorized(learner, function, config.chunk_size)
+        case "processes":
+            pool = _POOLS.get(learner)
+            if pool is None or pool.workers != workers:
+                pool = _POOLS[learner] = Workers(learner, workers)
+            return partial(pool.map, function)
 
 
 def pick_execution(
-    name: Literal["auto", "looped", "threaded", "vectorized"],
+    name: ExecutionName,
     device: torch.device,
     threads: int | None,
     own_network: bool = False,
-) -> Literal["looped", "threaded", "vectorized"]:
-    """The execution behind a configured name: auto is threaded on a CPU of several threads, else looped there.
+    closed_form: bool = True,
+) -> Literal["looped", "threaded", "vectorized", "processes"]:
+    """The execution behind a configured name. What auto is:
 
-    A user's own network is looped on a CPU unless asked otherwise: see `threaded` on what threads ask of it.
+    - on CUDA: vectorized;
+    - on one thread of a CPU: vectorized where learner and network have a closed form, else looped;
+    - on several: processes where they have one (on Linux; elsewhere vectorized), threaded for the rest of our own
+      networks, and looped for a user's: see `threaded` on what threads ask of it.
     """
     if name != "auto":
         return name
     if device.type != "cpu":
         return "vectorized"
     several = (threads or torch.get_num_threads()) > 1
+    if closed_form and not own_network:
+        return "processes" if several and PROCESSES_AVAILABLE else "vectorized"
     return "threaded" if several and not own_network else "looped"

@@ -37,6 +37,13 @@ class Tools(NamedTuple):
     """t -> training batch t, the same under every rule at equal seed."""
     probe: Callable[[int], Episode]
     """t -> batch t of the second stream, disjoint from the first."""
+    plain_gradients: Callable[[Params, Episode], tuple[Params, TaskInfo]] | None = None
+    """`gradients` without L*⁰ (NaN), for rules that do not look at it; none: `gradients`."""
+
+    @property
+    def plain(self) -> Callable[[Params, Episode], tuple[Params, TaskInfo]]:
+        """The cheapest gradients there are."""
+        return self.plain_gradients or self.gradients
 
 
 class OuterState(NamedTuple):
@@ -103,7 +110,7 @@ def _weighted(weigh: Callable[[int, TaskInfo], Tensor]) -> Rule:
     """θ' = outer step on Σ_i w_i g_i, w = weigh(t, infos)."""
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
-        task_grads, info = tools.gradients(state.meta, tools.train(t))
+        task_grads, info = tools.plain(state.meta, tools.train(t))
         weights = weigh(t, info)
         meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, weighted_sum(weights, task_grads))
         return OuterState(meta, optimizer, state.rule), StepRecord(info, weights)
@@ -118,7 +125,7 @@ def uniform_2b() -> Rule:
     """
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
-        results = [tools.gradients(state.meta, stream(t)) for stream in (tools.train, tools.probe)]
+        results = [tools.plain(state.meta, stream(t)) for stream in (tools.train, tools.probe)]
         info = TaskInfo(*(torch.cat(parts) for parts in zip(*(i for _, i in results), strict=True)))
         weights = uniform_weights(info)
         B = len(results[0][1].query_loss)
@@ -142,7 +149,7 @@ def sequential() -> Rule:
         infos = []
         for index in range(len(batch.support_y)):
             try:
-                task_grads, info = tools.gradients(meta, Episode(*(part[index : index + 1] for part in batch)))
+                task_grads, info = tools.plain(meta, Episode(*(part[index : index + 1] for part in batch)))
             except NonFiniteTaskError as error:  # the tool saw a batch of one
                 raise NonFiniteTaskError(error.what, index + 1, error.stream) from None
             meta, optimizer = tools.optimizer.step(meta, optimizer, weighted_sum(uniform_weights(info), task_grads))
@@ -178,7 +185,7 @@ def equity(
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
         batch = tools.train(t)
-        task_grads, info = tools.gradients(state.meta, batch)
+        task_grads, info = tools.plain(state.meta, batch)
         if losses == "adapted":
             slopes, values = task_grads, info.query_loss
         else:
@@ -249,7 +256,10 @@ def attended(
         combined = weighted_sum(weights, task_grads)
         meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, combined)
 
-        probe_grads, probe_info = tools.gradients(meta, tools.train(t + 1) if reuse_probe else tools.probe(t))
+        if reuse_probe:
+            probe_grads, probe_info = tools.gradients(meta, tools.train(t + 1))
+        else:
+            probe_grads, probe_info = tools.plain(meta, tools.probe(t))
         G = weighted_sum(uniform_weights(probe_info), probe_grads)
 
         def pull(v: Params) -> Params:
