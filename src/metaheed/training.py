@@ -16,12 +16,11 @@ from typing import Any, Protocol
 import torch
 
 from metaheed.config import AttendedConfig, ReplayedConfig, RunConfig
-from metaheed.data import Dataset, Episodes, check_name, load_dataset
+from metaheed.data import Episodes, check_name, load_dataset
 from metaheed.errors import (
     ConfigError,
     Interrupted,
     NonFiniteError,
-    NonFiniteTaskError,
     RunError,
 )
 from metaheed.evaluation import evaluate, interval
@@ -30,18 +29,21 @@ from metaheed.outer import (
     OuterState,
     Rule,
     StepRecord,
+    Streams,
     Tools,
     adapted_outcome,
     build_execution,
     build_optimizer,
     build_rule,
+    build_steps,
+    describe_execution,
     initial_gradient,
     pick_execution,
     task_gradient,
 )
 from metaheed.process import cpu_threads, pick_device
 from metaheed.runs import Checkpoint, JsonLines, Progress, RunFolder, check_fits
-from metaheed.types import Episode, Params, TaskInfo
+from metaheed.types import Episode, Params
 
 VALIDATION_SEED = 0
 """The frozen validation tasks are the same for every run and seed."""
@@ -110,7 +112,9 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     training = replace(
         training,
         device=str(device),
-        execution=pick_execution(training.execution, device, training.threads, ":" in learner.backbone),
+        execution=pick_execution(
+            training.execution, device, training.threads, ":" in learner.backbone, config.outer.meta_batch_size
+        ),
         threads=training.threads or torch.get_num_threads(),
         out=training.out or Path("runs") / config.run_name,
     )
@@ -194,6 +198,7 @@ class _Session:
     learner: Learner
     rule: Rule
     tools: Tools
+    streams: Streams
     validation: Callable[[Params, Callable[[int], None]], tuple[float, float, float]]
     image_shape: tuple[int, int, int]
     device: torch.device
@@ -229,6 +234,7 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             reporter.message(f"resuming {folder.path} after iteration {checkpoint.progress.iteration}")
         if config != folder.read_config():
             folder.write_config(config)
+        reporter.message(describe_execution(config.training, session.device, config.outer.meta_batch_size))
         _loop(session, checkpoint, reporter, received)
 
 
@@ -242,18 +248,17 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     dataset = load_dataset(config.episodes.data, config.episodes.data_root).to(device)
     # All episodes before the network, so that tasks the data cannot give are refused as such, test tasks included:
     # rather now than after a long training.
-    streams = _Streams(dataset, config)
+    shape, seed = config.episodes.train_shape, config.training.seed
+    training, probe = (Episodes(dataset, "train", *shape, seed, stream=name) for name in ("train", "probe"))
+    streams = Streams(training, probe, config.outer.meta_batch_size)
     frozen, _ = (Episodes(dataset, name, *config.episodes.test_shape, VALIDATION_SEED) for name in ("val", "test"))
-    seed = config.training.seed
     learner = build_learner(config.learner, config.episodes.ways, dataset.image_shape, seed)
-    B = config.outer.meta_batch_size
-    gradients = build_execution(config.training, device, learner, task_gradient)
     tools = Tools(
-        gradients=lambda meta, batch: _checked(gradients(meta, batch), streams.latest),
+        gradients=build_execution(config.training, device, learner, task_gradient),
         initial_gradients=build_execution(config.training, device, learner, initial_gradient),
         optimizer=build_optimizer(config.outer),
-        train=lambda t: streams.batch("training", t, B),
-        probe=lambda t: streams.batch("probe", t, B),
+        train=lambda t: streams.batch("training", t),
+        probe=lambda t: streams.batch("probe", t),
     )
     outcome = build_execution(config.training, device, learner, adapted_outcome)
 
@@ -264,7 +269,7 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     # δ has a generator of its own, so that θ's start is the same under every rule.
     logged = _logged_weights(folder, config) if isinstance(config.rule, ReplayedConfig) else None
     rule = build_rule(config, torch.Generator().manual_seed(seed + 1), logged)
-    return _Session(config, folder, learner, rule, tools, validation, dataset.image_shape, device)
+    return _Session(config, folder, learner, rule, tools, streams, validation, dataset.image_shape, device)
 
 
 def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
@@ -298,36 +303,6 @@ def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
         )
     folder.write_replayed(weights)
     return weights
-
-
-class _Streams:
-    """Training and probe batches, and which was asked for last (for messages)."""
-
-    def __init__(self, dataset: Dataset, config: RunConfig) -> None:
-        shape, seed = config.episodes.train_shape, config.training.seed
-        self._episodes = {
-            "training": Episodes(dataset, "train", *shape, seed, stream="train"),
-            "probe": Episodes(dataset, "train", *shape, seed, stream="probe"),
-        }
-        self.latest = ""
-
-    def batch(self, stream: str, t: int, tasks: int) -> Episode:
-        self.latest = stream
-        return self._episodes[stream].batch(t * tasks, tasks)
-
-
-def _checked(result: tuple[Params, TaskInfo], stream: str) -> tuple[Params, TaskInfo]:
-    grads, info = result
-    finite_loss = torch.isfinite(info.query_loss) & torch.isfinite(info.initial_loss)
-    finite_gradient = torch.isfinite(info.grad_norm) & torch.stack(
-        [torch.isfinite(g).reshape(len(g), -1).all(1) for g in grads.values()]
-    ).all(0)
-    if not bool((finite_loss & finite_gradient).all()):
-        for task, (loss, gradient) in enumerate(zip(finite_loss.tolist(), finite_gradient.tolist(), strict=True), 1):
-            if not (loss and gradient):
-                what = "gradient" if loss else "loss"
-                raise NonFiniteTaskError(what, task, stream)
-    return result
 
 
 def _try_out(session: _Session, meta: Params) -> None:
@@ -375,7 +350,15 @@ class _StopRequested(Exception):  # noqa: N818  # a request, not an error
 def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: list[int]) -> None:
     training, folder = session.config.training, session.folder
     progress, best = start.progress, start.best
-    state = _to(start.state, session.device)
+    steps = build_steps(
+        training,
+        session.device,
+        session.rule,
+        session.tools,
+        session.streams,
+        _to(start.state, session.device),
+        reporter.message,
+    )
     metrics = JsonLines(folder.metrics_file, progress.metrics_bytes)
     tasks = JsonLines(folder.tasks_file, progress.tasks_bytes)
     events = _Events(session.config, folder, progress.iteration)
@@ -383,7 +366,7 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
     def save() -> None:
         nonlocal progress
         progress = progress._replace(metrics_bytes=metrics.sync(), tasks_bytes=tasks.sync())
-        folder.write_checkpoint(Checkpoint(progress, state, best, session.image_shape))
+        folder.write_checkpoint(Checkpoint(progress, steps.state, best, session.image_shape))
 
     def check_stop(_: int = 0) -> None:
         if received:
@@ -392,31 +375,37 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
     reporter.start(progress.iteration, training.iterations)
     try:
         while not _finished(progress, session.config):
-            due = progress.iteration % training.val_every == 0 or progress.iteration == training.iterations
-            if progress.iteration > progress.validated and due:
-                iteration = progress.iteration
+            done = progress.iteration
+            due = done % training.val_every == 0 or done == training.iterations
+            if done > progress.validated and due:
+                meta = steps.state.meta
                 try:
-                    accuracy, half_width, loss = session.validation(state.meta, check_stop)
+                    accuracy, half_width, loss = session.validation(meta, check_stop)
                 except NonFiniteError as error:
-                    raise NonFiniteError(f"validation after iteration {iteration}: {error}. {_REMEDY}") from error
+                    raise NonFiniteError(f"validation after iteration {done}: {error}. {_REMEDY}") from error
                 better = accuracy > progress.best_accuracy
-                progress = progress._replace(validated=iteration)
+                progress = progress._replace(validated=done)
                 if better:
-                    progress = progress._replace(best_iteration=iteration, best_accuracy=accuracy)
-                    best = dict(state.meta)
-                line = {"iteration": iteration, "validation_accuracy": accuracy, "validation_loss": _short(loss)}
+                    progress = progress._replace(best_iteration=done, best_accuracy=accuracy)
+                    best = dict(meta)
+                line = {"iteration": done, "validation_accuracy": accuracy, "validation_loss": _short(loss)}
                 metrics.write(line)
-                events.write(iteration, {"validation/accuracy": accuracy, "validation/loss": loss})
-                reporter.validation(iteration, accuracy, half_width, better)
+                events.write(done, {"validation/accuracy": accuracy, "validation/loss": loss})
+                reporter.validation(done, accuracy, half_width, better)
                 # Kept at once: a validation costs as much as many steps.
                 save()
                 continue
             check_stop()
-            state, record = _step(session, state, progress.iteration)
-            progress = progress._replace(iteration=progress.iteration + 1)
-            loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
-            reporter.step(progress.iteration, loss, accuracy)
-            if progress.iteration % training.checkpoint_every == 0:
+            every = (training.val_every, training.checkpoint_every)
+            ahead = min(training.iterations - done, *(interval - done % interval for interval in every))
+            try:
+                for record in steps.advance(done, min(ahead, steps.block), lambda: bool(received)):
+                    progress = progress._replace(iteration=progress.iteration + 1)
+                    loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
+                    reporter.step(progress.iteration, loss, accuracy)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"iteration {progress.iteration + 1}: {error}. {_REMEDY}") from error
+            if progress.iteration > done and progress.iteration % training.checkpoint_every == 0:
                 save()
     except _StopRequested:
         save()
@@ -426,21 +415,10 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
         ) from None
     finally:
         reporter.stop()
+        steps.close()
         events.close()
         metrics.close()
         tasks.close()
-
-
-def _step(session: _Session, state: OuterState, t: int) -> tuple[OuterState, StepRecord]:
-    try:
-        state, record = session.rule.step(state, t, session.tools)
-        for group, tree in (("parameters", state.meta), ("attention", state.rule)):
-            for name, leaf in tree.items():
-                if not bool(torch.isfinite(leaf).all()):
-                    raise NonFiniteError(f"{name!r} of the {group} is not finite after the outer step")
-        return state, record
-    except NonFiniteError as error:
-        raise NonFiniteError(f"iteration {t + 1}: {error}. {_REMEDY}") from error
 
 
 def _log(

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from metaheed.config import (
     AttendedConfig,
     EquityConfig,
+    ExecutionName,
     LossSoftmaxConfig,
     OuterConfig,
     ReplayedConfig,
@@ -30,6 +30,7 @@ from metaheed.outer.attention import (
     weighted_sum,
 )
 from metaheed.outer.equity import equity_coefficients, inequality
+from metaheed.outer.executions import map_im2col, map_streamed
 from metaheed.outer.gradients import (
     Execution,
     T,
@@ -58,16 +59,21 @@ from metaheed.outer.rules import (
     uniform,
     uniform_2b,
 )
+from metaheed.outer.steps import Buffered, OneByOne, Steps, Streams
 from metaheed.types import Episode, Params
 
 __all__ = [
     "FEATURES",
+    "Buffered",
     "Execution",
+    "OneByOne",
     "OptState",
     "OuterOptimizer",
     "OuterState",
     "Rule",
     "StepRecord",
+    "Steps",
+    "Streams",
     "TaskAttention",
     "Tools",
     "adam",
@@ -77,7 +83,9 @@ __all__ = [
     "build_execution",
     "build_optimizer",
     "build_rule",
+    "build_steps",
     "clipped",
+    "describe_execution",
     "equity",
     "equity_coefficients",
     "inequality",
@@ -85,7 +93,9 @@ __all__ = [
     "initial_outcome",
     "looped",
     "loss_softmax",
+    "map_im2col",
     "map_looped",
+    "map_streamed",
     "map_threaded",
     "map_vectorized",
     "pick_execution",
@@ -94,6 +104,7 @@ __all__ = [
     "sgd",
     "stack_gradients",
     "task_gradient",
+    "tasks_at_once",
     "threaded",
     "uniform",
     "uniform_2b",
@@ -151,28 +162,92 @@ def build_execution(
     config: TrainingConfig, device: torch.device, learner: Learner, function: Callable[[Learner, Params, Episode], T]
 ) -> Execution[T]:
     """How function(learner, θ, task) is run over the tasks of a batch: as configured, or by device."""
+    per_task = partial(function, learner)
     match pick_execution(config.execution, device, config.threads):
-        case "looped":
-            return map_looped(partial(function, learner))
         case "threaded":
             return map_threaded(learner, function, config.threads or torch.get_num_threads())
         case "vectorized":
-            return map_vectorized(partial(function, learner), config.chunk_size)
+            return map_vectorized(per_task, config.chunk_size)
+        case "im2col":
+            return map_im2col(per_task, config.chunk_size)
+        case "streamed":
+            return map_streamed(per_task)
+    return map_looped(per_task)
 
 
 def pick_execution(
-    name: Literal["auto", "looped", "threaded", "vectorized"],
+    name: ExecutionName,
     device: torch.device,
     threads: int | None,
     own_network: bool = False,
-) -> Literal["looped", "threaded", "vectorized"]:
-    """The execution behind a configured name: auto is threaded on a CPU of several threads, else looped there.
+    tasks: int | None = None,
+) -> ExecutionName:
+    """The execution behind a configured name; auto: by device, network and number of tasks at once, B.
 
     A user's own network is looped on a CPU unless asked otherwise: see `threaded` on what threads ask of it.
     """
     if name != "auto":
         return name
-    if device.type != "cpu":
-        return "vectorized"
+    if tasks == 1:
+        return "looped"
+    if device.type == "cuda":
+        return "vectorized"  # of the three made for it the one that any network and size can have
     several = (threads or torch.get_num_threads()) > 1
     return "threaded" if several and not own_network else "looped"
+
+
+def tasks_at_once(config: TrainingConfig, tasks: int) -> int:
+    """How many of a meta-batch's tasks are in memory together under the execution of a config where it is not auto."""
+    match config.execution:
+        case "vectorized" | "im2col":
+            return min(tasks, config.chunk_size or tasks)
+        case "threaded":
+            return min(tasks, config.threads or torch.get_num_threads())
+        case "streamed":
+            return tasks
+    return 1
+
+
+def describe_execution(config: TrainingConfig, device: torch.device, tasks: int) -> str:
+    """A line on how a run with this config is executed, and what overrides it."""
+    at_once, threads = tasks_at_once(config, tasks), config.threads or torch.get_num_threads()
+    what = "a task" if at_once == 1 else f"{at_once} tasks"
+    if device.type == "cpu":
+        where = "1 thread each" if config.execution == "threaded" else f"{threads} thread{'s' * (threads > 1)}"
+    else:
+        where = str(device)
+    line = f"execution: {config.execution}, {what} at a time on {where}"
+    if not _buffered(config, device):
+        return f"{line}; --execution overrides"
+    form = "captured" if _capturable(config, device) else "not captured"
+    return f"{line}, {form}, in blocks of at most {config.block} iterations; --execution and --capture override"
+
+
+def build_steps(
+    config: TrainingConfig,
+    device: torch.device,
+    rule: Rule,
+    tools: Tools,
+    streams: Streams,
+    state: OuterState,
+    notice: Callable[[str], None],
+) -> Steps:
+    """How a run's outer steps are made: as configured, or captured on CUDA.
+
+    Args:
+        config, device: the run's.
+        rule, tools, streams, state: as for `OneByOne`.
+        notice: told why a step could not be captured.
+    """
+    if not _buffered(config, device):
+        return OneByOne(rule, tools, streams, state)
+    return Buffered(rule, tools, streams, state, config.block, _capturable(config, device), notice)
+
+
+def _buffered(config: TrainingConfig, device: torch.device) -> bool:
+    return config.capture == "on" or (config.capture == "auto" and _capturable(config, device))
+
+
+def _capturable(config: TrainingConfig, device: torch.device) -> bool:
+    # What other threads compute is not captured.
+    return device.type == "cuda" and config.execution != "threaded"
