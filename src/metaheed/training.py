@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
-from metaheed.config import AttendedConfig, ReplayedConfig, RunConfig
-from metaheed.data import Episodes, check_name, load_dataset
+from metaheed.config import CHUNKED, AttendedConfig, ExecutionName, ReplayedConfig, RunConfig
+from metaheed.data import Dataset, Episodes, check_name, load_dataset
 from metaheed.errors import (
     ConfigError,
     Interrupted,
     NonFiniteError,
+    OutOfMemoryError,
     RunError,
 )
 from metaheed.evaluation import evaluate, interval
@@ -41,7 +42,7 @@ from metaheed.outer import (
     pick_execution,
     task_gradient,
 )
-from metaheed.process import cpu_threads, pick_device
+from metaheed.process import cpu_threads, float32_products, is_out_of_memory, memory_explained, pick_device
 from metaheed.runs import Checkpoint, JsonLines, Progress, RunFolder, check_fits
 from metaheed.types import Episode, Params
 
@@ -100,6 +101,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
         ConfigError, DataError: the setting, the data or the network cannot be used.
         RunError: the folder holds a run already, is being trained in, or cannot be written.
         NonFiniteError: a loss or gradient stopped being finite; the last checkpoint is kept.
+        OutOfMemoryError: the tasks computed at once do not fit; the last checkpoint is kept.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     check_name(config.episodes.data)
@@ -141,8 +143,9 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
             except (Interrupted, NonFiniteError):
                 raise
             except Exception:  # whatever it was, a run that has not begun leaves no folder that refuses the next
-                if not folder.metrics_file.exists():  # the loop has not begun
-                    for file in (folder.config_file, folder.lock_file, folder.replayed_file):
+                logs = (folder.metrics_file, folder.tasks_file)
+                if not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
+                    for file in (folder.config_file, folder.lock_file, folder.replayed_file, *logs):
                         file.unlink(missing_ok=True)
                 raise
     finally:
@@ -158,6 +161,9 @@ def resume(
     data_root: Path | None = None,
     device: str | None = None,
     reporter: Reporter | None = None,
+    execution: ExecutionName | None = None,
+    chunk_size: int | None = None,
+    capture: Literal["auto", "on", "off"] | None = None,
 ) -> Path:
     """Continue a run where its newest whole checkpoint stands, to the bits it would have had uninterrupted.
 
@@ -165,8 +171,10 @@ def resume(
         path: the run folder.
         iterations: train to this many instead; not fewer than are done.
         data_root: where the data lies now; none: where it lay.
-        device: compute here instead, and give up on the same bits.
+        device: compute here instead, and give up on the same bits; a device of another kind has its own execution.
         reporter: told how it goes.
+        execution, chunk_size: compute so instead, and give up on the same bits.
+        capture: make the steps so instead.
 
     Raises:
         As `train`; RunError also where the folder holds no run.
@@ -180,7 +188,19 @@ def resume(
         if iterations is not None:
             training = replace(training, iterations=iterations)
         if device is not None:
-            training = replace(training, device=str(pick_device(device)))
+            here = pick_device(device)
+            if here.type != torch.device(training.device).type and execution is None:
+                execution = "auto"
+            training = replace(training, device=str(here))
+        if execution is not None:
+            own, B = ":" in config.learner.backbone, config.outer.meta_batch_size
+            execution = pick_execution(execution, torch.device(training.device), training.threads, own, B)
+            kept = training.chunk_size if execution in CHUNKED else None
+            training = replace(training, execution=execution, chunk_size=kept)
+        if chunk_size is not None:
+            training = replace(training, chunk_size=chunk_size)
+        if capture is not None:
+            training = replace(training, capture=capture)
         if data_root is not None:
             episodes = replace(episodes, data_root=data_root.expanduser().absolute())
         config = replace(config, training=training, episodes=episodes)
@@ -202,10 +222,13 @@ class _Session:
     validation: Callable[[Params, Callable[[int], None]], tuple[float, float, float]]
     image_shape: tuple[int, int, int]
     device: torch.device
+    task_bytes: int | None = None
+    """Memory that one task's gradient takes, where it was measured."""
 
 
 def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
-    with cpu_threads(config.training), _signals() as received:
+    training = config.training
+    with cpu_threads(training), float32_products(training.tf32), _signals() as received:
         folder.remove_leftovers()
         checkpoint, notices = folder.read_checkpoint()
         for notice in notices:
@@ -224,7 +247,8 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             return
         session = _set_up(folder, config)
         fresh = _fresh(session)
-        _try_out(session, fresh.state.meta)
+        with memory_explained(config, session.device, tasks=1):
+            _try_out(session, fresh.state.meta)
         if checkpoint is None:
             checkpoint = fresh
         else:
@@ -234,8 +258,10 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             reporter.message(f"resuming {folder.path} after iteration {checkpoint.progress.iteration}")
         if config != folder.read_config():
             folder.write_config(config)
-        reporter.message(describe_execution(config.training, session.device, config.outer.meta_batch_size))
-        _loop(session, checkpoint, reporter, received)
+        B = config.outer.meta_batch_size
+        reporter.message(describe_execution(training, session.device, B))
+        with memory_explained(config, session.device, B, lambda: session.task_bytes):
+            _loop(session, checkpoint, reporter, received)
 
 
 def _finished(progress: Progress, config: RunConfig) -> bool:
@@ -245,7 +271,7 @@ def _finished(progress: Progress, config: RunConfig) -> bool:
 
 def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     device = pick_device(config.training.device)
-    dataset = load_dataset(config.episodes.data, config.episodes.data_root).to(device)
+    dataset = _on_device(load_dataset(config.episodes.data, config.episodes.data_root), device)
     # All episodes before the network, so that tasks the data cannot give are refused as such, test tasks included:
     # rather now than after a long training.
     shape, seed = config.episodes.train_shape, config.training.seed
@@ -270,6 +296,19 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     logged = _logged_weights(folder, config) if isinstance(config.rule, ReplayedConfig) else None
     rule = build_rule(config, torch.Generator().manual_seed(seed + 1), logged)
     return _Session(config, folder, learner, rule, tools, streams, validation, dataset.image_shape, device)
+
+
+def _on_device(dataset: Dataset, device: torch.device) -> Dataset:
+    try:
+        return dataset.to(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        size = sum(split.images.numel() for split in dataset.splits.values()) / 2**30
+        raise OutOfMemoryError(
+            f"the images of {dataset.name} take {size:.1f} GiB, which the memory of {device} does not hold: "
+            "set --device cpu, or another one"
+        ) from error
 
 
 def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
@@ -315,15 +354,23 @@ def _try_out(session: _Session, meta: Params) -> None:
     backbone = session.config.learner.backbone
     execution = build_execution(session.config.training, session.device, session.learner, task_gradient)
     task = Episode(*(part[:1] for part in session.tools.train(0)))
+    on_cuda = session.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(session.device)
+        before = torch.cuda.memory_allocated(session.device)
     try:
         (_, info), (_, again) = execution(meta, task), execution(meta, task)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"backbone {backbone!r} cannot be meta-learned under the {session.config.training.execution} execution "
             f"({str(error).splitlines()[0]}). Try --execution looped; where it is attention whose second derivative is "
             "missing, use torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in its forward; where it writes into its own "
             "buffers, make it stop"
         ) from error
+    if on_cuda:
+        session.task_bytes = torch.cuda.max_memory_allocated(session.device) - before
     # Kernels of a GPU may round differently from call to call; a loss that is not finite is found by the loop.
     if not torch.allclose(info.query_loss, again.query_loss, rtol=1e-6, equal_nan=True):
         raise ConfigError(
