@@ -25,7 +25,7 @@ from metaheed.errors import (
     RunError,
 )
 from metaheed.evaluation import evaluate, interval
-from metaheed.learners import Learner, build_learner, find_backbone
+from metaheed.learners import Backbone, Learner, build_learner, find_backbone
 from metaheed.outer import (
     OuterState,
     Rule,
@@ -279,6 +279,9 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     streams = Streams(training, probe, config.outer.meta_batch_size)
     frozen, _ = (Episodes(dataset, name, *config.episodes.test_shape, VALIDATION_SEED) for name in ("val", "test"))
     learner = build_learner(config.learner, config.episodes.ways, dataset.image_shape, seed)
+    backbone = getattr(learner, "backbone", None)
+    if isinstance(backbone, Backbone):
+        backbone.place_constants(device)
     tools = Tools(
         gradients=build_execution(config.training, device, learner, task_gradient),
         initial_gradients=build_execution(config.training, device, learner, initial_gradient),

@@ -302,7 +302,9 @@ class _Buffers:
         self._first.fill_(t)
 
     def restore(self, state: OuterState, t: int) -> None:
-        """Go back to this state before iteration t of the same block."""
+        """Go back to this state before iteration t of the same block, and to empty records."""
+        if self._records is not None:
+            self._records.zero_()
         for ours, theirs in zip(self.state, state, strict=True):
             for name, leaf in ours.items():
                 leaf.copy_(theirs[name])
