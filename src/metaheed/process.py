@@ -59,19 +59,21 @@ def float32_products(tf32: bool) -> Iterator[None]:
     """
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    value: bool | str = tf32
-    switches = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
-    if hasattr(matmul, "fp32_precision"):  # PyTorch 2.9 and newer, which answer the older names from these
-        switches = [(part, "fp32_precision") for part in (matmul, cudnn.conv, cudnn.rnn)]
-        value = "tf32" if tf32 else "ieee"
-    before = [getattr(*switch) for switch in switches]
-    for switch in switches:
-        setattr(*switch, value)
+    # The older switches set PyTorch 2.9's newer ones with them, but not the other way round: so these are used, and the
+    # newer ones put back where they were. The older cannot even be read where a user has set the newer.
+    old = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
+    new = [(part, "fp32_precision") for part in (matmul, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None))]
+    before: list[tuple[Any, str, Any]] = []
+    for part, name in [*old, *new]:
+        with contextlib.suppress(RuntimeError, AttributeError):
+            before.append((part, name, getattr(part, name)))
+    for part, name in old:
+        setattr(part, name, tf32)
     try:
         yield
     finally:
-        for switch, old in zip(switches, before, strict=True):
-            setattr(*switch, old)
+        for part, name, value in before:
+            setattr(part, name, value)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -195,7 +195,7 @@ def test_a_state_that_changes_places_is_kept_right(small_dataset: Dataset) -> No
     blocks.close()
 
 
-class RefusingHost(TorchDispatchMode):
+class RefusingHost(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Refuses a tensor of the CPU among those of the device: the host would wait for its copy."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

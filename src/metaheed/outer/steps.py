@@ -364,9 +364,10 @@ class _Buffers:
             pairs += [(leaf, theirs[name].detach()) for name, leaf in ours.items() if theirs[name] is not leaf]
         # A rule may hand on what it was given under another name: that must be read before it is overwritten.
         held = {leaf.untyped_storage()._cdata for tree in self.state for leaf in tree.values()}
-        moved = [new.clone() if new.untyped_storage()._cdata in held else new for _, new in pairs]
-        if pairs:
-            torch._foreach_copy_([leaf for leaf, _ in pairs], moved)
+        pairs = [(leaf, new.clone() if new.untyped_storage()._cdata in held else new) for leaf, new in pairs]
+        for dtype in {leaf.dtype for leaf, _ in pairs}:  # those of one dtype are copied by one kernel
+            alike = [pair for pair in pairs if pair[0].dtype == dtype]
+            torch._foreach_copy_([leaf for leaf, _ in alike], [new for _, new in alike])
 
 
 class _Layout(NamedTuple):
