@@ -270,7 +270,7 @@ def capture(bench: Bench, setting: Setting) -> None:
     """Seven steps captured in blocks of three, against seven one by one."""
     pairs = [*((name, "attended") for name in LEARNERS), *(("maml", rule) for rule in RULES)]
     if bench.quick:
-        pairs = [("maml", "attended"), ("anil", "attended, probe reused")]
+        pairs = [("anil", "attended, probe reused")]
     for (learner, rule), execution in ((p, e) for p in dict.fromkeys(pairs) for e in EXECUTIONS):
         if execution != "vectorized" and (learner, rule) != ("maml", "attended"):
             continue
@@ -389,8 +389,8 @@ def learn2learn_rate(bench: Bench, setting: Setting, seconds: float) -> float | 
 
 def memory(bench: Bench, setting: Setting) -> None:
     """What is held after some captured iterations, and after many more."""
-    few, many = (20, 60) if bench.quick else (100, 1000)
-    for rule in ("attended", "attended, probe reused"):
+    few, many = (20, 40) if bench.quick else (100, 1000)
+    for rule in ("attended",) if bench.quick else ("attended", "attended, probe reused"):
         steps, notices = steps_of(bench, setting, "maml", rule, "vectorized", True, block=few // 2)
         held, t = [], 0
         for until in (few, many):

@@ -45,9 +45,12 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return run
 
 
-@pytest.mark.parametrize("block", [1, 4, 100])
 @pytest.mark.parametrize(
-    "algorithm", [("ta-maml",), ("ta-maml", "--attention-reuse-probe"), ("metalstm",), ("taml",)], ids=" ".join
+    ("algorithm", "block"),
+    [
+        *((("ta-maml", "--attention-reuse-probe"), block) for block in (1, 4, 100)),
+        *(((name,), 4) for name in ("ta-maml", "metalstm", "taml")),
+    ],
 )
 def test_blocks_leave_the_same_files(
     algorithm: tuple[str, ...], block: int, single: Callable[..., Path], metaheed: Run, tmp_path: Path
@@ -58,7 +61,7 @@ def test_blocks_leave_the_same_files(
     assert results(tmp_path / "run") == results(single(*algorithm))
 
 
-@pytest.mark.parametrize("kill_at", [9, 13, 27, 34])
+@pytest.mark.parametrize("kill_at", [9, 27])
 def test_killed_within_a_block_it_ends_the_same(
     kill_at: int, single: Callable[..., Path], metaheed: Run, tmp_path: Path
 ) -> None:

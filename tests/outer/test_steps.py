@@ -152,7 +152,7 @@ def test_wherever_blocks_end_and_runs_are_cut(rule: str, small_dataset: Dataset)
     training = Training(small_dataset, LEARNERS["maml"](Tiny(WAYS, SHAPE)), RULES[rule]())
     plain = training.one_by_one()
     records = advance(plain, 0, 9)
-    for block, cut in itertools.product((1, 3, 100), (1, 2, 5)):
+    for block, cut in ((1, 2), (3, 1), (3, 5), (100, 4)):
         before = training.buffered(block)
         found = advance(before, 0, cut)
         kept = before.state

@@ -248,7 +248,10 @@ class Buffered:
         try:
             self._graph = captured(buffers, before, t, min(count, 2))
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+            first: BaseException = error
+            while isinstance(first.__context__, RuntimeError):  # a capture that failed fails to end, too
+                first = first.__context__
+            reason = str(first).strip().partition("\n")[0]
             self._notice(f"the outer step is not captured in a CUDA graph ({reason}): going on step by step")
             self._single, self._buffers, self._given_up = self._one_by_one(before), None, True
 
@@ -317,6 +320,7 @@ class _Buffers:
         state, record = self._rule.step(self.state, self._t, self._tools)  # type: ignore[arg-type]
         found = [*record.info, record.weights, *torch.cat(self._finite, dim=1), first_non_finite(state).reshape(1)]
         row = torch.cat([part.double() for part in found])
+        self._finite = []
         if self._records is None:
             self._records = torch.zeros(self._block, len(row), dtype=row.dtype, device=row.device)
         self._layout = _Layout(len(record.weights), self._tasks)
