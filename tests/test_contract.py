@@ -4,6 +4,7 @@ Everything in float64 against references that share no code with the package.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from metaheed.outer import (
     initial_outcome,
     looped,
     loss_softmax,
+    map_im2col,
     map_looped,
     replayed,
     sequential,
@@ -121,6 +123,7 @@ EXECUTIONS: dict[str, Callable[[Learner], Execution[tuple[Params, TaskInfo]]]] =
     "vectorized": vectorized,
     "threaded": lambda learner: threaded(learner, workers=2),
     "vectorized by 3": lambda learner: vectorized(learner, chunk_size=3),
+    "im2col": lambda learner: map_im2col(partial(task_gradient, learner)),
 }
 RULES: dict[str, Callable[[], Rule]] = {
     "uniform": uniform,

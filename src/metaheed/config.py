@@ -18,8 +18,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 from metaheed.errors import ConfigError, unknown
 
-ExecutionName = Literal["auto", "looped", "threaded", "vectorized", "processes"]
-
 _checking = ContextVar("checking", default=True)
 
 
@@ -435,6 +433,11 @@ class OuterConfig:
         _positive(self, "meta_lr", "clip_norm")
 
 
+ExecutionName = Literal["auto", "looped", "threaded", "vectorized", "processes", "im2col", "streamed"]
+CHUNKED = ("vectorized", "im2col")
+"""Executions that can run a part of the meta-batch at a time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The training loop."""
@@ -457,14 +460,23 @@ class TrainingConfig:
     """CPU threads; none: PyTorch's choice, which is then recorded, for the sums' order depends on it."""
     execution: ExecutionName = "auto"
     """How the tasks of a batch are run: looped, one after another; threaded, each on one of --threads threads;
-    vectorized, as one program; processes, on --threads processes, each vectorized (Linux). auto: on CUDA vectorized; on
-    a CPU processes, where learner and network have a closed form, threaded for ProtoNet, looped for a network of one's
-    own. Printed at the start."""
+    vectorized, as one program; processes, on --threads processes, each vectorized (Linux, CPU); im2col, vectorized with
+    products of patch matrices; streamed, each on a CUDA stream of its own. auto: on CUDA vectorized; on a CPU processes
+    where learner and network have a closed form, threaded for ProtoNet, looped for a network of one's own or one task.
+    Printed at the start."""
     chunk_size: int | None = None
-    """Tasks at once under the vectorised execution; none: the whole meta-batch."""
+    """Tasks at once under the executions vectorized and im2col; none: the whole meta-batch."""
     log_initial_loss: bool = False
     """Log every task's loss before adaptation also under rules that do not need it (all but attended): a forward pass
     of the query set more for each task."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Make the steps in blocks, on the device alone, captured in a CUDA graph; auto: on CUDA. A network that cannot be
+    captured is trained step by step, with a notice. on without CUDA: the same blocks without a graph, the same bits."""
+    block: int = 100
+    """Captured iterations between two looks at the device, at most: what is logged in between is logged then. A block
+    ends at each validation and checkpoint, too; the results are the same at any number."""
+    tf32: bool = False
+    """Let CUDA round what it multiplies to TF32's 10 bits: faster, and less exact than float32. No effect on a CPU."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder (needs the extra metaheed[tensorboard])."""
 
@@ -472,9 +484,9 @@ class TrainingConfig:
         _check_types(self)
         _at_least(self, 0, "seed", most=2**63 - 1)
         _at_least(self, 1, "iterations", "val_every", "val_tasks", "checkpoint_every", "chunk_size")
-        _at_least(self, 1, "threads", most=10_000)
+        _at_least(self, 1, "threads", "block", most=10_000)
         _require(
-            self.chunk_size is None or self.execution in ("auto", "vectorized"),
+            self.chunk_size is None or self.execution in ("auto", *CHUNKED),
             "chunk_size",
             self.chunk_size,
             f"the {self.execution} execution has no chunks: leave it out, or set --execution vectorized",

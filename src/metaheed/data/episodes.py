@@ -11,6 +11,7 @@ import zlib
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from metaheed.data.images import Dataset
 from metaheed.errors import ConfigError, DataError
@@ -76,19 +77,28 @@ class Episodes:
         starts, counts = self.split.starts, self.split.counts
         return np.stack([starts[c] + sample(bits, counts[c], each) for c in chosen])
 
+    def batch_rows(self, first: int, count: int) -> np.ndarray:
+        """(count, N, K+Q) image rows of tasks first … first+count−1."""
+        return np.stack([self.rows(index) for index in range(first, first + count)])
+
     def batch(self, first: int, count: int) -> Episode:
         """Tasks first … first+count−1 as one batched Episode, images float32, gathered in one indexing operation."""
-        N, K, Q = self.ways, self.shots, self.queries
-        rows = torch.from_numpy(np.stack([self.rows(index) for index in range(first, first + count)]))
-        device = self.split.images.device
-        pixels = self.split.images[rows.flatten().to(device)]
-        x = self.dataset.normalize(pixels).view(count, N, K + Q, *pixels.shape[1:])
-        labels = torch.arange(N, device=device)
+        return self.gather(torch.from_numpy(self.batch_rows(first, count)).to(self.split.images.device))
+
+    def gather(self, rows: Tensor) -> Episode:
+        """The batch of these image rows, (count, N, K+Q) on the images' device, where everything is done; the host
+        neither waits nor copies, so that a CUDA graph can hold it.
+        """
+        N, K = self.ways, self.shots
+        count, _, each = rows.shape
+        pixels = self.split.images.index_select(0, rows.flatten())
+        x = self.dataset.normalize(pixels).view(count, N, each, *pixels.shape[1:])
+        labels = torch.arange(N, device=rows.device).unsqueeze(1).expand(count, N, each)
         return Episode(
             support_x=x[:, :, :K].flatten(1, 2),
-            support_y=labels.repeat_interleave(K).expand(count, -1),
+            support_y=labels[:, :, :K].flatten(1, 2),
             query_x=x[:, :, K:].flatten(1, 2),
-            query_y=labels.repeat_interleave(Q).expand(count, -1),
+            query_y=labels[:, :, K:].flatten(1, 2),
         )
 
     def __getitem__(self, index: int) -> Episode:
@@ -107,4 +117,6 @@ def sample(bits: np.random.Philox, population: int, count: int) -> np.ndarray:
     `population` random keys, so unbiased and exactly defined.
     """
     keys: np.ndarray = bits.random_raw(population)
-    return np.argsort(keys, kind="stable")[:count]
+    # Only what can be among the smallest is sorted: of thousands of classes, a handful.
+    candidates = np.flatnonzero(keys <= np.partition(keys, count - 1)[count - 1])
+    return candidates[np.argsort(keys[candidates], kind="stable")][:count]

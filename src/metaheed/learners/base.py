@@ -266,6 +266,15 @@ class Backbone:
             return None
         return fast if set(params) == fast.names else None
 
+    def place_constants(self, device: torch.device) -> None:
+        """Move frozen parameters and buffers to where the network is called, lest every call copy them there."""
+        for part in self.module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(device)
+            for p in part.parameters(recurse=False):
+                if not p.requires_grad:
+                    p.data = p.data.to(device)
+
     def _constants(self, like: Tensor) -> Params:
         """Frozen parameters and buffers, where they must follow the parameters to their device and dtype."""
         frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}

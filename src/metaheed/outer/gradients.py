@@ -145,7 +145,7 @@ def vectorized(learner: Learner, chunk_size: int | None = None) -> Execution[tup
 
     Our own networks on a CPU in closed form (learners/closed_form.py); else by `torch.func.vmap`.
     """
-    return map_vectorized(learner, task_gradient, chunk_size)
+    return map_together(learner, task_gradient, chunk_size)
 
 
 def threaded(learner: Learner, workers: int) -> Execution[tuple[Params, TaskInfo]]:
@@ -170,18 +170,30 @@ def map_looped(per_task: Callable[[Params, Episode], T]) -> Execution[T]:
     return run
 
 
-def map_vectorized(
-    learner: Learner, function: Callable[[Learner, Params, Episode], T], chunk_size: int | None = None
-) -> Execution[T]:
-    """function(learner, θ, task) over a batch, `chunk_size` tasks at once (none: all), as one program."""
+def map_vectorized(per_task: Callable[[Params, Episode], T], chunk_size: int | None = None) -> Execution[T]:
+    """Any per-task function over a batch, `chunk_size` tasks at once (none: all), by `torch.func.vmap`."""
 
     def run(meta: Params, batch: Episode) -> T:
-        result: T
+        result: T = vmap(partial(per_task, meta), chunk_size=chunk_size)(batch)
+        return result
+
+    return run
+
+
+def map_together(
+    learner: Learner, function: Callable[[Learner, Params, Episode], T], chunk_size: int | None = None
+) -> Execution[T]:
+    """function(learner, θ, task) over a batch, `chunk_size` tasks at once (none: all), as one program.
+
+    In closed form where the learner `takes_batches`; else as `map_vectorized`.
+    """
+    general = map_vectorized(partial(function, learner), chunk_size)
+
+    def run(meta: Params, batch: Episode) -> T:
         if not takes_batches(learner, meta, batch.support_x):
-            result = vmap(partial(function, learner, meta), chunk_size=chunk_size)(batch)
-            return result
+            return general(meta, batch)
         chunks = zip(*(torch.split(part, chunk_size or len(part)) for part in batch), strict=True)
-        result = merge([function(learner, _copies(meta, len(c[0])), Episode(*c)) for c in chunks], torch.cat)
+        result: T = merge([function(learner, _copies(meta, len(c[0])), Episode(*c)) for c in chunks], torch.cat)
         return result
 
     return run

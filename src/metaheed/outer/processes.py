@@ -21,14 +21,14 @@ from torch import Tensor
 
 from metaheed.errors import ConfigError
 from metaheed.learners.base import Learner
-from metaheed.outer.gradients import Execution, map_vectorized, merge
+from metaheed.outer.gradients import Execution, map_together, merge
 from metaheed.types import Episode, Params
 
 T = TypeVar("T")
 
 AVAILABLE = sys.platform.startswith("linux")
 """Elsewhere a forked process may not use the system's libraries."""
-_TASKS_AT_ONCE = 4
+TASKS_AT_ONCE = 4
 """In a worker. More side by side save nothing and take memory."""
 _ALIGNMENT = 64
 
@@ -166,7 +166,7 @@ def _serve(learner: Learner, memory: mmap.mmap, pipe: Connection, parent: int) -
             return
         answer: tuple[Exception | None, Any]
         try:
-            execution: Execution[Any] = map_vectorized(learner, function, _TASKS_AT_ONCE)
+            execution: Execution[Any] = map_together(learner, function, TASKS_AT_ONCE)
             result = execution(_loaded(memory, meta), Episode(*_loaded(memory, batch)))
             answer = (None, _stored(result, _Writer(memory)))
         except Exception as error:  # it is raised again in the parent
