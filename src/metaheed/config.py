@@ -216,6 +216,9 @@ class MAMLConfig(LearnerConfig):
     """α, the rate of those steps."""
     first_order: bool = False
     """Drop the second derivatives (FOMAML)."""
+    recompute: bool = False
+    """Compute each adaptation step again in the reverse pass instead of keeping it: memory does not grow with T. The
+    results are the same; it takes up to half as long again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -262,6 +265,9 @@ class MetaLSTMConfig(LearnerConfig):
     """Bounds between which the forget gate's bias is drawn."""
     input_bias: tuple[float, float] = (-5.0, -4.0)
     """Bounds between which the input gate's bias is drawn."""
+    recompute: bool = False
+    """Compute each adaptation step again in the reverse pass instead of keeping it: memory does not grow with T. The
+    results are the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,6 +11,7 @@ from torch.func import functional_call, grad_and_value, vjp, vmap
 
 from metaheed.errors import ConfigError, unknown
 from metaheed.learners.closed_form import ClosedForm, closed_form, mean_cross_entropy
+from metaheed.learners.derivatives import Step, needs_graph, recomputed, transformed
 from metaheed.types import Params
 
 
@@ -125,7 +126,7 @@ class _ClosedGradient(torch.autograd.Function):
             def function(at):  # type: ignore[no-untyped-def]
                 each = vmap(lambda at, x, y: _general_gradient(ctx.learner, at, x, y, ctx.wanted))
                 gradient, loss, logits = each(at, x, y)
-                return loss, logits, *gradient.values()
+                return loss, logits, *(gradient[name] for name in ctx.wanted)  # torch.func may sort names
 
             value, pull = vjp(function, at)  # type: ignore[misc]  # torch's annotation covers its has_aux form too
             given = tuple(
@@ -139,22 +140,7 @@ class _ClosedGradient(torch.autograd.Function):
             if tape is None:  # a second time through the same graph
                 tape = ctx.fast.gradient(at, x, y, keep=True)[3]
             pulled = ctx.fast.hessian_product(at, tape, direction)
-        return None, None, None, None, None, None, *pulled.values()
-
-
-def transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, vjp, …) is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def needs_graph(tree: Params) -> bool:
-    """Whether autograd is to record what is computed from these."""
-    return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree.values())
-
-
-def detached(tree: Params) -> Params:
-    """The same values as constants."""
-    return {name: leaf.detach() for name, leaf in tree.items()}
+        return None, None, None, None, None, None, *(pulled[name] for name in ctx.names)
 
 
 def below(prefix: str, tree: Params) -> Params:
@@ -336,13 +322,17 @@ class NetworkLearner:
 
     Args:
         backbone: any network from images to logits; see `Backbone` for what is converted and refused.
+        adaptation_steps: T.
+        recompute: compute each inner step again in the reverse pass instead of keeping its graph.
     """
 
     elementwise: ClassVar[bool] = False
     """Whether the learner itself treats each parameter's entries alike, so that an axis before them changes nothing."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, adaptation_steps: int = 1, recompute: bool = False) -> None:
         self.backbone = Backbone(backbone)
+        self.adaptation_steps = adaptation_steps
+        self.recompute = recompute
 
     @property
     def network(self) -> Backbone | None:
@@ -360,3 +350,12 @@ class NetworkLearner:
     def predict(self, adapted: Params, x: Tensor) -> Tensor:
         """Logits (n, N) at φ."""
         return self.backbone(adapted, x)
+
+    def steps(self, step: Step, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """T times state ← step(θ, state, support set)."""
+        for _ in range(self.adaptation_steps):
+            if self.recompute:
+                state = recomputed(step, meta, state, support_x, support_y)
+            else:
+                state = step(meta, state, support_x, support_y)
+        return state

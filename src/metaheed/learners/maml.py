@@ -13,7 +13,8 @@ With `first_order` the gradients of step 2 count as constants in step 3 (FOMAML,
 from torch import Tensor, nn
 
 from metaheed.config import MAMLConfig
-from metaheed.learners.base import NetworkLearner, detached, loss_gradient
+from metaheed.learners.base import NetworkLearner, loss_gradient
+from metaheed.learners.derivatives import detached
 from metaheed.types import Params
 
 
@@ -27,6 +28,7 @@ class MAML(NetworkLearner):
         adaptation_steps: T.
         fast_lr: α.
         first_order: drop second derivatives.
+        recompute: keep memory flat in T, for more time; the results are the same.
 
     Raises:
         ConfigError: a setting out of its bounds, or a backbone that cannot be adapted.
@@ -42,18 +44,18 @@ class MAML(NetworkLearner):
         adaptation_steps: int = MAMLConfig.adaptation_steps,
         fast_lr: float = MAMLConfig.fast_lr,
         first_order: bool = MAMLConfig.first_order,
+        recompute: bool = MAMLConfig.recompute,
     ) -> None:
         MAMLConfig(adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order)  # checks the bounds
-        super().__init__(backbone)
-        self.adaptation_steps = adaptation_steps
+        super().__init__(backbone, adaptation_steps, recompute)
         self.fast_lr = fast_lr
         self.first_order = first_order
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φᵀ after T gradient steps on the support set."""
-        adapted = self.initial(meta)
-        for _ in range(self.adaptation_steps):
-            at = detached(adapted) if self.first_order else adapted
-            gradient, _, _ = loss_gradient(self, at, support_x, support_y, self.moving)
-            adapted = {n: p - self.fast_lr * gradient[n] if n in gradient else p for n, p in adapted.items()}
-        return adapted
+        return self.steps(self._step, meta, self.initial(meta), support_x, support_y)
+
+    def _step(self, meta: Params, adapted: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        at = detached(adapted) if self.first_order else adapted
+        gradient, _, _ = loss_gradient(self, at, support_x, support_y, self.moving)
+        return {n: p - self.fast_lr * gradient[n] if n in gradient else p for n, p in adapted.items()}

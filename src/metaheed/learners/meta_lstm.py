@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from metaheed.config import MetaLSTMConfig
-from metaheed.learners.base import NetworkLearner, below, detached, loss_gradient
+from metaheed.learners.base import NetworkLearner, below, loss_gradient
 from metaheed.types import Params
 
 _P = 10.0  # p of the preprocessing
@@ -50,6 +50,7 @@ class MetaLSTM(NetworkLearner):
         hidden_size: H.
         forget_bias: bounds of the uniform draw of b_F.
         input_bias: bounds of the uniform draw of b_I.
+        recompute: keep memory flat in T, for more time; the results are the same.
 
     Raises:
         ConfigError: a setting out of its bounds, or a backbone that cannot be adapted.
@@ -64,12 +65,12 @@ class MetaLSTM(NetworkLearner):
         hidden_size: int = MetaLSTMConfig.hidden_size,
         forget_bias: tuple[float, float] = MetaLSTMConfig.forget_bias,
         input_bias: tuple[float, float] = MetaLSTMConfig.input_bias,
+        recompute: bool = MetaLSTMConfig.recompute,
     ) -> None:
         MetaLSTMConfig(
             adaptation_steps=adaptation_steps, hidden_size=hidden_size, forget_bias=forget_bias, input_bias=input_bias
         )
-        super().__init__(backbone)
-        self.adaptation_steps = adaptation_steps
+        super().__init__(backbone, adaptation_steps, recompute)
         self.hidden_size = hidden_size
         self.forget_bias = forget_bias
         self.input_bias = input_bias
@@ -100,19 +101,23 @@ class MetaLSTM(NetworkLearner):
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φᵀ = c_T after T steps of the learned optimiser on the support set."""
-        start = self.initial(meta)
-        c = _flat(start, support_y)  # (1, D)
-        h = m = c.new_zeros(*c.shape[:-2], self.hidden_size, c.shape[-1])
-        forget = take = torch.zeros_like(c)  # f̃, ĩ
-        for _ in range(self.adaptation_steps):
-            gradient, loss, _ = loss_gradient(self, detached(_unflat(c, start)), support_x, support_y)
-            g, loss = _flat(gradient, support_y).detach(), loss.detach()[..., None, None]
-            x = torch.cat([preprocess(loss).expand(*g.shape[:-2], 2, g.shape[-1]), preprocess(g)], -2)  # (4, D)
-            h, m = _lstm_cell(meta, x, h, m)
-            forget = meta["forget_gate.weight"] @ torch.cat([h, c, forget], -2) + meta["forget_gate.bias"].unsqueeze(-1)
-            take = meta["input_gate.weight"] @ torch.cat([h, c, take], -2) + meta["input_gate.bias"].unsqueeze(-1)
-            c = torch.sigmoid(forget) * c - torch.sigmoid(take) * g
-        return _unflat(c, start)
+        c = _flat(self.initial(meta), support_y)  # (1, D)
+        nothing = c.new_zeros(*c.shape[:-2], self.hidden_size, c.shape[-1])
+        state = {"c": c, "h": nothing, "m": nothing, "forget": torch.zeros_like(c), "take": torch.zeros_like(c)}
+        state = self.steps(self._step, meta, state, support_x, support_y)
+        return _unflat(state["c"], self.initial(meta))
+
+    def _step(self, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        c, forget, take = state["c"], state["forget"], state["take"]  # f̃, ĩ
+        at = _unflat(c.detach(), self.initial(meta))
+        gradient, loss, _ = loss_gradient(self, at, support_x, support_y)
+        g, loss = _flat(gradient, support_y).detach(), loss.detach()[..., None, None]
+        x = torch.cat([preprocess(loss).expand(*g.shape[:-2], 2, g.shape[-1]), preprocess(g)], -2)  # (4, D)
+        h, m = _lstm_cell(meta, x, state["h"], state["m"])
+        forget = meta["forget_gate.weight"] @ torch.cat([h, c, forget], -2) + meta["forget_gate.bias"].unsqueeze(-1)
+        take = meta["input_gate.weight"] @ torch.cat([h, c, take], -2) + meta["input_gate.bias"].unsqueeze(-1)
+        c = torch.sigmoid(forget) * c - torch.sigmoid(take) * g
+        return {"c": c, "h": h, "m": m, "forget": forget, "take": take}
 
 
 def preprocess(x: Tensor) -> Tensor:

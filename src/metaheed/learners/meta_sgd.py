@@ -12,7 +12,8 @@ With `first_order` the gradients of step 2 count as constants in step 3; α is l
 import torch
 from torch import Tensor
 
-from metaheed.learners.base import below, detached, loss_gradient
+from metaheed.learners.base import below, loss_gradient
+from metaheed.learners.derivatives import detached
 from metaheed.learners.maml import MAML
 from metaheed.types import Params
 
@@ -28,6 +29,7 @@ class MetaSGD(MAML):
         adaptation_steps: T.
         fast_lr: where every α starts.
         first_order: drop second derivatives.
+        recompute: keep memory flat in T, for more time; the results are the same.
 
     Raises:
         ConfigError: a setting out of its bounds, or a backbone that cannot be adapted.
@@ -46,12 +48,8 @@ class MetaSGD(MAML):
         """φ⁰."""
         return below("initial.", meta)
 
-    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        """φᵀ after T gradient steps on the support set, each parameter at its own rate."""
+    def _step(self, meta: Params, adapted: Params, support_x: Tensor, support_y: Tensor) -> Params:
         rates = below("fast_lr.", meta)
-        adapted = self.initial(meta)
-        for _ in range(self.adaptation_steps):
-            at = detached(adapted) if self.first_order else adapted
-            gradient, _, _ = loss_gradient(self, at, support_x, support_y)
-            adapted = {name: p - rates[name] * gradient[name] for name, p in adapted.items()}
-        return adapted
+        at = detached(adapted) if self.first_order else adapted
+        gradient, _, _ = loss_gradient(self, at, support_x, support_y)
+        return {name: p - rates[name] * gradient[name] for name, p in adapted.items()}

@@ -26,7 +26,7 @@ class _Partial(MAML):
     moving: tuple[str, ...]
 
     def __init__(self, backbone: nn.Module, config: ANILConfig, moves_head: bool) -> None:
-        super().__init__(backbone, config.adaptation_steps, config.fast_lr, config.first_order)
+        super().__init__(backbone, config.adaptation_steps, config.fast_lr, config.first_order, config.recompute)
         self.head = self.backbone.find_head(config.head)
         self._unsure = config.head is None  # a guess, to be checked when the network is first run
         of_head = self.backbone.names_of(self.head)
@@ -60,6 +60,7 @@ class ANIL(_Partial):
         first_order: drop second derivatives.
         head: the name of the head's module; none: the last module registered that has parameters of its own, if the
             first task shows that the logits come out of it.
+        recompute: keep memory flat in T, for more time; the results are the same.
 
     Raises:
         ConfigError: a setting out of its bounds, a backbone that cannot be adapted, or no module of that name.
@@ -74,8 +75,11 @@ class ANIL(_Partial):
         fast_lr: float = ANILConfig.fast_lr,
         first_order: bool = ANILConfig.first_order,
         head: str | None = ANILConfig.head,
+        recompute: bool = ANILConfig.recompute,
     ) -> None:
-        given = ANILConfig(adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head)
+        given = ANILConfig(
+            adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head, recompute=recompute
+        )
         super().__init__(backbone, given, moves_head=True)
 
 
@@ -83,7 +87,7 @@ class BOIL(_Partial):
     """MAML that adapts the body only; θ are the backbone's parameters under their own names.
 
     Args:
-        backbone, adaptation_steps, fast_lr, first_order, head: as for ANIL.
+        backbone, adaptation_steps, fast_lr, first_order, head, recompute: as for ANIL.
 
     Raises:
         ConfigError: as for ANIL; also where the backbone is a head and nothing else.
@@ -98,6 +102,9 @@ class BOIL(_Partial):
         fast_lr: float = BOILConfig.fast_lr,
         first_order: bool = BOILConfig.first_order,
         head: str | None = BOILConfig.head,
+        recompute: bool = BOILConfig.recompute,
     ) -> None:
-        given = BOILConfig(adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head)
+        given = BOILConfig(
+            adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head, recompute=recompute
+        )
         super().__init__(backbone, given, moves_head=False)

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import vjp, vmap
+from torch.func import vmap
 
 from metaheed.errors import ConfigError
-from metaheed.learners.base import Learner, detached, loss_gradient, takes_batches, task_loss, transformed
+from metaheed.learners.base import Learner, loss_gradient, takes_batches, task_loss
+from metaheed.learners.derivatives import detached, recorded
 from metaheed.types import Episode, Params, TaskInfo
 
 T = TypeVar("T")
@@ -42,7 +43,7 @@ def task_gradient(learner: Learner, meta: Params, episode: Episode, initial: boo
         where the learner `takes_batches`: all with a leading B.
     """
     meta = detached(meta)
-    adapted, pullback = _recorded(lambda m: learner.adapt(m, episode.support_x, episode.support_y), meta)
+    adapted, pullback = recorded(lambda m: learner.adapt(m, episode.support_x, episode.support_y), meta)
     v, loss, logits = loss_gradient(learner, adapted, episode.query_x, episode.query_y)
     before = initial_outcome(learner, meta, episode)[0] if initial else torch.full_like(loss, torch.nan)
     return pullback(v), TaskInfo(
@@ -60,7 +61,7 @@ def plain_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Pa
 
 def initial_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, Tensor]:
     """∇_θ L*(φ⁰) of one task and L*(φ⁰), 0-d: the query loss before adaptation, which equity rules weigh."""
-    start, pullback = _recorded(learner.initial, detached(meta))
+    start, pullback = recorded(learner.initial, detached(meta))
     v, loss, _ = loss_gradient(learner, start, episode.query_x, episode.query_y)
     return pullback(v), loss
 
@@ -95,44 +96,6 @@ def global_norm(tree: Params, tasks: tuple[int, ...] = ()) -> Tensor:
     positive = square > 0
     norm = torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
     return norm.to(next(iter(tree.values())).dtype)
-
-
-def value_and_pullback(function: Callable[[Params], T], at: Params) -> tuple[T, Callable[[T], Params]]:
-    """function(at), and its vector-Jacobian product there: a cotangent of the value -> a cotangent of `at`."""
-    value, pull = vjp(function, at)  # type: ignore[misc]  # torch's annotation covers its has_aux form too
-
-    def pullback(cotangent: T) -> Params:
-        (result,) = pull(cotangent)
-        return dict(result)
-
-    return value, pullback
-
-
-def _recorded(function: Callable[[Params], Params], at: Params) -> tuple[Params, Callable[[Params], Params]]:
-    """As `value_and_pullback`, but the pullback can be called once, and frees the graph as it goes.
-
-    Plain autograd, into whose graph the learners' closed forms fit; under a transform of torch.func, torch.func's.
-    """
-    if transformed():
-        return value_and_pullback(function, at)
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in at.items()}
-    with torch.enable_grad():
-        value = function(leaves)
-
-    def pullback(cotangent: Params) -> Params:
-        moved = [name for name, leaf in value.items() if leaf.requires_grad]
-        if not moved:
-            return {name: torch.zeros_like(leaf) for name, leaf in at.items()}
-        found = torch.autograd.grad(
-            [value[name] for name in moved],
-            list(leaves.values()),
-            [cotangent[name] for name in moved],
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        return dict(zip(leaves, found, strict=True))
-
-    return detached(value), pullback
 
 
 def looped(learner: Learner) -> Execution[tuple[Params, TaskInfo]]:

@@ -21,9 +21,9 @@ from metaheed.config import AttendedConfig, EquityConfig, LossSoftmaxConfig
 from metaheed.data.episodes import sample
 from metaheed.errors import ConfigError, NonFiniteTaskError, unknown
 from metaheed.learners.base import below
+from metaheed.learners.derivatives import value_and_pullback
 from metaheed.outer.attention import TaskAttention, weight_gradient, weighted_sum
 from metaheed.outer.equity import cross_entropy_coefficients
-from metaheed.outer.gradients import value_and_pullback
 from metaheed.outer.optimizers import OptState, OuterOptimizer
 from metaheed.types import Episode, Params, TaskInfo
 
