@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import limit, reference
+from benchmarks import limit, ours, peers, reference
 from benchmarks.entry import Entry
-from benchmarks.settings import PEERS, Setting
+from benchmarks.settings import Setting
 
 
 class Worker:
@@ -34,21 +34,16 @@ class Worker:
     def build(self, entry: str, algorithm: str, setting: dict[str, Any], speed_settings: bool) -> dict[str, Any]:
         """Make the entry: "ours" or a peer, the latter with our process-wide settings or without."""
         chosen = Setting.from_json(setting)
-        if entry in PEERS:
-            from benchmarks import peers
-
+        if entry == "ours":
+            self.entry = ours.build(chosen, algorithm)
+        else:
             if speed_settings:
-                from benchmarks import ours
-
                 ours.speed_settings()
             self.entry = peers.build(entry, chosen, algorithm)
-        else:
-            from benchmarks import ours
-
-            self.entry = ours.build(chosen, algorithm)
         # What imports left behind is not to be collected while a step is timed.
         gc.collect()
         gc.freeze()
+        self.steps = 0
         return {}
 
     def step(self) -> dict[str, Any]:
