@@ -10,8 +10,12 @@ from benchmarks.settings import FAST_LR, Setting
 from benchmarks.tasks import network, start, stream
 from metaheed.types import Episode, Params
 
-LARGEST = 1e-3
-"""Above it an entry counts as wrong. Float32 accounts for some 1e-5, and for more where rounding switches a ReLU."""
+LARGEST = 3e-3
+"""Above it an entry counts as wrong.
+
+Rounding alone is some 1e-6; where it switches a ReLU or a maximum whose value stands at the kink, float32 is off by up to
+1e-3 (in float64 the same entries agree to 1e-12). Leaving out second derivatives is off by a half.
+"""
 
 
 def base_algorithm(algorithm: str) -> str:

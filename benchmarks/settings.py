@@ -34,6 +34,8 @@ class Setting:
     queries: int = 15
     steps: int = 5
     tasks: int = 4
+    seed: int = 0
+    """Of the images. With some, values lie so near a kink of the network that no float32 can tell their side."""
     algorithms: tuple[str, ...] = ("maml",)
     """What our own entries run; a peer runs those of them that it offers."""
 
@@ -52,10 +54,10 @@ class Setting:
 SETTINGS = {
     setting.name: setting
     for setting in (
-        Setting("a", "miniImageNet 3×84×84, 5-way 1-shot, B = 4", (3, 84, 84), algorithms=ALGORITHMS),
-        Setting("b", "miniImageNet 3×84×84, 5-way 5-shot, B = 4", (3, 84, 84), shots=5),
+        Setting("a", "miniImageNet 3×84×84, 5-way 1-shot, B = 4", (3, 84, 84), seed=2, algorithms=ALGORITHMS),
+        Setting("b", "miniImageNet 3×84×84, 5-way 5-shot, B = 4", (3, 84, 84), shots=5, seed=3),
         Setting("c", "CIFAR-FS 3×32×32, 5-way 1-shot, B = 4", (3, 32, 32), algorithms=ALGORITHMS),
-        Setting("d", "Omniglot 1×28×28, 20-way 1-shot, B = 16", (1, 28, 28), ways=20, tasks=16),
+        Setting("d", "Omniglot 1×28×28, 20-way 1-shot, B = 16", (1, 28, 28), ways=20, tasks=16, seed=1),
     )
 }
 """The measured ones; everywhere Q = 15, T = 5, Conv4-32."""

@@ -82,7 +82,7 @@ def start(setting: Setting, algorithm: str, lstm_hidden: int = 20) -> Params:
 
 def stream(setting: Setting, name: str) -> Callable[[int], Episode]:
     """t -> batch t (every field with a leading B), ready in memory: a mark for each class, and noise."""
-    batches = [_batch(setting, zlib.crc32(f"{name}{index}".encode())) for index in range(BATCHES)]
+    batches = [_batch(setting, zlib.crc32(f"{name}{index}".encode()) + setting.seed) for index in range(BATCHES)]
     return lambda t: batches[t % BATCHES]
 
 
