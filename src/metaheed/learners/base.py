@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value, vjp, vmap
+from torch.func import functional_call, grad_and_value, vjp
 
 from metaheed.errors import ConfigError, unknown
 from metaheed.learners.closed_form import ClosedForm, closed_form, mean_cross_entropy
@@ -124,9 +124,15 @@ class _ClosedGradient(torch.autograd.Function):
         if torch.is_grad_enabled() or loss is not None or logits is not None:
             # Third derivatives, or those of the loss itself: autograd's.
             def function(at):  # type: ignore[no-untyped-def]
-                each = vmap(lambda at, x, y: _general_gradient(ctx.learner, at, x, y, ctx.wanted))
-                gradient, loss, logits = each(at, x, y)
-                return loss, logits, *(gradient[name] for name in ctx.wanted)  # torch.func may sort names
+                # Task by task: PyTorch 2.13's derivative of a vmapped gradient of convolutions is wrong.
+                tasks = range(len(y))
+                each = [
+                    _general_gradient(ctx.learner, {n: p[i] for n, p in at.items()}, x[i], y[i], ctx.wanted)
+                    for i in tasks
+                ]
+                gradients, losses, logits = zip(*each, strict=True)
+                slopes = (torch.stack([g[name] for g in gradients]) for name in ctx.wanted)
+                return torch.stack(losses), torch.stack(logits), *slopes
 
             value, pull = vjp(function, at)  # type: ignore[misc]  # torch's annotation covers its has_aux form too
             given = tuple(
