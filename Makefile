@@ -1,22 +1,27 @@
-# Two commands: `make demo` and `make test`. Each sets itself up in .venv on a bare Python 3.11+ machine.
+# Two commands, `make demo` and `make test`, and `make bench` for speed. Each sets itself up in .venv on a bare Python
+# 3.11+ machine.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint peers clean
+.PHONY: help demo test lint peers bench clean
 
 help:
 	@echo "make demo    train, judge and compare MAML and TA-MAML on built-in data (minutes)"
 	@echo "make test    ruff, mypy and all tests"
-	@echo "make peers   the other libraries that the examples run inside (make test does it too)"
+	@echo "make bench   speed beside other libraries, into results/speed: a quarter of an hour (make bench ARGS=--quick)"
+	@echo "make peers   the other libraries that the examples run inside (make test and make bench do it too)"
 
 demo: $(VENV)/.installed
 	$(BIN)/metaheed demo
 
 test: $(VENV)/.installed-dev lint peers
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+
+bench: $(VENV)/.installed-dev peers
+	$(BIN)/python -m benchmarks.speed $(ARGS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -47,7 +52,7 @@ $(VENV)/.peers: benchmarks/peers.txt $(wildcard benchmarks/learn2learn/* benchma
 	done; \
 	PYTHONPATH="$(CURDIR)/benchmarks/learn2learn" $(PIP) --retries 1 --no-deps --no-cache-dir --use-pep517 \
 		--no-build-isolation --requirement benchmarks/learn2learn/requirements.txt || complete=no; \
-	if [ $$complete = yes ]; then touch $@; else echo "some peers are missing: the tests of their examples are skipped"; fi
+	if [ $$complete = yes ]; then touch $@; else echo "some peers are missing: the tests of their examples are skipped, and make bench shows them as missing"; fi
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -21,6 +21,7 @@ from metaheed.config import (
 )
 from metaheed.errors import ConfigError
 from metaheed.outer import pick_execution
+from metaheed.outer.processes import AVAILABLE
 from tests.conftest import Run
 
 TINY = [
@@ -203,8 +204,10 @@ def test_a_task_a_thread_gives_the_bits_of_one_after_another(metaheed: Run, tmp_
         assert metaheed("train", "ta-maml", *arguments)[0] == 0
     assert _bytes(tmp_path / "one") == _bytes(tmp_path / "two")
     cpu = torch.device("cpu")
-    assert pick_execution("auto", cpu, 2) == "threaded"
-    assert pick_execution("auto", cpu, 1) == "looped"
+    assert pick_execution("auto", cpu, 2) == ("processes" if AVAILABLE else "vectorized")
+    assert pick_execution("auto", cpu, 1) == "vectorized"
+    assert pick_execution("auto", cpu, 2, closed_form=False) == "threaded"
+    assert pick_execution("auto", cpu, 1, closed_form=False) == "looped"
     assert pick_execution("auto", cpu, 2, own_network=True) == "looped"
     assert pick_execution("auto", torch.device("cuda"), 2) == "vectorized"
     results = [json.loads(metaheed("evaluate", tmp_path / name, "--tasks", 4, "--json")[1]) for name in ("one", "two")]

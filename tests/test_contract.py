@@ -4,6 +4,7 @@ Everything in float64 against references that share no code with the package.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,7 @@ from metaheed.outer import (
     initial_outcome,
     looped,
     loss_softmax,
+    map_im2col,
     map_looped,
     replayed,
     sequential,
@@ -39,6 +41,7 @@ from metaheed.outer import (
     vectorized,
     weighted_sum,
 )
+from metaheed.outer.processes import AVAILABLE, Workers
 from metaheed.runs import Checkpoint, Progress, RunFolder
 from metaheed.types import Episode, Params, TaskInfo
 from tests.conftest import make_batch, task
@@ -85,6 +88,11 @@ LEARNERS = {
         lambda net, meta, episode: maml_query_loss(net, meta, episode, 3, 0.3, first_order=True),
         exact=False,
     ),
+    "maml, recomputed": LearnerRow(
+        lambda net: MAML(net, adaptation_steps=3, fast_lr=0.3, recompute=True),
+        lambda net, meta, episode: maml_query_loss(net, meta, episode, 3, 0.3),
+        exact=True,
+    ),
     "metasgd": LearnerRow(
         lambda net: MetaSGD(net, adaptation_steps=3, fast_lr=0.3),
         lambda net, meta, episode: meta_sgd_query_loss(net, meta, episode, 3),
@@ -121,7 +129,10 @@ EXECUTIONS: dict[str, Callable[[Learner], Execution[tuple[Params, TaskInfo]]]] =
     "vectorized": vectorized,
     "threaded": lambda learner: threaded(learner, workers=2),
     "vectorized by 3": lambda learner: vectorized(learner, chunk_size=3),
+    "im2col": lambda learner: map_im2col(partial(task_gradient, learner)),
 }
+if AVAILABLE:
+    EXECUTIONS["processes"] = lambda learner: partial(Workers(learner, 2).map, task_gradient)
 RULES: dict[str, Callable[[], Rule]] = {
     "uniform": uniform,
     "sequential": sequential,

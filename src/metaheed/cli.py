@@ -23,6 +23,7 @@ from metaheed.config import (
     RULES,
     EpisodeConfig,
     EvaluationConfig,
+    ExecutionName,
     RunConfig,
     ToyConfig,
     TrainingConfig,
@@ -46,6 +47,12 @@ class Resume:
     """Where the data lies, if it has moved."""
     device: str | None = None
     """Compute here instead (cpu, cuda, cuda:N); bits then differ from an uninterrupted run's."""
+    execution: ExecutionName | None = None
+    """Run a batch's tasks so instead (as in train --help); bits then differ, too."""
+    chunk_size: int | None = None
+    """This many tasks at once instead, under the executions vectorized and im2col; bits then differ, too."""
+    capture: Literal["auto", "on", "off"] | None = None
+    """Make the steps so instead (as in train --help)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,7 +365,16 @@ def _resume(command: Resume) -> int:
     from metaheed.training import resume
 
     _tune_process()
-    path = resume(command.resume, command.iterations, command.data_root, command.device, make_reporter())
+    path = resume(
+        command.resume,
+        command.iterations,
+        command.data_root,
+        command.device,
+        make_reporter(),
+        execution=command.execution,
+        chunk_size=command.chunk_size,
+        capture=command.capture,
+    )
     print(f"{path} is trained; judge it with 'metaheed evaluate {path}'")
     return 0
 

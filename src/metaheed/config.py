@@ -205,6 +205,8 @@ class LearnerConfig:
     """What --clip-norm is unless it is given."""
     has_start: ClassVar[bool] = True
     """Whether the loss before adaptation tells tasks apart."""
+    has_closed_form: ClassVar[bool] = True
+    """Whether it can be computed in closed form with one of our own networks."""
     backbone: str = "conv4-32"
     """Network: conv4-32, conv4-64, conv4-64-strided (Finn et al.'s for Omniglot), or module:Class, called as
     Class(ways, image_shape) with image_shape = (channels, height, width)."""
@@ -233,6 +235,9 @@ class MAMLConfig(LearnerConfig):
     """α, the rate of those steps."""
     first_order: bool = False
     """Drop the second derivatives (FOMAML)."""
+    recompute: bool = False
+    """Compute each adaptation step again in the reverse pass instead of keeping it: memory does not grow with T. The
+    results are the same; it takes up to half as long again."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -257,21 +262,12 @@ class BOILConfig(ANILConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MetaSGDConfig(LearnerConfig):
-    """MetaSGD's settings."""
+class MetaSGDConfig(MAMLConfig):
+    """MetaSGD's settings: MAML's, every parameter at a learned rate of its own."""
 
     name: ClassVar[str] = "metasgd"
-    adaptation_steps: int = _USUAL.adaptation_steps
-    """T, gradient steps on the support set, the same in training and test."""
-    fast_lr: float = 0.1
+    fast_lr: float = MAMLConfig.fast_lr
     """Where the learned rate of every parameter starts."""
-    first_order: bool = False
-    """Drop the second derivatives."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(self, 1, "adaptation_steps")
-        _positive(self, "fast_lr")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +284,9 @@ class MetaLSTMConfig(LearnerConfig):
     """Bounds between which the forget gate's bias is drawn."""
     input_bias: tuple[float, float] = (-5.0, -4.0)
     """Bounds between which the input gate's bias is drawn."""
+    recompute: bool = False
+    """Compute each adaptation step again in the reverse pass instead of keeping it: memory does not grow with T. The
+    results are the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -308,6 +307,7 @@ class ProtoNetConfig(LearnerConfig):
 
     name: ClassVar[str] = "protonet"
     has_start: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = False
     head: str | None = None
     """Name of the head's module in the network; none: the last one registered that has parameters."""
 
@@ -458,6 +458,11 @@ class OuterConfig:
         _positive(self, "meta_lr", "clip_norm")
 
 
+ExecutionName = Literal["auto", "looped", "threaded", "vectorized", "processes", "im2col", "streamed"]
+CHUNKED = ("vectorized", "im2col")
+"""Executions that can run a part of the meta-batch at a time."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """The training loop."""
@@ -478,11 +483,25 @@ class TrainingConfig:
     """cpu, cuda, cuda:N, or auto: cuda where there is one."""
     threads: int | None = None
     """CPU threads; none: PyTorch's choice, which is then recorded, for the sums' order depends on it."""
-    execution: Literal["auto", "looped", "threaded", "vectorized"] = "auto"
-    """How the tasks of a batch are run: one after another, each on one of --threads threads of its own, or vectorised
-    over tasks; auto: threaded on a CPU (looped with one thread or a network of one's own), vectorised on CUDA."""
+    execution: ExecutionName = "auto"
+    """How the tasks of a batch are run: looped, one after another; threaded, each on one of --threads threads;
+    vectorized, as one program; processes, on --threads processes, each vectorized (Linux, CPU); im2col, vectorized with
+    products of patch matrices; streamed, each on a CUDA stream of its own. auto: on CUDA vectorized; on a CPU processes
+    where learner and network have a closed form, threaded for ProtoNet, looped for a network of one's own or one task.
+    Printed at the start."""
     chunk_size: int | None = None
-    """Tasks at once under the vectorised execution; none: the whole meta-batch."""
+    """Tasks at once under the executions vectorized and im2col; none: the whole meta-batch."""
+    log_initial_loss: bool = False
+    """Log every task's loss before adaptation also under rules that do not need it (all but attended): a forward pass
+    of the query set more for each task."""
+    capture: Literal["auto", "on", "off"] = "auto"
+    """Make the steps in blocks, on the device alone, captured in a CUDA graph; auto: on CUDA. A network that cannot be
+    captured is trained step by step, with a notice. on without CUDA: the same blocks without a graph, the same bits."""
+    block: int = 100
+    """Captured iterations between two looks at the device, at most: what is logged in between is logged then. A block
+    ends at each validation and checkpoint, too; the results are the same at any number."""
+    tf32: bool = False
+    """Let CUDA round what it multiplies to TF32's 10 bits: faster, and less exact than float32. No effect on a CPU."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder (needs the extra metaheed[tensorboard])."""
 
@@ -490,9 +509,9 @@ class TrainingConfig:
         _check_types(self)
         _at_least(self, 0, "seed", most=2**63 - 1)
         _at_least(self, 1, "iterations", "val_every", "val_tasks", "checkpoint_every", "chunk_size")
-        _at_least(self, 1, "threads", most=10_000)
+        _at_least(self, 1, "threads", "block", most=10_000)
         _require(
-            self.chunk_size is None or self.execution in ("auto", "vectorized"),
+            self.chunk_size is None or self.execution in ("auto", *CHUNKED),
             "chunk_size",
             self.chunk_size,
             f"the {self.execution} execution has no chunks: leave it out, or set --execution vectorized",

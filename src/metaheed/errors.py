@@ -27,6 +27,10 @@ class RunError(MetaheedError):
     """A run folder that cannot be used."""
 
 
+class OutOfMemoryError(MetaheedError, MemoryError):
+    """The device's memory does not hold the tasks that are computed at once."""
+
+
 class NonFiniteError(MetaheedError, ArithmeticError):
     """A loss or gradient that is not a finite number."""
 

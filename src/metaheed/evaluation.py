@@ -14,7 +14,7 @@ from metaheed.config import EvaluationConfig
 from metaheed.data import Episodes, load_dataset
 from metaheed.errors import DataError, NonFiniteError, RunError
 from metaheed.outer import Execution, adapted_outcome, build_execution, initial_outcome
-from metaheed.process import cpu_threads, pick_device
+from metaheed.process import cpu_threads, float32_products, memory_explained, pick_device
 from metaheed.runs import RunFolder, check_writable, load_weights, write_whole
 from metaheed.types import Params
 
@@ -89,6 +89,7 @@ def evaluate_run(
 
     Raises:
         RunError, DataError, ConfigError: the run, its data or the setting cannot be used.
+        OutOfMemoryError: the tasks computed at once do not fit.
     """
     folder = RunFolder(path)
     run = folder.read_config()
@@ -108,7 +109,11 @@ def evaluate_run(
     if list(dataset.image_shape) != list(about["image_shape"]):
         raise DataError(f"{path} was trained on images {about['image_shape']}, but these are {dataset.image_shape}")
     episodes = Episodes(dataset, config.split, ways, shots, queries, config.episode_seed)
-    with cpu_threads(run.training):
+    with (
+        cpu_threads(run.training),
+        float32_products(run.training.tf32),
+        memory_explained(run, where, min(_AT_ONCE, config.tasks)),
+    ):
         adapted, initial = (
             evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, config.tasks, told)
             for outcome, told in ((adapted_outcome, on_tasks), (initial_outcome, None))

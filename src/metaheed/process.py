@@ -1,15 +1,17 @@
-"""What is set for the whole process: by the command line only, never by importing the library."""
+"""The process that a run has to itself: device, threads, precision, memory. Importing the library touches nothing."""
 
 import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
-from metaheed.config import TrainingConfig
-from metaheed.errors import ConfigError
+from metaheed.config import CHUNKED, RunConfig, TrainingConfig
+from metaheed.errors import ConfigError, OutOfMemoryError
+from metaheed.outer import tasks_at_once
 
 
 def pick_device(name: str, fall_back: bool = False) -> torch.device:
@@ -40,13 +42,103 @@ def pick_device(name: str, fall_back: bool = False) -> torch.device:
 
 @contextlib.contextmanager
 def cpu_threads(config: TrainingConfig) -> Iterator[None]:
-    """PyTorch's own threads for a run: as configured, or one where the threads go to tasks; put back at the end."""
+    """PyTorch's own threads for a run: as configured, or one where each task has its core; put back at the end."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1 if config.execution == "threaded" else config.threads or before)
+    torch.set_num_threads(1 if config.execution in ("threaded", "processes") else config.threads or before)
     try:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def float32_products(tf32: bool) -> Iterator[None]:
+    """How CUDA multiplies float32: exactly as such (PyTorch's own choice for convolutions is TF32), or as TF32.
+
+    PyTorch's switches are put back at the end.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    # The older switches set PyTorch 2.9's newer ones with them, but not the other way round: so these are used, and the
+    # newer ones put back where they were. The older cannot even be read where a user has set the newer.
+    old = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
+    new = [(part, "fp32_precision") for part in (matmul, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None))]
+    before: list[tuple[Any, str, Any]] = []
+    for part, name in [*old, *new]:
+        with contextlib.suppress(RuntimeError, AttributeError):
+            before.append((part, name, getattr(part, name)))
+    for part, name in old:
+        setattr(part, name, tf32)
+    try:
+        yield
+    finally:
+        for part, name, value in before:
+            setattr(part, name, value)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch, or a library below it, raised this for want of memory on a device or the host."""
+    signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+
+
+@contextlib.contextmanager
+def memory_explained(
+    config: RunConfig, device: torch.device, tasks: int, task_bytes: Callable[[], int | None] = lambda: None
+) -> Iterator[None]:
+    """Turn a want of memory into OutOfMemoryError: what was computed at once, and what to set.
+
+    Args:
+        config: the run's, its execution chosen.
+        device: where it computes.
+        tasks: of the batch.
+        task_bytes: what one task needs, where that has been measured.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        at_once = tasks_at_once(config.training, tasks)
+        available = None
+        if device.type == "cuda":
+            # What this process holds counts: the next one will have it.
+            available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+        size = f" ({available / 2**30:.1f} GiB)" if available is not None else ""
+        remedy = _less_memory(config, at_once, suggest_chunk(at_once, available, task_bytes()))
+        what = "task" if at_once == 1 else "tasks"
+        raise OutOfMemoryError(
+            f"the memory of {device}{size} does not hold {at_once} {what} at once, as the execution "
+            f"{config.training.execution} computes meta-batches of {config.outer.meta_batch_size}: {remedy}. "
+            "Checkpoints, if any, are kept"
+        ) from error
+
+
+def suggest_chunk(at_once: int, available: int | None, task_bytes: int | None) -> int:
+    """How many tasks to compute at once where `at_once` were too many: what fits in nine tenths of the bytes available,
+    where both are known, else half; at least 1.
+    """
+    if available is not None and task_bytes:
+        return max(1, min(at_once - 1, int(0.9 * available / task_bytes)))
+    return max(1, at_once // 2)
+
+
+def _less_memory(config: RunConfig, at_once: int, chunk: int) -> str:
+    execution = config.training.execution
+    if at_once > 1 and execution in CHUNKED:
+        return f"set --chunk-size {chunk}"
+    if at_once > 1 and execution == "threaded":
+        return "set --execution looped"
+    if at_once > 1:
+        return f"set --execution vectorized --chunk-size {chunk}"
+    learner, advice = config.learner, []
+    if not getattr(learner, "recompute", True):  # a learner that can compute its inner steps twice instead
+        advice.append("--recompute")
+    if not getattr(learner, "first_order", True):
+        advice.append("--first-order")
+    if hasattr(learner, "adaptation_steps"):
+        advice.append("fewer --adaptation-steps")
+    return f"try {', '.join([*advice, 'fewer --queries'])} or a smaller --backbone in a new run"
 
 
 def keep_freed_memory() -> None:

@@ -5,43 +5,48 @@ the state of a run is its tensors and its iteration, and a run that was cut off 
 """
 
 import contextlib
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
-from metaheed.config import AttendedConfig, ReplayedConfig, RunConfig
-from metaheed.data import Ahead, Dataset, Episodes, check_name, load_dataset
+from metaheed.config import CHUNKED, AttendedConfig, ExecutionName, ReplayedConfig, RunConfig
+from metaheed.data import Dataset, Episodes, check_name, load_dataset
 from metaheed.errors import (
     ConfigError,
     Interrupted,
     NonFiniteError,
-    NonFiniteTaskError,
+    OutOfMemoryError,
     RunError,
 )
 from metaheed.evaluation import evaluate, interval
-from metaheed.learners import Learner, build_learner, find_backbone
+from metaheed.learners import Backbone, Learner, build_learner, find_backbone
 from metaheed.outer import (
     OuterState,
     Rule,
     StepRecord,
+    Streams,
     Tools,
     adapted_outcome,
     build_execution,
     build_optimizer,
     build_rule,
+    build_steps,
+    describe_execution,
     initial_gradient,
     pick_execution,
+    plain_gradient,
     task_gradient,
 )
-from metaheed.process import cpu_threads, pick_device
+from metaheed.process import cpu_threads, float32_products, is_out_of_memory, memory_explained, pick_device
 from metaheed.runs import Checkpoint, JsonLines, Progress, RunFolder, check_fits
-from metaheed.types import Episode, Params, TaskInfo
+from metaheed.types import Episode, Params
 
 VALIDATION_SEED = 0
 """The frozen validation tasks are the same for every run and seed."""
@@ -98,6 +103,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
         ConfigError, DataError: the setting, the data or the network cannot be used.
         RunError: the folder holds a run already, is being trained in, or cannot be written.
         NonFiniteError: a loss or gradient stopped being finite; the last checkpoint is kept.
+        OutOfMemoryError: the tasks computed at once do not fit; the last checkpoint is kept.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     check_name(config.episodes.data)
@@ -110,7 +116,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     training = replace(
         training,
         device=str(device),
-        execution=pick_execution(training.execution, device, training.threads, ":" in learner.backbone),
+        execution=_picked(training.execution, device, config),
         threads=training.threads or torch.get_num_threads(),
         out=training.out or Path("runs") / config.run_name,
     )
@@ -137,8 +143,10 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
             except (Interrupted, NonFiniteError):
                 raise
             except Exception:  # whatever it was, a run that has not begun leaves no folder that refuses the next
-                if not folder.metrics_file.exists():  # the loop has not begun
-                    for file in (folder.config_file, folder.lock_file, folder.replayed_file, folder.classes_file):
+                logs = (folder.metrics_file, folder.tasks_file)
+                if not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
+                    made_here = (folder.config_file, folder.lock_file, folder.replayed_file, folder.classes_file)
+                    for file in (*made_here, *logs):
                         file.unlink(missing_ok=True)
                 raise
     finally:
@@ -148,12 +156,21 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     return folder.path
 
 
+def _picked(execution: ExecutionName, device: torch.device, config: RunConfig) -> ExecutionName:
+    learner, B = config.learner, config.outer.meta_batch_size
+    own_network = ":" in learner.backbone
+    return pick_execution(execution, device, config.training.threads, own_network, learner.has_closed_form, B)
+
+
 def resume(
     path: Path,
     iterations: int | None = None,
     data_root: Path | None = None,
     device: str | None = None,
     reporter: Reporter | None = None,
+    execution: ExecutionName | None = None,
+    chunk_size: int | None = None,
+    capture: Literal["auto", "on", "off"] | None = None,
 ) -> Path:
     """Continue a run where its newest whole checkpoint stands, to the bits it would have had uninterrupted.
 
@@ -161,8 +178,10 @@ def resume(
         path: the run folder.
         iterations: train to this many instead; not fewer than are done.
         data_root: where the data lies now; none: where it lay.
-        device: compute here instead, and give up on the same bits.
+        device: compute here instead, and give up on the same bits; a device of another kind has its own execution.
         reporter: told how it goes.
+        execution, chunk_size: compute so instead, and give up on the same bits.
+        capture: make the steps so instead.
 
     Raises:
         As `train`; RunError also where the folder holds no run.
@@ -176,7 +195,18 @@ def resume(
         if iterations is not None:
             training = replace(training, iterations=iterations)
         if device is not None:
-            training = replace(training, device=str(pick_device(device)))
+            here = pick_device(device)
+            if here.type != torch.device(training.device).type and execution is None:
+                execution = "auto"
+            training = replace(training, device=str(here))
+        if execution is not None:
+            execution = _picked(execution, torch.device(training.device), config)
+            kept = training.chunk_size if execution in CHUNKED else None
+            training = replace(training, execution=execution, chunk_size=kept)
+        if chunk_size is not None:
+            training = replace(training, chunk_size=chunk_size)
+        if capture is not None:
+            training = replace(training, capture=capture)
         if data_root is not None:
             episodes = replace(episodes, data_root=data_root.expanduser().absolute())
         config = replace(config, training=training, episodes=episodes)
@@ -194,13 +224,17 @@ class _Session:
     learner: Learner
     rule: Rule
     tools: Tools
+    streams: Streams
     validation: Callable[[Params, Callable[[int], None]], tuple[float, float, float]]
     dataset: Dataset
     device: torch.device
+    task_bytes: int | None = None
+    """Memory that one task's gradient takes, where it was measured."""
 
 
 def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
-    with cpu_threads(config.training), _signals() as received:
+    training = config.training
+    with cpu_threads(training), float32_products(training.tf32), _signals() as received:
         folder.remove_leftovers()
         checkpoint, notices = folder.read_checkpoint()
         for notice in notices:
@@ -221,7 +255,8 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         if session.dataset.origin:
             reporter.message(f"data: {session.dataset.origin}")
         fresh = _fresh(session)
-        _try_out(session, fresh.state.meta)
+        with memory_explained(config, session.device, tasks=1):
+            _try_out(session, fresh.state.meta)
         if checkpoint is None:
             checkpoint = fresh
         else:
@@ -231,7 +266,10 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             reporter.message(f"resuming {folder.path} after iteration {checkpoint.progress.iteration}")
         if config != folder.read_config():
             folder.write_config(config)
-        _loop(session, checkpoint, reporter, received)
+        B = config.outer.meta_batch_size
+        reporter.message(describe_execution(training, session.device, B, session.streams.lie_on(session.device)))
+        with memory_explained(config, session.device, B, lambda: session.task_bytes):
+            _loop(session, checkpoint, reporter, received)
 
 
 def _finished(progress: Progress, config: RunConfig) -> bool:
@@ -242,22 +280,29 @@ def _finished(progress: Progress, config: RunConfig) -> bool:
 def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     device = pick_device(config.training.device)
     data = config.episodes
-    dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed).to(device)
+    dataset = _on_device(load_dataset(data.data, data.data_root, data.image_size, data.split_seed), device)
     folder.record_classes(dataset)
     # All episodes before the network, so that tasks the data cannot give are refused as such, test tasks included:
     # rather now than after a long training.
-    streams = _Streams(dataset, config)
+    shape, seed = config.episodes.train_shape, config.training.seed
+    training, probe = (Episodes(dataset, "train", *shape, seed, stream=name) for name in ("train", "probe"))
+    streams = Streams(training, probe, config.outer.meta_batch_size)
     frozen, _ = (Episodes(dataset, name, *config.episodes.test_shape, VALIDATION_SEED) for name in ("val", "test"))
-    seed = config.training.seed
     learner = build_learner(config.learner, config.episodes.ways, dataset.image_shape, seed)
-    B = config.outer.meta_batch_size
-    gradients = build_execution(config.training, device, learner, task_gradient)
+    backbone = getattr(learner, "backbone", None)
+    if isinstance(backbone, Backbone):
+        backbone.place_constants(device)
     tools = Tools(
-        gradients=lambda meta, batch: _checked(gradients(meta, batch), streams.latest),
+        gradients=build_execution(config.training, device, learner, task_gradient),
         initial_gradients=build_execution(config.training, device, learner, initial_gradient),
         optimizer=build_optimizer(config.outer),
-        train=lambda t: streams.batch("training", t, B),
-        probe=lambda t: streams.batch("probe", t, B),
+        train=lambda t: streams.batch("training", t),
+        probe=lambda t: streams.batch("probe", t),
+        plain_gradients=(
+            None
+            if config.training.log_initial_loss
+            else build_execution(config.training, device, learner, plain_gradient)
+        ),
     )
     outcome = build_execution(config.training, device, learner, adapted_outcome)
 
@@ -268,7 +313,20 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     # δ has a generator of its own, so that θ's start is the same under every rule.
     logged = _logged_weights(folder, config) if isinstance(config.rule, ReplayedConfig) else None
     rule = build_rule(config, torch.Generator().manual_seed(seed + 1), logged)
-    return _Session(config, folder, learner, rule, tools, validation, dataset, device)
+    return _Session(config, folder, learner, rule, tools, streams, validation, dataset, device)
+
+
+def _on_device(dataset: Dataset, device: torch.device) -> Dataset:
+    try:
+        return dataset.to(device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        size = sum(split.images.numel() for split in dataset.splits.values()) / 2**30
+        raise OutOfMemoryError(
+            f"the images of {dataset.name} take {size:.1f} GiB, which the memory of {device} does not hold: "
+            "set --device cpu, or another one"
+        ) from error
 
 
 def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
@@ -304,36 +362,6 @@ def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
     return weights
 
 
-class _Streams:
-    """Training and probe batches, and which was asked for last (for messages)."""
-
-    def __init__(self, dataset: Dataset, config: RunConfig) -> None:
-        shape, seed = config.episodes.train_shape, config.training.seed
-        self._episodes = {
-            "training": Ahead(Episodes(dataset, "train", *shape, seed, stream="train")),
-            "probe": Ahead(Episodes(dataset, "train", *shape, seed, stream="probe")),
-        }
-        self.latest = ""
-
-    def batch(self, stream: str, t: int, tasks: int) -> Episode:
-        self.latest = stream
-        return self._episodes[stream].batch(t * tasks, tasks)
-
-
-def _checked(result: tuple[Params, TaskInfo], stream: str) -> tuple[Params, TaskInfo]:
-    grads, info = result
-    finite_loss = torch.isfinite(info.query_loss) & torch.isfinite(info.initial_loss)
-    finite_gradient = torch.isfinite(info.grad_norm) & torch.stack(
-        [torch.isfinite(g).reshape(len(g), -1).all(1) for g in grads.values()]
-    ).all(0)
-    if not bool((finite_loss & finite_gradient).all()):
-        for task, (loss, gradient) in enumerate(zip(finite_loss.tolist(), finite_gradient.tolist(), strict=True), 1):
-            if not (loss and gradient):
-                what = "gradient" if loss else "loss"
-                raise NonFiniteTaskError(what, task, stream)
-    return result
-
-
 def _try_out(session: _Session, meta: Params) -> None:
     """Two gradients of one task: refuses a network that cannot be differentiated twice, or that is random.
 
@@ -344,15 +372,23 @@ def _try_out(session: _Session, meta: Params) -> None:
     backbone = session.config.learner.backbone
     execution = build_execution(session.config.training, session.device, session.learner, task_gradient)
     task = Episode(*(part[:1] for part in session.tools.train(0)))
+    on_cuda = session.device.type == "cuda"
+    if on_cuda:
+        torch.cuda.reset_peak_memory_stats(session.device)
+        before = torch.cuda.memory_allocated(session.device)
     try:
         (_, info), (_, again) = execution(meta, task), execution(meta, task)
     except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
         raise ConfigError(
             f"backbone {backbone!r} cannot be meta-learned under the {session.config.training.execution} execution "
             f"({str(error).splitlines()[0]}). Try --execution looped; where it is attention whose second derivative is "
             "missing, use torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in its forward; where it writes into its own "
             "buffers, make it stop"
         ) from error
+    if on_cuda:
+        session.task_bytes = torch.cuda.max_memory_allocated(session.device) - before
     # Kernels of a GPU may round differently from call to call; a loss that is not finite is found by the loop.
     if not torch.allclose(info.query_loss, again.query_loss, rtol=1e-6, equal_nan=True):
         raise ConfigError(
@@ -379,7 +415,15 @@ class _StopRequested(Exception):  # noqa: N818  # a request, not an error
 def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: list[int]) -> None:
     training, folder = session.config.training, session.folder
     progress, best = start.progress, start.best
-    state = _to(start.state, session.device)
+    steps = build_steps(
+        training,
+        session.device,
+        session.rule,
+        session.tools,
+        session.streams,
+        _to(start.state, session.device),
+        reporter.message,
+    )
     metrics = JsonLines(folder.metrics_file, progress.metrics_bytes)
     tasks = JsonLines(folder.tasks_file, progress.tasks_bytes)
     events = _Events(session.config, folder, progress.iteration)
@@ -387,7 +431,7 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
     def save() -> None:
         nonlocal progress
         progress = progress._replace(metrics_bytes=metrics.sync(), tasks_bytes=tasks.sync())
-        folder.write_checkpoint(Checkpoint(progress, state, best, session.dataset.image_shape))
+        folder.write_checkpoint(Checkpoint(progress, steps.state, best, session.dataset.image_shape))
 
     def check_stop(_: int = 0) -> None:
         if received:
@@ -396,31 +440,37 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
     reporter.start(progress.iteration, training.iterations)
     try:
         while not _finished(progress, session.config):
-            due = progress.iteration % training.val_every == 0 or progress.iteration == training.iterations
-            if progress.iteration > progress.validated and due:
-                iteration = progress.iteration
+            done = progress.iteration
+            due = done % training.val_every == 0 or done == training.iterations
+            if done > progress.validated and due:
+                meta = steps.state.meta
                 try:
-                    accuracy, half_width, loss = session.validation(state.meta, check_stop)
+                    accuracy, half_width, loss = session.validation(meta, check_stop)
                 except NonFiniteError as error:
-                    raise NonFiniteError(f"validation after iteration {iteration}: {error}. {_REMEDY}") from error
+                    raise NonFiniteError(f"validation after iteration {done}: {error}. {_REMEDY}") from error
                 better = accuracy > progress.best_accuracy
-                progress = progress._replace(validated=iteration)
+                progress = progress._replace(validated=done)
                 if better:
-                    progress = progress._replace(best_iteration=iteration, best_accuracy=accuracy)
-                    best = dict(state.meta)
-                line = {"iteration": iteration, "validation_accuracy": accuracy, "validation_loss": _short(loss)}
+                    progress = progress._replace(best_iteration=done, best_accuracy=accuracy)
+                    best = dict(meta)
+                line = {"iteration": done, "validation_accuracy": accuracy, "validation_loss": _short(loss)}
                 metrics.write(line)
-                events.write(iteration, {"validation/accuracy": accuracy, "validation/loss": loss})
-                reporter.validation(iteration, accuracy, half_width, better)
+                events.write(done, {"validation/accuracy": accuracy, "validation/loss": loss})
+                reporter.validation(done, accuracy, half_width, better)
                 # Kept at once: a validation costs as much as many steps.
                 save()
                 continue
             check_stop()
-            state, record = _step(session, state, progress.iteration)
-            progress = progress._replace(iteration=progress.iteration + 1)
-            loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
-            reporter.step(progress.iteration, loss, accuracy)
-            if progress.iteration % training.checkpoint_every == 0:
+            every = (training.val_every, training.checkpoint_every)
+            ahead = min(training.iterations - done, *(interval - done % interval for interval in every))
+            try:
+                for record in steps.advance(done, min(ahead, steps.block), lambda: bool(received)):
+                    progress = progress._replace(iteration=progress.iteration + 1)
+                    loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
+                    reporter.step(progress.iteration, loss, accuracy)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"iteration {progress.iteration + 1}: {error}. {_REMEDY}") from error
+            if progress.iteration > done and progress.iteration % training.checkpoint_every == 0:
                 save()
     except _StopRequested:
         save()
@@ -430,21 +480,10 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
         ) from None
     finally:
         reporter.stop()
+        steps.close()
         events.close()
         metrics.close()
         tasks.close()
-
-
-def _step(session: _Session, state: OuterState, t: int) -> tuple[OuterState, StepRecord]:
-    try:
-        state, record = session.rule.step(state, t, session.tools)
-        for group, tree in (("parameters", state.meta), ("attention", state.rule)):
-            for name, leaf in tree.items():
-                if not bool(torch.isfinite(leaf).all()):
-                    raise NonFiniteError(f"{name!r} of the {group} is not finite after the outer step")
-        return state, record
-    except NonFiniteError as error:
-        raise NonFiniteError(f"iteration {t + 1}: {error}. {_REMEDY}") from error
 
 
 def _log(
@@ -476,9 +515,9 @@ def _log(
     return loss, accuracy
 
 
-def _short(value: float) -> float:
-    # What a float32 holds, and no more.
-    return float(f"{value:.8g}")
+def _short(value: float) -> float | None:
+    # What a float32 holds, and no more; JSON has no NaN.
+    return None if math.isnan(value) else float(f"{value:.8g}")
 
 
 def _to(state: OuterState, device: torch.device) -> OuterState:

@@ -1,12 +1,14 @@
+import os
 import queue
 import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from metaheed.data import Ahead, Dataset, Episodes
-from metaheed.data.episodes import Draw
+from metaheed.data.episodes import Draw, apart_from_forks
 from metaheed.data.images import make_split
 from metaheed.errors import ConfigError, DataError
 
@@ -92,7 +94,8 @@ def test_classes_of_unequal_size_are_drawn_as_one_by_one(small_dataset: Dataset)
     """The draws for equal classes are made at once; they must be those of each class on its own."""
     episodes = Episodes(small_dataset, "train", 5, 2, 7, seed=3)
     at_once = [episodes.rows(index) for index in range(20)]
-    episodes._equal = False
+    assert episodes._at_once
+    episodes._at_once = False
     assert all(np.array_equal(episodes.rows(index), rows) for index, rows in enumerate(at_once))
 
 
@@ -123,6 +126,33 @@ def test_the_next_batch_is_drawn_while_this_one_is_used(
     assert seen[0][2] == threading.get_ident() != seen[1][2]
     ahead.batch(4, 4)
     assert drawn.get(timeout=10)[:2] == (8, 4), "the one that was ready was used, and the next begun"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_no_fork_happens_in_mid_draw(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    episodes = Episodes(small_dataset, "train", 5, 1, 3, seed=3)
+    begun, drawn = threading.Event(), threading.Event()
+    draw = episodes.draw
+
+    def slow(first: int, count: int) -> Draw:
+        if first:
+            begun.set()
+            time.sleep(0.3)
+            drawn.set()
+        return draw(first, count)
+
+    monkeypatch.setattr(episodes, "draw", slow)
+    ahead = Ahead(episodes)
+    ahead.batch(0, 4)
+    assert begun.wait(10)
+    child = os.fork()
+    if child == 0:
+        os._exit(not apart_from_forks(drawn.is_set))
+    assert drawn.is_set(), "the fork waited for the draw"
+    assert os.waitpid(child, 0)[1] == 0, "and the child can draw"
+    for ours, theirs in zip(ahead.batch(4, 4), episodes.batch(4, 4), strict=True):
+        assert torch.equal(ours, theirs)
+    ahead.close()
 
 
 def test_every_class_with_too_few_images_is_named() -> None:

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from metaheed.errors import ConfigError
+from metaheed.learners.derivatives import value_and_pullback
 from metaheed.outer import adam, clipped, sgd
-from metaheed.outer.gradients import value_and_pullback
 from metaheed.types import Params
 
 

@@ -7,16 +7,23 @@ attention share nothing with the training batches but the classes.
 """
 
 import hashlib
+import os
+import threading
 import zlib
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from metaheed.data.images import Dataset
 from metaheed.errors import ConfigError, DataError
 from metaheed.types import Episode
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Episodes:
@@ -57,7 +64,8 @@ class Episodes:
         self.split = dataset.split(split)
         self.ways, self.shots, self.queries = ways, shots, queries
         self._key = (seed, zlib.crc32((stream or split).encode()))
-        self._equal = len(set(self.split.counts)) == 1
+        # Sorting all of a few keys at once is quicker than to pick the smallest class by class; of many it is not.
+        self._at_once = len(set(self.split.counts)) == 1 and self.split.counts[0] < 200
         where = f"split {split!r} of {dataset.name}"
         if ways > len(self.split.classes):
             raise DataError(
@@ -84,11 +92,15 @@ class Episodes:
         chosen = sample(bits, len(self.split.classes), self.ways)
         each = self.shots + self.queries
         starts, counts = self.split.starts, self.split.counts
-        if self._equal:
+        if self._at_once:
             # The same draws, all classes' keys at once.
             keys = bits.random_raw(self.ways * counts[0]).reshape(self.ways, counts[0])
             return starts[chosen, None] + np.argsort(keys, axis=1, kind="stable")[:, :each]
         return np.stack([starts[c] + sample(bits, counts[c], each) for c in chosen])
+
+    def batch_rows(self, first: int, count: int) -> np.ndarray:
+        """(count, N, K+Q) image rows of tasks first … first+count−1."""
+        return np.stack([self.rows(index) for index in range(first, first + count)])
 
     def batch(self, first: int, count: int) -> Episode:
         """Tasks first … first+count−1 as one batched Episode, images float32, gathered at once."""
@@ -96,30 +108,38 @@ class Episodes:
 
     def draw(self, first: int, count: int) -> "Draw":
         """The first part of `batch`, which touches no accelerator: rows, and their images if they lie on the CPU."""
-        rows = torch.from_numpy(np.stack([self.rows(index) for index in range(first, first + count)]))
-        support, query = rows[:, :, : self.shots].flatten(), rows[:, :, self.shots :].flatten()
-        images = self.split.images
-        if images.device.type != "cpu":
-            return Draw(count, support, query)
-        return Draw(count, images[support], images[query])
+        rows = torch.from_numpy(self.batch_rows(first, count))
+        return Draw(rows, self._pixels(rows) if self.split.images.device.type == "cpu" else None)
 
     def episode(self, draw: "Draw") -> Episode:
         """The second part of `batch`."""
-        N, K, Q = self.ways, self.shots, self.queries
-        images = self.split.images
-        device = images.device if self.dataset.device is None else self.dataset.device
-        labels = torch.arange(N, device=device)
+        if draw.pixels is None:
+            return self.gather(draw.rows.to(self.split.images.device))
+        return self._scaled(draw.pixels, len(draw.rows))
 
-        def x(chosen: torch.Tensor) -> torch.Tensor:
-            pixels = chosen if images.device.type == "cpu" else images[chosen.to(images.device)]
-            return self.dataset.normalize(pixels.to(device)).view(draw.tasks, -1, *pixels.shape[1:])
+    def gather(self, rows: Tensor) -> Episode:
+        """The batch of these image rows, (count, N, K+Q) on the images' device. Where the batches come out there, too,
+        the host neither waits nor copies, so that a CUDA graph can hold it.
+        """
+        return self._scaled(self._pixels(rows), len(rows))
 
-        return Episode(
-            support_x=x(draw.support),
-            support_y=labels.repeat_interleave(K).expand(draw.tasks, -1),
-            query_x=x(draw.query),
-            query_y=labels.repeat_interleave(Q).expand(draw.tasks, -1),
+    def _pixels(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        # Support and query apart, so that neither is copied out of the other's midst once it is float32.
+        parts = rows[:, :, : self.shots], rows[:, :, self.shots :]
+        support, query = (self.split.images.index_select(0, part.flatten()) for part in parts)
+        return support, query
+
+    def _scaled(self, pixels: tuple[Tensor, Tensor], count: int) -> Episode:
+        device = self.split.images.device if self.dataset.device is None else self.dataset.device
+        labels = torch.arange(self.ways, device=device).unsqueeze(1)
+        (support_x, support_y), (query_x, query_y) = (
+            (
+                self.dataset.normalize(part.to(device)).view(count, -1, *part.shape[1:]),
+                labels.expand(count, self.ways, each).flatten(1, 2),
+            )
+            for part, each in zip(pixels, (self.shots, self.queries), strict=True)
         )
+        return Episode(support_x, support_y, query_x, query_y)
 
     def __getitem__(self, index: int) -> Episode:
         return Episode(*(part[0] for part in self.batch(index, 1)))
@@ -135,18 +155,17 @@ class Episodes:
 class Draw(NamedTuple):
     """A batch of tasks whose images have been chosen."""
 
-    tasks: int
-    """B."""
-    support: torch.Tensor
-    """(B·N·K, C, H, W) uint8; or (B·N·K,) int64, the rows of images that are gathered where they lie."""
-    query: torch.Tensor
-    """(B·N·Q, …) likewise."""
+    rows: Tensor
+    """(B, N, K+Q) int64."""
+    pixels: tuple[Tensor, Tensor] | None
+    """(B·N·K, C, H, W) and (B·N·Q, C, H, W) uint8; none of images that are gathered where they lie."""
 
 
 class Ahead:
     """Batch after batch of a stream, the next one being drawn in a thread of its own while this one is trained on.
 
-    Drawing takes a processor core and, from a memory map, may wait for the disk; what comes out is the same.
+    Drawing takes a processor core and, from a memory map, may wait for the disk; what comes out is the same. The thread
+    begins with the first batch.
     """
 
     def __init__(self, episodes: Episodes) -> None:
@@ -159,9 +178,27 @@ class Ahead:
         expected, self._next = self._next, None
         ready = expected is not None and expected[0] == (first, count)
         draw = expected[1].result() if expected is not None and ready else self._episodes.draw(first, count)
-        following = (first + count, count)
-        self._next = (following, self._pool.submit(self._episodes.draw, *following))
+        drawing = self._pool.submit(apart_from_forks, self._episodes.draw, first + count, count)
+        self._next = ((first + count, count), drawing)
         return self._episodes.episode(draw)
+
+    def close(self) -> None:
+        """End the thread, and forget what it drew."""
+        self._pool.shutdown(cancel_futures=True)
+        self._next = None
+
+
+_NO_FORK = threading.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_NO_FORK.acquire, after_in_parent=_NO_FORK.release, after_in_child=_NO_FORK.release)
+
+
+def apart_from_forks(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The function's result, from a thread: this process forks before or after, never meanwhile, when the thread could
+    hold a lock of a library that the child, without the thread, would then wait for in vain.
+    """
+    with _NO_FORK:
+        return function(*args, **kwargs)
 
 
 def sample(bits: np.random.Philox, population: int, count: int) -> np.ndarray:
@@ -169,4 +206,6 @@ def sample(bits: np.random.Philox, population: int, count: int) -> np.ndarray:
     `population` random keys, so unbiased and exactly defined.
     """
     keys: np.ndarray = bits.random_raw(population)
-    return np.argsort(keys, kind="stable")[:count]
+    # Only what can be among the smallest is sorted: of thousands of classes, a handful.
+    candidates = np.flatnonzero(keys <= np.partition(keys, count - 1)[count - 1])
+    return candidates[np.argsort(keys[candidates], kind="stable")][:count]

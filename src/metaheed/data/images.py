@@ -6,7 +6,7 @@ Legend: n images of C×H×W; a class is a run of consecutive rows.
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import torch
@@ -84,8 +84,7 @@ class Dataset:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """uint8 (..., C, H, W) to float32: /255, minus mean, over standard deviation, channel by channel."""
-        mean = torch.tensor(self.mean, device=pixels.device).view(-1, 1, 1)
-        std = torch.tensor(self.std, device=pixels.device).view(-1, 1, 1)
+        mean, std = (_per_channel(values, pixels.device) for values in (self.mean, self.std))
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def to(self, device: torch.device) -> "Dataset":
@@ -98,6 +97,12 @@ class Dataset:
                 return replace(self, device=device)
         moved = {name: replace(s, images=s.images.to(device)) for name, s in self.splits.items()}
         return replace(self, splits=moved, device=device)
+
+
+@lru_cache(maxsize=64)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    # Kept: to make it on a device anew is a copy that the host waits for.
+    return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def make_split(name: str, classes: Sequence[str], images: Sequence[np.ndarray]) -> Split:

@@ -3,14 +3,15 @@
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad_and_value
+from torch.func import functional_call, grad_and_value, vjp
 
 from metaheed.errors import ConfigError, unknown
+from metaheed.learners.closed_form import ClosedForm, closed_form, mean_cross_entropy
+from metaheed.learners.derivatives import Step, needs_graph, recomputed, transformed
 from metaheed.types import Params
 
 
@@ -38,26 +39,114 @@ class Learner(Protocol):
 
 
 def task_loss(learner: Learner, adapted: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in nats (0-d) and the logits (n, N) it was computed from, at base parameters φ."""
-    logits = learner.predict(adapted, x)
-    return F.cross_entropy(logits, y), logits
+    """Mean cross-entropy in nats (0-d) and the logits (n, N) it was computed from, at base parameters φ.
 
-
-def support_gradient(
-    learner: Learner, at: Params, x: Tensor, y: Tensor, names: Sequence[str] | None = None
-) -> tuple[Params, Tensor]:
-    """∇L of the mean cross-entropy on a support set at base parameters φ, and L (0-d).
-
-    Differentiable; with `names`, the gradient with respect to these parameters only.
+    Of a batch of tasks where `takes_batches`: (B,) and (B, n, N).
     """
+    logits = learner.predict(adapted, x)
+    return mean_cross_entropy(logits, y), logits
+
+
+def has_closed_form(learner: Learner) -> bool:
+    """Whether its own arithmetic is elementwise in the parameters, and its network known in closed form."""
+    if not isinstance(learner, NetworkLearner) or not type(learner).__dict__.get("elementwise", False):
+        return False
+    return learner.network is not None and learner.network.known is not None
+
+
+def takes_batches(learner: Learner, meta: Params, x: Tensor) -> bool:
+    """Whether the learner's functions also work on many tasks at once: every argument with a leading axis of tasks.
+
+    So they do where it has a closed form, and that applies to these tensors.
+
+    Args:
+        learner: a subclass of ours counts as unknown, whatever it overrides.
+        meta: θ, without that axis.
+        x: images (B, n, C, H, W).
+    """
+    if x.dim() != 5 or not has_closed_form(learner):
+        return False
+    assert isinstance(learner, NetworkLearner)
+    assert learner.network is not None
+    return learner.network.closed_form(learner.initial(meta), x) is not None
+
+
+def loss_gradient(
+    learner: Learner, at: Params, x: Tensor, y: Tensor, names: Sequence[str] | None = None
+) -> tuple[Params, Tensor, Tensor]:
+    """∇L of the mean cross-entropy on a set of images at base parameters φ, L (0-d), and the logits (n, N).
+
+    With `names`, the gradient with respect to these parameters only. The gradient is differentiable. Where the
+    learner's network has a closed form (see `closed_form.py`) that is used, else autograd; they agree to rounding.
+    """
+    network = learner.network if isinstance(learner, NetworkLearner) else None
+    fast = None if network is None else network.closed_form(at, x)
+    if fast is None:
+        return _general_gradient(learner, at, x, y, names)
+    wanted = tuple(at if names is None else names)
+    if x.dim() == 4:  # one task
+        result = loss_gradient(
+            learner, {n: p.unsqueeze(0) for n, p in at.items()}, x.unsqueeze(0), y.unsqueeze(0), names
+        )
+        gradient, loss, logits = result
+        return {n: g.squeeze(0) for n, g in gradient.items()}, loss.squeeze(0), logits.squeeze(0)
+    if not needs_graph(at):
+        return fast.gradient(at, x, y, wanted)[:3]
+    loss, logits, *leaves = _ClosedGradient.apply(learner, fast, tuple(at), wanted, x, y, *at.values())  # type: ignore[no-untyped-call]
+    return dict(zip(wanted, leaves, strict=True)), loss, logits
+
+
+def _general_gradient(
+    learner: Learner, at: Params, x: Tensor, y: Tensor, names: Sequence[str] | None
+) -> tuple[Params, Tensor, Tensor]:
     moving = at if names is None else {name: at[name] for name in names}
-    gradient, (loss, _) = grad_and_value(lambda p: task_loss(learner, {**at, **p}, x, y), has_aux=True)(moving)
-    return gradient, loss
+    gradient, (loss, logits) = grad_and_value(lambda p: task_loss(learner, {**at, **p}, x, y), has_aux=True)(moving)
+    return gradient, loss, logits
 
 
-def detached(tree: Params) -> Params:
-    """The same values as constants."""
-    return {name: leaf.detach() for name, leaf in tree.items()}
+class _ClosedGradient(torch.autograd.Function):
+    """`loss_gradient` as one node of autograd's graph; backward is one product with the Hessian."""
+
+    @staticmethod
+    def forward(ctx, learner, fast, names, wanted, x, y, *leaves):  # type: ignore[no-untyped-def]
+        at = dict(zip(names, leaves, strict=True))
+        gradient, loss, logits, ctx.tape = fast.gradient(at, x, y, wanted, keep=True)
+        ctx.learner, ctx.fast, ctx.names, ctx.wanted = learner, fast, names, wanted
+        ctx.save_for_backward(x, y, *leaves)
+        ctx.set_materialize_grads(False)
+        return loss, logits, *gradient.values()
+
+    @staticmethod
+    def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
+        x, y, *leaves = ctx.saved_tensors
+        at = dict(zip(ctx.names, leaves, strict=True))
+        loss, logits, *directions = cotangents
+        if torch.is_grad_enabled() or loss is not None or logits is not None:
+            # Third derivatives, or those of the loss itself: autograd's.
+            def function(at):  # type: ignore[no-untyped-def]
+                # Task by task: PyTorch 2.13's derivative of a vmapped gradient of convolutions is wrong.
+                tasks = range(len(y))
+                each = [
+                    _general_gradient(ctx.learner, {n: p[i] for n, p in at.items()}, x[i], y[i], ctx.wanted)
+                    for i in tasks
+                ]
+                gradients, losses, logits = zip(*each, strict=True)
+                slopes = (torch.stack([g[name] for g in gradients]) for name in ctx.wanted)
+                return torch.stack(losses), torch.stack(logits), *slopes
+
+            value, pull = vjp(function, at)  # type: ignore[misc]  # torch's annotation covers its has_aux form too
+            given = tuple(
+                torch.zeros_like(v) if cotangent is None else cotangent
+                for v, cotangent in zip(value, cotangents, strict=True)
+            )
+            pulled = pull(given)[0]
+        else:
+            direction = {n: d for n, d in zip(ctx.wanted, directions, strict=True) if d is not None}
+            tape, ctx.tape = ctx.tape, None  # its memory is free for the next step's
+            if tape is None:  # a second time through the same graph
+                tape = ctx.fast.gradient(at, x, y, keep=True)[3]
+            pulled = ctx.fast.hessian_product(at, tape, direction)
+        return None, None, None, None, None, None, *(pulled[name] for name in ctx.names)
 
 
 def below(prefix: str, tree: Params) -> Params:
@@ -88,6 +177,8 @@ class Backbone:
                 f"running statistics of {', '.join(converted)} are made batch statistics, on a copy of the network",
                 stacklevel=3,
             )
+        self.known = closed_form(self.module)
+        """The network's closed form, if it is one of those that have one."""
 
     @property
     def names(self) -> list[str]:
@@ -152,15 +243,51 @@ class Backbone:
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         """Logits (n, N) in the parameters' dtype."""
+        if not needs_graph(params) and (fast := self.closed_form(params, x)) is not None:
+            if x.dim() == 5:
+                return fast.logits(params, x)
+            return fast.logits({n: p.unsqueeze(0) for n, p in params.items()}, x.unsqueeze(0)).squeeze(0)
         like = next(iter(params.values()))
         logits: Tensor = functional_call(self.module, {**self._constants(like), **params}, (x.to(like.dtype),))
         return logits
+
+    def closed_form(self, params: Params, x: Tensor) -> ClosedForm | None:
+        """The network's derivatives without autograd, where they are known and apply to these very tensors."""
+        fast = self.known
+        if fast is None or not fast.applies or not _plain([x, *params.values()]) or x.requires_grad:
+            return None
+        return fast if set(params) == fast.names else None
+
+    def place_constants(self, device: torch.device) -> None:
+        """Move frozen parameters and buffers to where the network is called, lest every call copy them there."""
+        for part in self.module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(device)
+            for p in part.parameters(recurse=False):
+                if not p.requires_grad:
+                    p.data = p.data.to(device)
 
     def _constants(self, like: Tensor) -> Params:
         """Frozen parameters and buffers, where they must follow the parameters to their device and dtype."""
         frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
         constants = {**frozen, **dict(self.module.named_buffers())}
         return {n: c.to(like.device, like.dtype if c.is_floating_point() else c.dtype) for n, c in constants.items()}
+
+
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are ordinary tensors on a CPU, and nothing transforms what is computed from them."""
+    if transformed() or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.autograd.forward_ad._current_level >= 0 or torch.compiler.is_compiling():
+        return False
+    dtype = tensors[-1].dtype
+    return (
+        dtype in (torch.float32, torch.float64)
+        and all(
+            type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.layout == torch.strided for t in tensors
+        )
+        and all(t.dtype == dtype for t in tensors[1:])
+    )
 
 
 def _refuse(module: nn.Module) -> None:
@@ -194,3 +321,47 @@ def _use_batch_statistics(part: nn.Module) -> bool:
     part.track_running_stats = False
     part.running_mean = part.running_var = part.num_batches_tracked = None
     return True
+
+
+class NetworkLearner:
+    """What learners on a backbone share: θ and φ are its parameters under their own names unless a learner says else.
+
+    Args:
+        backbone: any network from images to logits; see `Backbone` for what is converted and refused.
+        adaptation_steps: T.
+        recompute: compute each inner step again in the reverse pass instead of keeping its graph.
+    """
+
+    elementwise: ClassVar[bool] = False
+    """Whether the learner itself treats each parameter's entries alike, so that an axis before them changes nothing."""
+
+    def __init__(self, backbone: nn.Module, adaptation_steps: int = 1, recompute: bool = False) -> None:
+        self.backbone = Backbone(backbone)
+        self.adaptation_steps = adaptation_steps
+        self.recompute = recompute
+
+    @property
+    def network(self) -> Backbone | None:
+        """The backbone, if predictions are its logits and nothing more."""
+        return self.backbone if type(self).predict is NetworkLearner.predict else None
+
+    def init(self, generator: torch.Generator) -> Params:
+        """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
+        return self.backbone.init(generator)
+
+    def initial(self, meta: Params) -> Params:
+        """φ⁰ = θ."""
+        return meta
+
+    def predict(self, adapted: Params, x: Tensor) -> Tensor:
+        """Logits (n, N) at φ."""
+        return self.backbone(adapted, x)
+
+    def steps(self, step: Step, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """T times state ← step(θ, state, support set)."""
+        for _ in range(self.adaptation_steps):
+            if self.recompute:
+                state = recomputed(step, meta, state, support_x, support_y)
+            else:
+                state = step(meta, state, support_x, support_y)
+        return state

@@ -10,15 +10,15 @@ solve a new task.
 With `first_order` the gradients of step 2 count as constants in step 3 (FOMAML, section 5.2).
 """
 
-import torch
 from torch import Tensor, nn
 
 from metaheed.config import MAMLConfig
-from metaheed.learners.base import Backbone, detached, support_gradient
+from metaheed.learners.base import NetworkLearner, loss_gradient
+from metaheed.learners.derivatives import detached
 from metaheed.types import Params
 
 
-class MAML:
+class MAML(NetworkLearner):
     """Learner whose θ are the backbone's parameters under their own names.
 
     Deviation from the paper: batch norm uses batch statistics everywhere (as its authors' code does).
@@ -28,10 +28,15 @@ class MAML:
         adaptation_steps: T.
         fast_lr: α.
         first_order: drop second derivatives.
+        recompute: keep memory flat in T, for more time; the results are the same.
 
     Raises:
         ConfigError: a setting out of its bounds, or a backbone that cannot be adapted.
     """
+
+    elementwise = True
+    moving: tuple[str, ...] | None = None
+    """The parameters that step 2 moves; none: all."""
 
     def __init__(
         self,
@@ -39,30 +44,18 @@ class MAML:
         adaptation_steps: int = MAMLConfig.adaptation_steps,
         fast_lr: float = MAMLConfig.fast_lr,
         first_order: bool = MAMLConfig.first_order,
+        recompute: bool = MAMLConfig.recompute,
     ) -> None:
         MAMLConfig(adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order)  # checks the bounds
-        self.backbone = Backbone(backbone)
-        self.adaptation_steps = adaptation_steps
+        super().__init__(backbone, adaptation_steps, recompute)
         self.fast_lr = fast_lr
         self.first_order = first_order
 
-    def init(self, generator: torch.Generator) -> Params:
-        """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
-        return self.backbone.init(generator)
-
-    def initial(self, meta: Params) -> Params:
-        """φ⁰ = θ."""
-        return meta
-
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φᵀ after T gradient steps on the support set."""
-        adapted = self.initial(meta)
-        for _ in range(self.adaptation_steps):
-            at = detached(adapted) if self.first_order else adapted
-            gradient, _ = support_gradient(self, at, support_x, support_y)
-            adapted = {name: p - self.fast_lr * gradient[name] for name, p in adapted.items()}
-        return adapted
+        return self.steps(self._step, meta, self.initial(meta), support_x, support_y)
 
-    def predict(self, adapted: Params, x: Tensor) -> Tensor:
-        """Logits (n, N) at φ."""
-        return self.backbone(adapted, x)
+    def _step(self, meta: Params, adapted: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        at = detached(adapted) if self.first_order else adapted
+        gradient, _, _ = loss_gradient(self, at, support_x, support_y, self.moving)
+        return {n: p - self.fast_lr * gradient[n] if n in gradient else p for n, p in adapted.items()}

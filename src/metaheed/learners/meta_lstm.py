@@ -14,7 +14,8 @@ each coordinate has its own state.
    c_t = σ(f̃_t) ∘ c_{t−1} − σ(ĩ_t) ∘ g_t
 3. φᵀ = c_T. θ = {c_0, LSTM, W_F, b_F, W_I, b_I} is judged by the query loss there.
 
-Legend: D coordinates of φ, H hidden size. A coordinate is a column, (features, D): so the gates are contiguous.
+Legend: D coordinates of φ, H hidden size. A coordinate is a column, (features, D): so the gates are contiguous. Where
+many tasks are adapted at once everything has a leading axis of tasks.
 """
 
 import math
@@ -23,13 +24,13 @@ import torch
 from torch import Tensor, nn
 
 from metaheed.config import MetaLSTMConfig
-from metaheed.learners.base import Backbone, below, detached, support_gradient
+from metaheed.learners.base import NetworkLearner, below, loss_gradient
 from metaheed.types import Params
 
 _P = 10.0  # p of the preprocessing
 
 
-class MetaLSTM:
+class MetaLSTM(NetworkLearner):
     """Learner whose θ are c_0, the lower LSTM and the two gates.
 
     Names: `initial.NAME` for each of the backbone's parameters NAME (c_0); `lstm.weight_ih` (4H, 4), `lstm.weight_hh`
@@ -49,10 +50,13 @@ class MetaLSTM:
         hidden_size: H.
         forget_bias: bounds of the uniform draw of b_F.
         input_bias: bounds of the uniform draw of b_I.
+        recompute: keep memory flat in T, for more time; the results are the same.
 
     Raises:
         ConfigError: a setting out of its bounds, or a backbone that cannot be adapted.
     """
+
+    elementwise = True
 
     def __init__(
         self,
@@ -61,19 +65,19 @@ class MetaLSTM:
         hidden_size: int = MetaLSTMConfig.hidden_size,
         forget_bias: tuple[float, float] = MetaLSTMConfig.forget_bias,
         input_bias: tuple[float, float] = MetaLSTMConfig.input_bias,
+        recompute: bool = MetaLSTMConfig.recompute,
     ) -> None:
         MetaLSTMConfig(
             adaptation_steps=adaptation_steps, hidden_size=hidden_size, forget_bias=forget_bias, input_bias=input_bias
         )
-        self.backbone = Backbone(backbone)
-        self.adaptation_steps = adaptation_steps
+        super().__init__(backbone, adaptation_steps, recompute)
         self.hidden_size = hidden_size
         self.forget_bias = forget_bias
         self.input_bias = input_bias
 
     def init(self, generator: torch.Generator) -> Params:
         """θ: c_0 as MAML's θ at the same seed, the rest drawn as the class says."""
-        start = self.backbone.init(generator)
+        start = super().init(generator)
         like, H = next(iter(start.values())), self.hidden_size
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -97,45 +101,46 @@ class MetaLSTM:
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φᵀ = c_T after T steps of the learned optimiser on the support set."""
-        start = self.initial(meta)
-        c = _flat(start)  # (1, D)
-        h = m = c.new_zeros(self.hidden_size, c.shape[1])
-        forget = take = torch.zeros_like(c)  # f̃, ĩ
-        for _ in range(self.adaptation_steps):
-            gradient, loss = support_gradient(self, detached(_unflat(c, start)), support_x, support_y)
-            g, loss = _flat(gradient).detach(), loss.detach().reshape(1, 1)
-            x = torch.cat([preprocess(loss).expand(2, g.shape[1]), preprocess(g)])  # (4, D)
-            h, m = _lstm_cell(meta, x, h, m)
-            forget = meta["forget_gate.weight"] @ torch.cat([h, c, forget]) + meta["forget_gate.bias"].unsqueeze(1)
-            take = meta["input_gate.weight"] @ torch.cat([h, c, take]) + meta["input_gate.bias"].unsqueeze(1)
-            c = torch.sigmoid(forget) * c - torch.sigmoid(take) * g
-        return _unflat(c, start)
+        c = _flat(self.initial(meta), support_y)  # (1, D)
+        nothing = c.new_zeros(*c.shape[:-2], self.hidden_size, c.shape[-1])
+        state = {"c": c, "h": nothing, "m": nothing, "forget": torch.zeros_like(c), "take": torch.zeros_like(c)}
+        state = self.steps(self._step, meta, state, support_x, support_y)
+        return _unflat(state["c"], self.initial(meta))
 
-    def predict(self, adapted: Params, x: Tensor) -> Tensor:
-        """Logits (n, N) at φ."""
-        return self.backbone(adapted, x)
+    def _step(self, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        c, forget, take = state["c"], state["forget"], state["take"]  # f̃, ĩ
+        at = _unflat(c.detach(), self.initial(meta))
+        gradient, loss, _ = loss_gradient(self, at, support_x, support_y)
+        g, loss = _flat(gradient, support_y).detach(), loss.detach()[..., None, None]
+        x = torch.cat([preprocess(loss).expand(*g.shape[:-2], 2, g.shape[-1]), preprocess(g)], -2)  # (4, D)
+        h, m = _lstm_cell(meta, x, state["h"], state["m"])
+        forget = meta["forget_gate.weight"] @ torch.cat([h, c, forget], -2) + meta["forget_gate.bias"].unsqueeze(-1)
+        take = meta["input_gate.weight"] @ torch.cat([h, c, take], -2) + meta["input_gate.bias"].unsqueeze(-1)
+        c = torch.sigmoid(forget) * c - torch.sigmoid(take) * g
+        return {"c": c, "h": h, "m": m, "forget": forget, "take": take}
 
 
 def preprocess(x: Tensor) -> Tensor:
-    """(1, n) -> (2, n): (log|x|/p, sign x) where |x| ≥ e⁻ᵖ, else (−1, eᵖ x); p = 10."""
+    """(…, 1, n) -> (…, 2, n): (log|x|/p, sign x) where |x| ≥ e⁻ᵖ, else (−1, eᵖ x); p = 10."""
     size = x.abs()
     large = size >= math.exp(-_P)
     log = torch.where(large, size, 1.0).log() / _P
-    return torch.cat([torch.where(large, log, -1.0), torch.where(large, x.sign(), math.exp(_P) * x)])
+    return torch.cat([torch.where(large, log, -1.0), torch.where(large, x.sign(), math.exp(_P) * x)], -2)
 
 
 def _lstm_cell(meta: Params, x: Tensor, h: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
     # torch.nn.LSTMCell in plain matrix products, for its fused kernel has neither a vmap rule nor a second derivative.
-    bias = (meta["lstm.bias_ih"] + meta["lstm.bias_hh"]).unsqueeze(1)
-    i, f, g, o = (meta["lstm.weight_ih"] @ x + meta["lstm.weight_hh"] @ h + bias).chunk(4)
+    bias = (meta["lstm.bias_ih"] + meta["lstm.bias_hh"]).unsqueeze(-1)
+    i, f, g, o = (meta["lstm.weight_ih"] @ x + meta["lstm.weight_hh"] @ h + bias).chunk(4, -2)
     m = torch.sigmoid(f) * m + torch.sigmoid(i) * torch.tanh(g)
     return torch.sigmoid(o) * torch.tanh(m), m
 
 
-def _flat(tree: Params) -> Tensor:
-    return torch.cat([leaf.reshape(-1) for leaf in tree.values()]).unsqueeze(0)
+def _flat(tree: Params, support_y: Tensor) -> Tensor:
+    tasks = support_y.shape[:-1]
+    return torch.cat([leaf.reshape(*tasks, -1) for leaf in tree.values()], -1).unsqueeze(-2)
 
 
 def _unflat(row: Tensor, like: Params) -> Params:
-    parts = torch.split(row.squeeze(0), [leaf.numel() for leaf in like.values()])
-    return {name: part.view(leaf.shape) for part, (name, leaf) in zip(parts, like.items(), strict=True)}
+    parts = torch.split(row.squeeze(-2), [math.prod(leaf.shape[row.dim() - 2 :]) for leaf in like.values()], -1)
+    return {name: part.reshape(leaf.shape) for part, (name, leaf) in zip(parts, like.items(), strict=True)}

@@ -10,14 +10,15 @@ With `first_order` the gradients of step 2 count as constants in step 3; α is l
 """
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from metaheed.config import MetaSGDConfig
-from metaheed.learners.base import Backbone, below, detached, support_gradient
+from metaheed.learners.base import below, loss_gradient
+from metaheed.learners.derivatives import detached
+from metaheed.learners.maml import MAML
 from metaheed.types import Params
 
 
-class MetaSGD:
+class MetaSGD(MAML):
     """Learner whose θ are `initial.NAME` and `fast_lr.NAME` for each of the backbone's parameters NAME.
 
     Deviations from the paper: α starts as a constant (there: drawn uniformly), T may exceed 1, and batch norm uses
@@ -28,27 +29,17 @@ class MetaSGD:
         adaptation_steps: T.
         fast_lr: where every α starts.
         first_order: drop second derivatives.
+        recompute: keep memory flat in T, for more time; the results are the same.
 
     Raises:
         ConfigError: a setting out of its bounds, or a backbone that cannot be adapted.
     """
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        adaptation_steps: int = MetaSGDConfig.adaptation_steps,
-        fast_lr: float = MetaSGDConfig.fast_lr,
-        first_order: bool = MetaSGDConfig.first_order,
-    ) -> None:
-        MetaSGDConfig(adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order)
-        self.backbone = Backbone(backbone)
-        self.adaptation_steps = adaptation_steps
-        self.fast_lr = fast_lr
-        self.first_order = first_order
+    elementwise = True
 
     def init(self, generator: torch.Generator) -> Params:
         """θ: φ⁰ as MAML's θ at the same seed, every α the constant."""
-        start = self.backbone.init(generator)
+        start = super().init(generator)
         return {f"initial.{n}": p for n, p in start.items()} | {
             f"fast_lr.{n}": torch.full_like(p, self.fast_lr) for n, p in start.items()
         }
@@ -57,16 +48,8 @@ class MetaSGD:
         """φ⁰."""
         return below("initial.", meta)
 
-    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        """φᵀ after T gradient steps on the support set, each parameter at its own rate."""
+    def _step(self, meta: Params, adapted: Params, support_x: Tensor, support_y: Tensor) -> Params:
         rates = below("fast_lr.", meta)
-        adapted = self.initial(meta)
-        for _ in range(self.adaptation_steps):
-            at = detached(adapted) if self.first_order else adapted
-            gradient, _ = support_gradient(self, at, support_x, support_y)
-            adapted = {name: p - rates[name] * gradient[name] for name, p in adapted.items()}
-        return adapted
-
-    def predict(self, adapted: Params, x: Tensor) -> Tensor:
-        """Logits (n, N) at φ."""
-        return self.backbone(adapted, x)
+        at = detached(adapted) if self.first_order else adapted
+        gradient, _, _ = loss_gradient(self, at, support_x, support_y)
+        return {name: p - rates[name] * gradient[name] for name, p in adapted.items()}

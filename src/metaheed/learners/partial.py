@@ -12,35 +12,25 @@ stays.
 With `first_order` the gradients of step 2 count as constants in step 3.
 """
 
-import torch
 from torch import Tensor, nn
 
 from metaheed.config import ANILConfig, BOILConfig
 from metaheed.errors import ConfigError
-from metaheed.learners.base import Backbone, detached, support_gradient
+from metaheed.learners.maml import MAML
 from metaheed.types import Params
 
 
-class _Partial:
-    """What ANIL and BOIL share: everything but which names move."""
+class _Partial(MAML):
+    """What ANIL and BOIL share: MAML with some names that move, which `head` divides from the others."""
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        moves_head: bool,
-        adaptation_steps: int,
-        fast_lr: float,
-        first_order: bool,
-        head: str | None,
-    ) -> None:
-        self.backbone = backbone
-        self.adaptation_steps = adaptation_steps
-        self.fast_lr = fast_lr
-        self.first_order = first_order
-        self.head = backbone.find_head(head)
-        self._unsure = head is None  # a guess, to be checked when the network is first run
-        of_head = backbone.names_of(self.head)
-        self.moving = tuple(name for name in backbone.names if (name in of_head) == moves_head)
+    moving: tuple[str, ...]
+
+    def __init__(self, backbone: nn.Module, config: ANILConfig, moves_head: bool) -> None:
+        super().__init__(backbone, config.adaptation_steps, config.fast_lr, config.first_order, config.recompute)
+        self.head = self.backbone.find_head(config.head)
+        self._unsure = config.head is None  # a guess, to be checked when the network is first run
+        of_head = self.backbone.names_of(self.head)
+        self.moving = tuple(name for name in self.backbone.names if (name in of_head) == moves_head)
         if not self.moving:
             raise ConfigError(
                 f"the backbone's head {self.head!r} has no parameter that learns: there is nothing for ANIL to adapt"
@@ -48,29 +38,16 @@ class _Partial:
                 else "the backbone has a head and nothing else that learns: there is no body for BOIL to adapt"
             )
 
-    def init(self, generator: torch.Generator) -> Params:
-        """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
-        return self.backbone.init(generator)
-
-    def initial(self, meta: Params) -> Params:
-        """φ⁰ = θ."""
-        return meta
-
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φᵀ after T gradient steps of the moving part on the support set."""
-        adapted = self.initial(meta)
         if self._unsure:
-            self.backbone.into_head(adapted, support_x, self.head)
+            at = self.initial(meta)
+            if support_x.dim() == 5:  # a batch: one task of it is enough
+                self.backbone.into_head({n: p[0] for n, p in at.items()}, support_x[0], self.head)
+            else:
+                self.backbone.into_head(at, support_x, self.head)
             self._unsure = False
-        for _ in range(self.adaptation_steps):
-            at = detached(adapted) if self.first_order else adapted
-            gradient, _ = support_gradient(self, at, support_x, support_y, self.moving)
-            adapted = {n: p - self.fast_lr * gradient[n] if n in gradient else p for n, p in adapted.items()}
-        return adapted
-
-    def predict(self, adapted: Params, x: Tensor) -> Tensor:
-        """Logits (n, N) at φ."""
-        return self.backbone(adapted, x)
+        return super().adapt(meta, support_x, support_y)
 
 
 class ANIL(_Partial):
@@ -83,10 +60,13 @@ class ANIL(_Partial):
         first_order: drop second derivatives.
         head: the name of the head's module; none: the last module registered that has parameters of its own, if the
             first task shows that the logits come out of it.
+        recompute: keep memory flat in T, for more time; the results are the same.
 
     Raises:
         ConfigError: a setting out of its bounds, a backbone that cannot be adapted, or no module of that name.
     """
+
+    elementwise = True
 
     def __init__(
         self,
@@ -95,20 +75,25 @@ class ANIL(_Partial):
         fast_lr: float = ANILConfig.fast_lr,
         first_order: bool = ANILConfig.first_order,
         head: str | None = ANILConfig.head,
+        recompute: bool = ANILConfig.recompute,
     ) -> None:
-        ANILConfig(adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head)
-        super().__init__(Backbone(backbone), True, adaptation_steps, fast_lr, first_order, head)
+        given = ANILConfig(
+            adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head, recompute=recompute
+        )
+        super().__init__(backbone, given, moves_head=True)
 
 
 class BOIL(_Partial):
     """MAML that adapts the body only; θ are the backbone's parameters under their own names.
 
     Args:
-        backbone, adaptation_steps, fast_lr, first_order, head: as for ANIL.
+        backbone, adaptation_steps, fast_lr, first_order, head, recompute: as for ANIL.
 
     Raises:
         ConfigError: as for ANIL; also where the backbone is a head and nothing else.
     """
+
+    elementwise = True
 
     def __init__(
         self,
@@ -117,6 +102,9 @@ class BOIL(_Partial):
         fast_lr: float = BOILConfig.fast_lr,
         first_order: bool = BOILConfig.first_order,
         head: str | None = BOILConfig.head,
+        recompute: bool = BOILConfig.recompute,
     ) -> None:
-        BOILConfig(adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head)
-        super().__init__(Backbone(backbone), False, adaptation_steps, fast_lr, first_order, head)
+        given = BOILConfig(
+            adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head, recompute=recompute
+        )
+        super().__init__(backbone, given, moves_head=False)

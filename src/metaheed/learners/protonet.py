@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from metaheed.config import ProtoNetConfig
 from metaheed.errors import ConfigError
-from metaheed.learners.base import Backbone
+from metaheed.learners.base import Backbone, NetworkLearner
 from metaheed.types import Params
 
 
-class ProtoNet:
+class ProtoNet(NetworkLearner):
     """Learner whose θ are the parameters of the backbone's body under their own names.
 
     A class without support images (a task of fewer ways than the head) gets no query.
@@ -55,7 +55,7 @@ class ProtoNet:
         # A head with a bias, whatever it had; its values are φ's, so none are drawn.
         headed = copy.deepcopy(plain.module)
         headed.set_submodule(self.head, nn.utils.skip_init(nn.Linear, self.features, self.ways))  # type: ignore[no-untyped-call]
-        self.backbone = Backbone(headed)
+        super().__init__(headed)
 
     def init(self, generator: torch.Generator) -> Params:
         """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
@@ -80,10 +80,6 @@ class ProtoNet:
         c = (member.T @ z) / count.clamp(min=1).unsqueeze(1)  # (N, D)
         nobody = torch.finfo(z.dtype).min / 2
         return self._with_head(meta, 2 * c, torch.where(count > 0, -c.square().sum(1), nobody))
-
-    def predict(self, adapted: Params, x: Tensor) -> Tensor:
-        """Logits (n, N) at φ."""
-        return self.backbone(adapted, x)
 
     def _with_head(self, meta: Params, weight: Tensor, bias: Tensor) -> Params:
         return {**meta, f"{self.head}.weight": weight, f"{self.head}.bias": bias}

@@ -1,8 +1,8 @@
 """The outer level: per-task gradients, how they are executed, weighted and turned into the next θ."""
 
+import weakref
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from metaheed.config import (
     AttendedConfig,
     EquityConfig,
+    ExecutionName,
     LossSoftmaxConfig,
     OuterConfig,
     ReplayedConfig,
@@ -20,7 +21,7 @@ from metaheed.config import (
     UniformConfig,
 )
 from metaheed.errors import ConfigError
-from metaheed.learners.base import Learner
+from metaheed.learners.base import Learner, NetworkLearner, has_closed_form
 from metaheed.outer.attention import (
     FEATURES,
     TaskAttention,
@@ -30,6 +31,7 @@ from metaheed.outer.attention import (
     weighted_sum,
 )
 from metaheed.outer.equity import equity_coefficients, inequality
+from metaheed.outer.executions import map_im2col, map_streamed
 from metaheed.outer.gradients import (
     Execution,
     T,
@@ -39,12 +41,16 @@ from metaheed.outer.gradients import (
     looped,
     map_looped,
     map_threaded,
+    map_together,
     map_vectorized,
+    plain_gradient,
     task_gradient,
     threaded,
     vectorized,
 )
 from metaheed.outer.optimizers import OptState, OuterOptimizer, adam, clipped, sgd
+from metaheed.outer.processes import AVAILABLE as PROCESSES_AVAILABLE
+from metaheed.outer.processes import TASKS_AT_ONCE, Workers
 from metaheed.outer.rules import (
     OuterState,
     Rule,
@@ -58,16 +64,21 @@ from metaheed.outer.rules import (
     uniform,
     uniform_2b,
 )
+from metaheed.outer.steps import Buffered, OneByOne, Steps, Streams
 from metaheed.types import Episode, Params
 
 __all__ = [
     "FEATURES",
+    "Buffered",
     "Execution",
+    "OneByOne",
     "OptState",
     "OuterOptimizer",
     "OuterState",
     "Rule",
     "StepRecord",
+    "Steps",
+    "Streams",
     "TaskAttention",
     "Tools",
     "adam",
@@ -77,7 +88,9 @@ __all__ = [
     "build_execution",
     "build_optimizer",
     "build_rule",
+    "build_steps",
     "clipped",
+    "describe_execution",
     "equity",
     "equity_coefficients",
     "inequality",
@@ -85,15 +98,20 @@ __all__ = [
     "initial_outcome",
     "looped",
     "loss_softmax",
+    "map_im2col",
     "map_looped",
+    "map_streamed",
     "map_threaded",
+    "map_together",
     "map_vectorized",
     "pick_execution",
+    "plain_gradient",
     "replayed",
     "sequential",
     "sgd",
     "stack_gradients",
     "task_gradient",
+    "tasks_at_once",
     "threaded",
     "uniform",
     "uniform_2b",
@@ -147,32 +165,130 @@ def build_rule(config: RunConfig, generator: torch.Generator, logged: Tensor | N
     raise ConfigError(f"no rule is built from {type(rule).__name__}")
 
 
+_POOLS: weakref.WeakKeyDictionary[Learner, Workers] = weakref.WeakKeyDictionary()
+
+
 def build_execution(
     config: TrainingConfig, device: torch.device, learner: Learner, function: Callable[[Learner, Params, Episode], T]
 ) -> Execution[T]:
-    """How function(learner, θ, task) is run over the tasks of a batch: as configured, or by device."""
-    match pick_execution(config.execution, device, config.threads):
+    """How function(learner, θ, task) is run over the tasks of a batch: as configured, or by device and network.
+
+    Under the execution "processes" all functions of a learner share its workers.
+    """
+    workers = config.threads or torch.get_num_threads()
+    module = learner.backbone.module if isinstance(learner, NetworkLearner) else None
+    own_network = not type(module).__module__.startswith("metaheed.")
+    match pick_execution(config.execution, device, config.threads, own_network, has_closed_form(learner)):
         case "looped":
             return map_looped(partial(function, learner))
         case "threaded":
-            return map_threaded(learner, function, config.threads or torch.get_num_threads())
+            return map_threaded(learner, function, workers)
         case "vectorized":
-            return map_vectorized(partial(function, learner), config.chunk_size)
+            return map_together(learner, function, config.chunk_size)
+        case "processes":
+            pool = _POOLS.get(learner)
+            if pool is None or pool.workers != workers:
+                pool = _POOLS[learner] = Workers(learner, workers)
+            return partial(pool.map, function)
+        case "im2col":
+            return map_im2col(partial(function, learner), config.chunk_size)
+        case "streamed":
+            return map_streamed(partial(function, learner))
+    raise ConfigError(f"no execution is called {config.execution!r}")
 
 
 def pick_execution(
-    name: Literal["auto", "looped", "threaded", "vectorized"],
+    name: ExecutionName,
     device: torch.device,
     threads: int | None,
     own_network: bool = False,
-) -> Literal["looped", "threaded", "vectorized"]:
-    """The execution behind a configured name: auto is threaded on a CPU of several threads, else looped there.
+    closed_form: bool = True,
+    tasks: int | None = None,
+) -> ExecutionName:
+    """The execution behind a configured name. What auto is, by device, network and number of tasks at once, B:
 
-    A user's own network is looped on a CPU unless asked otherwise: see `threaded` on what threads ask of it.
+    - with one task: looped;
+    - on CUDA: vectorized, of the three made for it the one that any network and size can have;
+    - on one thread of a CPU: vectorized where learner and network have a closed form, else looped;
+    - on several: processes where they have one (on Linux; elsewhere vectorized), threaded for the rest of our own
+      networks, and looped for a user's: see `threaded` on what threads ask of it.
+
     """
     if name != "auto":
         return name
-    if device.type != "cpu":
+    if tasks == 1:
+        return "looped"
+    if device.type == "cuda":
         return "vectorized"
     several = (threads or torch.get_num_threads()) > 1
+    if closed_form and not own_network:
+        return "processes" if several and PROCESSES_AVAILABLE else "vectorized"
     return "threaded" if several and not own_network else "looped"
+
+
+def tasks_at_once(config: TrainingConfig, tasks: int) -> int:
+    """How many of a meta-batch's tasks are in memory together under the execution of a config where it is not auto."""
+    match config.execution:
+        case "vectorized" | "im2col":
+            return min(tasks, config.chunk_size or tasks)
+        case "threaded":
+            return min(tasks, config.threads or torch.get_num_threads())
+        case "processes":
+            return min(tasks, (config.threads or torch.get_num_threads()) * TASKS_AT_ONCE)
+        case "streamed":
+            return tasks
+    return 1
+
+
+def describe_execution(config: TrainingConfig, device: torch.device, tasks: int, images_there: bool = True) -> str:
+    """A line on how a run with this config, its images on the device or not, is executed, and what overrides it."""
+    at_once, threads = tasks_at_once(config, tasks), config.threads or torch.get_num_threads()
+    what = "a task" if at_once == 1 else f"{at_once} tasks"
+    if device.type == "cpu":
+        plural = "s" * (threads > 1)
+        kinds = {"threaded": "1 thread each", "processes": f"{threads} process{'es' * (threads > 1)} of 1 thread"}
+        where = kinds.get(config.execution, f"{threads} thread{plural}")
+    else:
+        where = str(device)
+    line = f"execution: {config.execution}, {what} at a time on {where}"
+    if not (images_there and _buffered(config, device)):
+        return f"{line}; --execution overrides"
+    form = "captured" if _capturable(config, device) else "not captured"
+    return f"{line}, {form}, in blocks of at most {config.block} iterations; --execution and --capture override"
+
+
+def build_steps(
+    config: TrainingConfig,
+    device: torch.device,
+    rule: Rule,
+    tools: Tools,
+    streams: Streams,
+    state: OuterState,
+    notice: Callable[[str], None],
+) -> Steps:
+    """How a run's outer steps are made: as configured, or captured on CUDA.
+
+    Args:
+        config, device: the run's.
+        rule, tools, streams, state: as for `OneByOne`.
+        notice: told why a step could not be captured.
+    """
+    # Over buffers, batches are gathered where their rows are.
+    there = streams.lie_on(device)
+    if not (there and _buffered(config, device)):
+        if not there and _buffered(config, device):
+            notice(
+                f"the images are too large for the memory of {device} and stay on the host, so that the outer step is "
+                "made step by step, not captured in a CUDA graph"
+            )
+        return OneByOne(rule, tools, streams, state)
+    return Buffered(rule, tools, streams, state, config.block, _capturable(config, device), notice)
+
+
+def _buffered(config: TrainingConfig, device: torch.device) -> bool:
+    return config.capture == "on" or (config.capture == "auto" and _capturable(config, device))
+
+
+def _capturable(config: TrainingConfig, device: torch.device) -> bool:
+    # What other threads compute is not captured.
+    return device.type == "cuda" and config.execution != "threaded"

@@ -109,7 +109,9 @@ class TaskAttention(nn.Module):
         if self.tasks is not None and tasks != self.tasks:
             raise ValueError(f"built for {self.tasks} tasks but given {tasks}: rebuild it, or use 'equivariant'")
         dtype = next(self.parameters()).dtype
-        x = attention_features(info).to(dtype)[:, self.inputs]
+        x = attention_features(info).to(dtype)
+        if len(self.inputs) < len(FEATURES):
+            x = torch.stack([x[:, k] for k in self.inputs], dim=1)
         if self.standardize:
             centred = x - x.mean(0)
             spread = centred.square().mean(0).sqrt()

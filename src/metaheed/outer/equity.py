@@ -11,6 +11,8 @@ Legend: M tasks with losses ℓ_i ≥ 0 and mean ℓ̄; x_i = ℓ_i/ℓ̄.
 All are 0 for equal losses, and none sees a common factor of the losses.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.func import grad
@@ -38,8 +40,7 @@ def inequality(losses: Tensor, index: str = EquityConfig.equity_index, parameter
         raise ValueError(f"losses are {losses.dtype} {tuple(losses.shape)}, but they must be floating-point (M,)")
     if bool((losses.detach() < 0).any()):
         raise ValueError("a loss is negative, but inequality is defined for losses of at least 0")
-    value = EQUITY_PARAMETERS[index] if parameter is None else parameter
-    return _index(_floored(losses.double()), index, value).to(losses.dtype)
+    return _inequality(losses.double(), index, parameter).to(losses.dtype)
 
 
 def equity_coefficients(
@@ -49,9 +50,21 @@ def equity_coefficients(
 
     Of a loss below the floor it is the derivative at the floor; held to the largest number of the losses' dtype.
     """
-    coefficients: Tensor = grad(inequality)(losses.detach().double(), index, parameter)
+    inequality(losses, index, parameter)  # raises what is to be raised
+    return cross_entropy_coefficients(losses, index, parameter)
+
+
+def cross_entropy_coefficients(losses: Tensor, index: str, parameter: float | None) -> Tensor:
+    """As `equity_coefficients`, of losses that cannot be negative and settings known to be good: nothing is looked at,
+    so a CUDA graph can hold it.
+    """
+    coefficients: Tensor = grad(_inequality)(losses.detach().double(), index, parameter)
     largest = torch.finfo(losses.dtype).max
     return coefficients.clamp(-largest, largest).to(losses.dtype)
+
+
+def _inequality(losses: Tensor, index: str, parameter: float | None) -> Tensor:
+    return _index(_floored(losses), index, EQUITY_PARAMETERS[index] if parameter is None else parameter)
 
 
 def _floored(losses: Tensor) -> Tensor:
@@ -89,5 +102,5 @@ def _atkinson(x: Tensor, epsilon: float) -> Tensor:
     if abs(k) < 0.5:  # near the limit, where the powers cancel
         mean = torch.log1p(torch.expm1(k * log).mean()) / k
     else:  # far from it, where they may overflow
-        mean = (torch.logsumexp(k * log, 0) - torch.tensor(float(len(x)), dtype=x.dtype, device=x.device).log()) / k
+        mean = (torch.logsumexp(k * log, 0) - math.log(len(x))) / k
     return -torch.expm1(mean)

@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vjp, vmap
+from torch.func import vmap
 
 from metaheed.errors import ConfigError
-from metaheed.learners.base import Learner, task_loss
+from metaheed.learners.base import Learner, loss_gradient, takes_batches, task_loss
+from metaheed.learners.derivatives import detached, recorded
 from metaheed.types import Episode, Params, TaskInfo
 
 T = TypeVar("T")
@@ -23,7 +24,7 @@ Execution = Callable[[Params, Episode], T]
 """(θ, batched Episode) -> the per-task results with a leading B."""
 
 
-def task_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, TaskInfo]:
+def task_gradient(learner: Learner, meta: Params, episode: Episode, initial: bool = True) -> tuple[Params, TaskInfo]:
     """g = ∇_θ L*(φᵀ) of one task, and what attention sees of it.
 
     With v = ∇_φ L*(φᵀ), g is v pulled back through the adaptation; so ‖v‖ costs nothing extra and the query pass needs
@@ -31,29 +32,38 @@ def task_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Par
 
     θ counts as a constant: no graph is kept to it even if it requires gradients.
 
+    Args:
+        learner: adapts.
+        meta: θ.
+        episode: the task.
+        initial: also compute L*⁰, which takes a forward pass of the query set; else it is NaN.
+
     Returns:
-        Gradient with θ's names, shapes and dtype; TaskInfo of 0-d tensors.
+        Gradient with θ's names, shapes and dtype; TaskInfo of 0-d tensors. Of a batch of tasks, with a θ for each,
+        where the learner `takes_batches`: all with a leading B.
     """
-    meta = {name: p.detach() for name, p in meta.items()}
-    adapted, pullback = value_and_pullback(lambda m: learner.adapt(m, episode.support_x, episode.support_y), meta)
-    v, (loss, logits) = grad_and_value(lambda p: task_loss(learner, p, episode.query_x, episode.query_y), has_aux=True)(
-        adapted
-    )
+    meta = detached(meta)
+    adapted, pullback = recorded(lambda m: learner.adapt(m, episode.support_x, episode.support_y), meta)
+    v, loss, logits = loss_gradient(learner, adapted, episode.query_x, episode.query_y)
+    before = initial_outcome(learner, meta, episode)[0] if initial else torch.full_like(loss, torch.nan)
     return pullback(v), TaskInfo(
         query_loss=loss,
         query_accuracy=accuracy(logits, episode.query_y),
-        initial_loss=initial_outcome(learner, meta, episode)[0],
-        grad_norm=global_norm(v),
+        initial_loss=before,
+        grad_norm=global_norm(v, episode.query_y.shape[:-1]),
     )
+
+
+def plain_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, TaskInfo]:
+    """`task_gradient` without L*⁰."""
+    return task_gradient(learner, meta, episode, initial=False)
 
 
 def initial_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, Tensor]:
     """∇_θ L*(φ⁰) of one task and L*(φ⁰), 0-d: the query loss before adaptation, which equity rules weigh."""
-    meta = {name: p.detach() for name, p in meta.items()}
-    gradient, (loss, _) = grad_and_value(
-        lambda m: task_loss(learner, learner.initial(m), episode.query_x, episode.query_y), has_aux=True
-    )(meta)
-    return gradient, loss
+    start, pullback = recorded(learner.initial, detached(meta))
+    v, loss, _ = loss_gradient(learner, start, episode.query_x, episode.query_y)
+    return pullback(v), loss
 
 
 def initial_outcome(learner: Learner, meta: Params, episode: Episode) -> tuple[Tensor, Tensor]:
@@ -73,27 +83,19 @@ def adapted_outcome(learner: Learner, meta: Params, episode: Episode) -> tuple[T
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
     """Share of right answers in [0, 1], 0-d, in the logits' dtype."""
-    return (logits.argmax(-1) == y).to(logits.dtype).mean()
+    return (logits.argmax(-1) == y).to(logits.dtype).mean(-1)
 
 
-def global_norm(tree: Params) -> Tensor:
-    """Euclidean norm over all leaves, 0-d; its derivative where everything is zero is zero."""
+def global_norm(tree: Params, tasks: tuple[int, ...] = ()) -> Tensor:
+    """Euclidean norm over all leaves, 0-d; its derivative where everything is zero is zero.
+
+    With `tasks` (B,): of leaves with a leading B, (B,).
+    """
     # Summed in float64: squares of large float32 entries overflow long before their root does.
-    square = torch.stack([leaf.double().square().sum() for leaf in tree.values()]).sum()
+    square = torch.stack([leaf.double().square().reshape(*tasks, -1).sum(-1) for leaf in tree.values()]).sum(0)
     positive = square > 0
     norm = torch.where(positive, torch.where(positive, square, 1.0).sqrt(), 0.0)
     return norm.to(next(iter(tree.values())).dtype)
-
-
-def value_and_pullback(function: Callable[[Params], T], at: Params) -> tuple[T, Callable[[T], Params]]:
-    """function(at), and its vector-Jacobian product there: a cotangent of the value -> a cotangent of `at`."""
-    value, pull = vjp(function, at)  # type: ignore[misc]  # torch's annotation covers its has_aux form too
-
-    def pullback(cotangent: T) -> Params:
-        (result,) = pull(cotangent)
-        return dict(result)
-
-    return value, pullback
 
 
 def looped(learner: Learner) -> Execution[tuple[Params, TaskInfo]]:
@@ -102,8 +104,11 @@ def looped(learner: Learner) -> Execution[tuple[Params, TaskInfo]]:
 
 
 def vectorized(learner: Learner, chunk_size: int | None = None) -> Execution[tuple[Params, TaskInfo]]:
-    """`task_gradient` of all tasks, or `chunk_size` at once, as one program; agrees with `looped` to rounding."""
-    return map_vectorized(partial(task_gradient, learner), chunk_size)
+    """`task_gradient` of all tasks, or `chunk_size` at once, as one program; agrees with `looped` to rounding.
+
+    Our own networks on a CPU in closed form (learners/closed_form.py); else by `torch.func.vmap`.
+    """
+    return map_together(learner, task_gradient, chunk_size)
 
 
 def threaded(learner: Learner, workers: int) -> Execution[tuple[Params, TaskInfo]]:
@@ -122,7 +127,7 @@ def map_looped(per_task: Callable[[Params, Episode], T]) -> Execution[T]:
     """Any per-task function over a batch, one task after another."""
 
     def run(meta: Params, batch: Episode) -> T:
-        result: T = _stack([per_task(meta, Episode(*task)) for task in zip(*batch, strict=True)])
+        result: T = merge([per_task(meta, Episode(*task)) for task in zip(*batch, strict=True)], torch.stack)
         return result
 
     return run
@@ -136,6 +141,29 @@ def map_vectorized(per_task: Callable[[Params, Episode], T], chunk_size: int | N
         return result
 
     return run
+
+
+def map_together(
+    learner: Learner, function: Callable[[Learner, Params, Episode], T], chunk_size: int | None = None
+) -> Execution[T]:
+    """function(learner, θ, task) over a batch, `chunk_size` tasks at once (none: all), as one program.
+
+    In closed form where the learner `takes_batches`; else as `map_vectorized`.
+    """
+    general = map_vectorized(partial(function, learner), chunk_size)
+
+    def run(meta: Params, batch: Episode) -> T:
+        if not takes_batches(learner, meta, batch.support_x):
+            return general(meta, batch)
+        chunks = zip(*(torch.split(part, chunk_size or len(part)) for part in batch), strict=True)
+        result: T = merge([function(learner, _copies(meta, len(c[0])), Episode(*c)) for c in chunks], torch.cat)
+        return result
+
+    return run
+
+
+def _copies(meta: Params, tasks: int) -> Params:
+    return {name: p.expand(tasks, *p.shape) for name, p in meta.items()}
 
 
 def map_threaded(learner: Learner, function: Callable[[Learner, Params, Episode], T], workers: int) -> Execution[T]:
@@ -166,7 +194,7 @@ def map_threaded(learner: Learner, function: Callable[[Learner, Params, Episode]
     def run(meta: Params, batch: Episode) -> T:
         futures = [pool.submit(one, meta, Episode(*task)) for task in zip(*batch, strict=True)]
         try:
-            result: T = _stack([future.result() for future in futures])
+            result: T = merge([future.result() for future in futures], torch.stack)
         finally:
             for future in futures:  # after an error or an interruption: those not begun are not to begin
                 future.cancel()
@@ -175,11 +203,12 @@ def map_threaded(learner: Learner, function: Callable[[Learner, Params, Episode]
     return run
 
 
-def _stack(results: Sequence[Any]) -> Any:
+def merge(results: Sequence[Any], join: Callable[[list[Tensor]], Tensor]) -> Any:
+    """Trees of one form (tensors, dicts, tuples), joined leaf by leaf."""
     first = results[0]
     if isinstance(first, Tensor):
-        return torch.stack(list(results))
+        return join(list(results))
     if isinstance(first, dict):
-        return {name: torch.stack([r[name] for r in results]) for name in first}
-    fields = [_stack(column) for column in zip(*results, strict=True)]
+        return {name: join([r[name] for r in results]) for name in first}
+    fields = [merge(column, join) for column in zip(*results, strict=True)]
     return type(first)(*fields) if hasattr(first, "_fields") else tuple(fields)

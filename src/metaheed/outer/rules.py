@@ -2,8 +2,12 @@
 
 A rule is a pure pair (init, step). Its step is handed callables, not results, so that it decides itself at which θ
 gradients are taken and on which batches; it never looks inside a learner.
+
+A step can be captured in a CUDA graph (steps.py), where t is a 0-d int64 tensor and not an int: it may be counted on
+from, handed to `Tools.train` and `Tools.probe`, and compared by tensor operations, but its value is not to be read.
 """
 
+import functools
 import zlib
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -17,18 +21,21 @@ from metaheed.config import AttendedConfig, EquityConfig, LossSoftmaxConfig
 from metaheed.data.episodes import sample
 from metaheed.errors import ConfigError, NonFiniteTaskError, unknown
 from metaheed.learners.base import below
+from metaheed.learners.derivatives import value_and_pullback
 from metaheed.outer.attention import TaskAttention, weight_gradient, weighted_sum
-from metaheed.outer.equity import equity_coefficients
-from metaheed.outer.gradients import value_and_pullback
+from metaheed.outer.equity import cross_entropy_coefficients
 from metaheed.outer.optimizers import OptState, OuterOptimizer
 from metaheed.types import Episode, Params, TaskInfo
+
+Gradients = Callable[[Params, Episode], tuple[Params, TaskInfo]]
+"""(θ, batch) -> (g with leading B, infos (B,))."""
 
 
 class Tools(NamedTuple):
     """What a rule works with, the same at every step."""
 
-    gradients: Callable[[Params, Episode], tuple[Params, TaskInfo]]
-    """(θ, batch) -> (g with leading B, infos (B,))."""
+    gradients: Gradients
+    """Of `task_gradient`."""
     initial_gradients: Callable[[Params, Episode], tuple[Params, Tensor]]
     """(θ, batch) -> (∇_θ L*(φ⁰) with leading B, L*(φ⁰) (B,))."""
     optimizer: OuterOptimizer
@@ -37,6 +44,13 @@ class Tools(NamedTuple):
     """t -> training batch t, the same under every rule at equal seed."""
     probe: Callable[[int], Episode]
     """t -> batch t of the second stream, disjoint from the first."""
+    plain_gradients: Gradients | None = None
+    """`gradients` without L*⁰ (NaN), for rules that do not look at it; none: `gradients`."""
+
+    @property
+    def plain(self) -> Gradients:
+        """The cheapest gradients there are."""
+        return self.plain_gradients or self.gradients
 
 
 class OuterState(NamedTuple):
@@ -91,10 +105,18 @@ def replayed(logged: Tensor, seed: int) -> Rule:
         seed: decides the permutations, with t.
     """
 
+    key = np.array([seed, zlib.crc32(b"replayed")], dtype=np.uint64)
+    tasks = logged.shape[1]
+    orders = [sample(np.random.Philox(key=key, counter=[0, t, 0, 0]), tasks, tasks) for t in range(len(logged))]
+    permuted = logged.gather(1, torch.from_numpy(np.stack(orders)))
+
+    @functools.cache  # a copy to a device is waited for: made once
+    def placed(device: torch.device, dtype: torch.dtype) -> Tensor:
+        return permuted.to(device, dtype)
+
     def weigh(t: int, info: TaskInfo) -> Tensor:
-        bits = np.random.Philox(key=np.array([seed, zlib.crc32(b"replayed")], dtype=np.uint64), counter=[0, t, 0, 0])
-        order = torch.from_numpy(sample(bits, logged.shape[1], logged.shape[1]))
-        return logged[t][order].to(info.query_loss)
+        weights = placed(info.query_loss.device, info.query_loss.dtype)
+        return weights.index_select(0, t.reshape(1)).squeeze(0) if isinstance(t, Tensor) else weights[t]
 
     return _weighted(weigh)
 
@@ -103,7 +125,7 @@ def _weighted(weigh: Callable[[int, TaskInfo], Tensor]) -> Rule:
     """θ' = outer step on Σ_i w_i g_i, w = weigh(t, infos)."""
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
-        task_grads, info = tools.gradients(state.meta, tools.train(t))
+        task_grads, info = tools.plain(state.meta, tools.train(t))
         weights = weigh(t, info)
         meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, weighted_sum(weights, task_grads))
         return OuterState(meta, optimizer, state.rule), StepRecord(info, weights)
@@ -118,7 +140,7 @@ def uniform_2b() -> Rule:
     """
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
-        results = [tools.gradients(state.meta, stream(t)) for stream in (tools.train, tools.probe)]
+        results = [tools.plain(state.meta, stream(t)) for stream in (tools.train, tools.probe)]
         info = TaskInfo(*(torch.cat(parts) for parts in zip(*(i for _, i in results), strict=True)))
         weights = uniform_weights(info)
         B = len(results[0][1].query_loss)
@@ -142,7 +164,7 @@ def sequential() -> Rule:
         infos = []
         for index in range(len(batch.support_y)):
             try:
-                task_grads, info = tools.gradients(meta, Episode(*(part[index : index + 1] for part in batch)))
+                task_grads, info = tools.plain(meta, Episode(*(part[index : index + 1] for part in batch)))
             except NonFiniteTaskError as error:  # the tool saw a batch of one
                 raise NonFiniteTaskError(error.what, index + 1, error.stream) from None
             meta, optimizer = tools.optimizer.step(meta, optimizer, weighted_sum(uniform_weights(info), task_grads))
@@ -178,7 +200,7 @@ def equity(
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
         batch = tools.train(t)
-        task_grads, info = tools.gradients(state.meta, batch)
+        task_grads, info = tools.plain(state.meta, batch)
         if losses == "adapted":
             slopes, values = task_grads, info.query_loss
         else:
@@ -186,7 +208,7 @@ def equity(
             slopes, values = tools.initial_gradients(state.meta, judged)
         weights = uniform_weights(info)
         mean = weighted_sum(weights, task_grads)
-        penalty = weighted_sum(strength * equity_coefficients(values, index, parameter), slopes)
+        penalty = weighted_sum(strength * cross_entropy_coefficients(values, index, parameter), slopes)
         combined = {name: mean[name] + penalty[name] for name in mean}
         meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, combined)
         return OuterState(meta, optimizer, state.rule), StepRecord(info, weights)
@@ -240,7 +262,8 @@ def attended(
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
         delta, delta_state = below("attention.", state.rule), below("optimizer.", state.rule)
-        if reuse_probe and int(state.rule["pending.batch"]) == t:
+        # A captured step (t a tensor) always follows one that kept its batch: steps.py takes a run's first one by one.
+        if reuse_probe and (isinstance(t, Tensor) or int(state.rule["pending.batch"]) == t):
             task_grads = below("pending.gradient.", state.rule)
             info = TaskInfo(**below("pending.info.", state.rule))
         else:
@@ -249,7 +272,10 @@ def attended(
         combined = weighted_sum(weights, task_grads)
         meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, combined)
 
-        probe_grads, probe_info = tools.gradients(meta, tools.train(t + 1) if reuse_probe else tools.probe(t))
+        if reuse_probe:
+            probe_grads, probe_info = tools.gradients(meta, tools.train(t + 1))
+        else:
+            probe_grads, probe_info = tools.plain(meta, tools.probe(t))
         G = weighted_sum(uniform_weights(probe_info), probe_grads)
 
         def pull(v: Params) -> Params:
@@ -283,7 +309,7 @@ def _pending(task_grads: Params, info: TaskInfo, batch: int) -> Params:
     """What is kept for the step that trains on `batch`, laid out as a checkpoint gives it back, for bits to agree."""
     device = info.query_loss.device
     return {
-        "pending.batch": torch.tensor(batch, device=device),
+        "pending.batch": torch.as_tensor(batch, device=device),
         **_above("pending.gradient.", {name: g.contiguous() for name, g in task_grads.items()}),
         **_above("pending.info.", {name: value.contiguous() for name, value in info._asdict().items()}),
     }

@@ -1,0 +1,123 @@
+"""A persistent process that holds one entry and steps it when told to.
+
+It reads one JSON object a line on stdin and answers each with one on stdout; what libraries print goes to stderr.
+`build` comes first; then, as often as wanted, `step`, `gradient` (of the last step) and `memory`. `reference` and
+`machine` need no `build`. An answer with "error" is a failure, which ends the process.
+"""
+
+import gc
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from benchmarks import limit, ours, peers, reference
+from benchmarks.entry import Entry
+from benchmarks.settings import Setting
+
+
+class Worker:
+    """The commands."""
+
+    def __init__(self) -> None:
+        self.entry: Entry | None = None
+        self.steps = 0
+
+    def build(self, entry: str, algorithm: str, setting: dict[str, Any], speed_settings: bool) -> dict[str, Any]:
+        """Make the entry: "ours" or a peer, the latter with our process-wide settings or without."""
+        chosen = Setting.from_json(setting)
+        if entry == "ours":
+            self.entry = ours.build(chosen, algorithm)
+        else:
+            if speed_settings:
+                ours.speed_settings()
+            self.entry = peers.build(entry, chosen, algorithm)
+        # What imports left behind is not to be collected while a step is timed.
+        gc.collect()
+        gc.freeze()
+        self.steps = 0
+        return {}
+
+    def step(self) -> dict[str, Any]:
+        """One outer iteration, timed in seconds."""
+        assert self.entry is not None
+        begin = time.perf_counter()
+        self.entry.step(self.steps)
+        seconds = time.perf_counter() - begin
+        self.steps += 1
+        return {"seconds": seconds}
+
+    def gradient(self, path: str) -> dict[str, Any]:
+        """Write the last step's meta-gradient, and the tasks' weights under the name "weights"."""
+        assert self.entry is not None
+        found, weights = self.entry.gradient()
+        tensors = {f"gradient.{name}": g.detach().contiguous() for name, g in found.items()}
+        save_file(tensors | {"weights": weights.detach().contiguous()}, path)
+        return {}
+
+    def memory(self) -> dict[str, Any]:
+        """Peak resident memory in bytes, PyTorch's threads, and the process's."""
+        status = _status()
+        peak = status["VmHWM"] * 1024 if "VmHWM" in status else _largest_resident()
+        return {"peak_bytes": peak, "torch_threads": torch.get_num_threads(), "threads": status.get("Threads", 0)}
+
+    def reference(self, setting: dict[str, Any], algorithm: str, path: str) -> dict[str, Any]:
+        """Write the float64 per-task meta-gradients."""
+        grads = reference.task_gradients(Setting.from_json(setting), algorithm)
+        save_file({name: g.contiguous() for name, g in grads.items()}, path)
+        return {}
+
+    def machine(self) -> dict[str, Any]:
+        """Measured peak and bandwidth on PyTorch's own number of threads."""
+        return {"threads": torch.get_num_threads(), **limit.measure()._asdict()}
+
+
+def _status() -> dict[str, int]:
+    file = Path("/proc/self/status")
+    if not file.exists():
+        return {}
+    pairs = (line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)
+    return {key: int(value.split()[0]) for key, value in pairs if value.split() and value.split()[0].isdigit()}
+
+
+def _largest_resident() -> int:
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest * (1 if platform.system() == "Darwin" else 1024)
+
+
+def _die_first() -> None:
+    """Where memory runs out, the system is to end this process rather than another of the user's."""
+    file = Path("/proc/self/oom_score_adj")
+    if file.exists():
+        file.write_text("1000")
+
+
+def main() -> None:
+    """Answer until stdin ends."""
+    _die_first()
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    worker = Worker()
+    commands: dict[str, Callable[..., dict[str, Any]]] = {
+        name: getattr(worker, name) for name in ("build", "step", "gradient", "memory", "reference", "machine")
+    }
+    for line in sys.stdin:
+        command = json.loads(line)
+        try:
+            answer = commands[command.pop("do")](**command)
+        except Exception as error:  # whatever a peer raises is the reason that the table gives
+            print(json.dumps({"error": f"{type(error).__name__}: {error}".splitlines()[0]}), file=answers, flush=True)
+            raise
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

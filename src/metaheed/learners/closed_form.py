@@ -1,0 +1,495 @@
+"""Conv4's loss, its gradient, and products with its Hessian, in closed form: a second-order step without autograd.
+
+Autograd takes a block's derivatives through dozens of passes over its full-size planes, each into fresh memory. Written
+out, a block needs of them: forward, a convolution, one pass for the statistics and one for the maxima; backward and for
+the Hessian, the convolutions, two passes and a scatter. All else happens after the pooling, on a quarter of the values.
+
+A block maps x to z. P picks the maxima: with s = sign γ folded into the convolution and γ ≥ 0, halving commutes with
+the norm and with ReLU, so it can come first. Per channel:
+
+    y = conv(x, W)      μ, v = mean and variance of y over its M places      r = (v + ε)^(-1/2)
+    p = P y             ŷ = r (y − μ),  q = r (p − μ)                        z = max(γ q + β, 0)
+
+1. Gradient, from δ = ∂L/∂z:  e = δ [z > 0],  S₀ = Σ e,  S₁ = Σ e q;  ∂L/∂β = S₀,  ∂L/∂γ = S₁,
+   ∂L/∂y = γ r (Pᵀ e − (S₀ + S₁ ŷ) / M)                                                       (1)
+2. Hessian times a direction (Pearlmutter, Fast Exact Multiplication by the Hessian, 1994): every quantity of the
+   forward pass and of step 1 is differentiated along the direction, marked by a dot, which costs about two gradients:
+   T₀ = Σ ẏ,  T₁ = Σ ŷ ẏ,  ṙ = −r² T₁ / M,  q̇ = r (P ẏ − (T₀ + q T₁) / M),  and (1) by the product rule.
+   Neither ŷ nor q is ever formed: both are affine in y and p, so they end in factors per channel.
+
+A convolution's bias cancels in the norm: its derivatives are exactly zero, where autograd returns rounding errors. The
+maxima and the signs of z count as constants, as in autograd. Where γ is zero every place is a maximum: y's is taken.
+
+Legend: B tasks, n images each, C channels. The tasks stand side by side in the channels: nothing but the head joins
+channels, and a convolution in groups keeps tasks apart. Planes are (n, B·C, H, W), channels-last in memory. Full-size
+planes are made and read in slices of a few images, for the next pass to find them in the processor's cache. Where no
+Hessian is to follow, the lowest block's, the largest and for their few channels in the cheapest to convolve, are made
+twice and not kept. Vectors of one number a channel are NumPy's: PyTorch would spend more on each operation than on its
+arithmetic.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metaheed.learners.backbones import Conv4
+from metaheed.types import Params
+
+_aten = torch.ops.aten
+_SLICE_BYTES = 1 << 21
+"""Of a full-size plane at once: what a core's second-level cache holds."""
+
+
+class _Shape(NamedTuple):
+    """What a block is, apart from its parameters."""
+
+    name: str
+    stride: int
+    pool: bool
+    eps: float
+
+
+class _Block(NamedTuple):
+    """What a block's forward pass leaves behind; symbols as above."""
+
+    x: Tensor
+    weight: Tensor  # s W
+    sign: np.ndarray | None  # s; none: 1 everywhere
+    gain: np.ndarray  # s γ
+    mean: np.ndarray
+    r: np.ndarray
+    y: list[Tensor]  # slices; empty: to be made again
+    places: list[Tensor | None]  # of the maxima, in each slice laid out flat; none: every place
+    p: Tensor
+    z: Tensor
+    rows: int  # images in a slice
+    M: int
+
+    def slices(self, *planes: Tensor | None) -> Iterator[tuple[Any, ...]]:
+        """The planes slice by slice, side by side."""
+        if len(self.x) <= self.rows:
+            return iter([planes])
+        count = -(-len(self.x) // self.rows)
+        return zip(*((None,) * count if p is None else torch.split(p, self.rows) for p in planes), strict=True)
+
+
+class _Slope(NamedTuple):
+    """What a block's gradient leaves behind."""
+
+    e: Tensor
+    S0: np.ndarray
+    S1: np.ndarray
+    dy: list[Tensor]
+
+
+class _Dots(NamedTuple):
+    """Derivatives of a block's forward pass along the direction."""
+
+    x: Tensor | None  # none: images do not move
+    weight: Tensor
+    gain: np.ndarray
+    y: list[Tensor]
+    T0: np.ndarray
+    T1: np.ndarray
+    q: Tensor
+    z: Tensor
+
+
+class Tape(NamedTuple):
+    """What `gradient` leaves behind for `hessian_product`."""
+
+    blocks: list[_Block]
+    slopes: list[_Slope]
+    features: Tensor
+    p: Tensor  # probabilities
+    dlogits: Tensor
+
+
+class ClosedForm:
+    """Conv4's derivatives with respect to all of its parameters; nothing is kept between calls."""
+
+    def __init__(self, module: Conv4) -> None:
+        blocks: list[Any] = [block for block in module.body if isinstance(block, nn.Sequential)]
+        self._modules = list(module.modules())
+        self.names = frozenset(name for name, _ in module.named_parameters())
+        self._shapes = [
+            _Shape(f"body.{i}", block.conv.stride[0], hasattr(block, "pool"), block.norm.eps)
+            for i, block in enumerate(blocks)
+        ]
+        self._mean_plane = len(module.body) > len(blocks)
+
+    @property
+    def applies(self) -> bool:
+        """Whether calling the module would do nothing else: no hook has been put into it."""
+        return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self._modules)
+
+    def logits(self, params: Params, x: Tensor) -> Tensor:
+        """(B, n, N) from parameters (B, …) and images (B, n, C, H, W)."""
+        return self._forward(params, x, keep="none")[1]
+
+    def gradient(
+        self, params: Params, x: Tensor, y: Tensor, names: tuple[str, ...] | None = None, keep: bool = False
+    ) -> tuple[Params, Tensor, Tensor, Tape | None]:
+        """∇L of each task's mean cross-entropy, L (B,), the logits (B, n, N), and the tape if it is to be kept.
+
+        Args:
+            params: φ of each task, all parameters, (B, …).
+            x, y: images (B, n, C, H, W) and labels (B, n).
+            names: of the parameters whose gradient is wanted; none: all.
+            keep: for `hessian_product`, at the price of the memory.
+        """
+        features, logits, blocks = self._forward(params, x, keep="all" if keep else "upper")
+        loss = mean_cross_entropy(logits, y)
+        p = torch.softmax(logits, 2)
+        dlogits = p.scatter_add(2, y.unsqueeze(2), p.new_full((*y.shape, 1), -1.0)).div_(y.shape[1])
+        found: Params = {"head.weight": dlogits.mT @ features, "head.bias": dlogits.sum(1)}
+        slopes: list[_Slope] = []
+        dz = self._from_features(dlogits @ params["head.weight"], blocks[-1].z)
+        wanted = [keep or names is None or any(n.startswith(s.name) for n in names) for s in self._shapes]
+        lowest = wanted.index(True) if any(wanted) else len(blocks)
+        for index in range(len(blocks) - 1, lowest - 1, -1):
+            shape = self._shapes[index]
+            block = blocks[index] if keep else blocks.pop()  # its planes are freed as soon as may be
+            dz, slope, dweight = _gradient(shape, block, dz, inward=index > lowest, keep=keep)
+            found |= _named(shape, block, dweight, slope.S1, slope.S0)
+            slopes.insert(0, slope)
+        gradient = {name: found[name] for name in (params if names is None else names)}
+        return gradient, loss, logits, Tape(blocks, slopes, features, p, dlogits) if keep else None
+
+    def hessian_product(self, params: Params, tape: Tape, direction: Params) -> Params:
+        """∇²L of each task times a direction, from the tape of `gradient` at the same φ.
+
+        Args:
+            params: φ, (B, …).
+            tape: kept by `gradient`; it is left as it is.
+            direction: of φ, (B, …); parameters that it leaves out do not move.
+        """
+        direction = {n: direction[n] if n in direction else torch.zeros_like(p) for n, p in params.items()}
+        z_dot: Tensor | None = None
+        dots = []
+        for shape, block in zip(self._shapes, tape.blocks, strict=True):
+            dots.append(_forward_dots(shape, block, z_dot, direction))
+            z_dot = dots[-1].z
+        head, head_dot = params["head.weight"], direction["head.weight"]
+        features, p, dlogits = tape.features, tape.p, tape.dlogits
+        features_dot = self._to_features(dots[-1].z, len(head))
+        logits_dot = features_dot @ head.mT + features @ head_dot.mT + direction["head.bias"].unsqueeze(1)
+        dlogits_dot = p * (logits_dot - (p * logits_dot).sum(2, keepdim=True)) / p.shape[1]
+        found: Params = {
+            "head.weight": dlogits_dot.mT @ features + dlogits.mT @ features_dot,
+            "head.bias": dlogits_dot.sum(1),
+        }
+        dz_dot = self._from_features(dlogits_dot @ head + dlogits @ head_dot, tape.blocks[-1].z)
+        for index in range(len(dots) - 1, -1, -1):
+            shape, block = self._shapes[index], tape.blocks[index]
+            dz_dot, dweight, dgain, dbeta = _backward_dots(shape, block, tape.slopes[index], dots.pop(), dz_dot)
+            found |= _named(shape, block, dweight, dgain, dbeta)
+        return {name: found[name] for name in params}
+
+    def _forward(
+        self, params: Params, x: Tensor, keep: Literal["none", "upper", "all"]
+    ) -> tuple[Tensor, Tensor, list[_Block]]:
+        """Features, logits, and the blocks; `keep` says whose full-size planes are kept."""
+        blocks: list[_Block] = []
+        head = params["head.weight"]
+        B, n, C, *size = x.shape
+        z = _empty(head, n, B * C, *size)
+        z.view(n, B, C, *size).copy_(x.transpose(0, 1))
+        for shape in self._shapes:
+            block = _forward(shape, params, z, keep == "all" or (keep == "upper" and bool(blocks)))
+            z = block.z
+            blocks.append(block if keep != "none" else block._replace(x=z, p=z))
+        features = self._to_features(z, B)
+        return features, torch.baddbmm(params["head.bias"].unsqueeze(1), features, head.mT), blocks
+
+    def _to_features(self, z: Tensor, B: int) -> Tensor:
+        n, _, *size = z.shape
+        if self._mean_plane:
+            return z.mean((2, 3)).view(n, B, -1).transpose(0, 1)
+        return z.view(n, B, -1, *size).transpose(0, 1).flatten(2)
+
+    def _from_features(self, cotangent: Tensor, z: Tensor) -> Tensor:
+        B, n, _ = cotangent.shape
+        _, channels, *size = z.shape
+        if self._mean_plane:
+            each = (cotangent / (size[0] * size[1]))[:, :, :, None, None]
+        else:
+            each = cotangent.view(B, n, channels // B, *size)
+        plane = _empty(z, *z.shape)
+        plane.view(n, B, channels // B, *size).copy_(each.transpose(0, 1))
+        return plane
+
+
+def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """In nats, over the images of logits (…, n, N) and labels (…, n): (…)."""
+    return -torch.log_softmax(logits, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1).mean(-1)
+
+
+def closed_form(module: nn.Module) -> ClosedForm | None:
+    """The closed form of a network that is Conv4 as it was built, all its parameters learned; else none."""
+    if type(module) is not Conv4 or not all(p.requires_grad for p in module.parameters()):
+        return None
+    blocks = [part for part in module.body if isinstance(part, nn.Sequential)]
+    rest = [part for part in module.body if not isinstance(part, nn.Sequential)]
+    usual = all(map(_as_built, blocks)) and all(type(part) is nn.AdaptiveAvgPool2d for part in rest)
+    return ClosedForm(module) if usual and type(module.head) is nn.Linear else None
+
+
+def _as_built(block: nn.Sequential) -> bool:
+    parts = dict(block.named_children())
+    conv, norm, pool = parts.get("conv"), parts.get("norm"), parts.get("pool")
+    names = ["conv", "norm", "pool", "relu"] if pool is not None else ["conv", "norm", "relu"]
+    return (
+        list(parts) == names
+        and type(conv) is nn.Conv2d
+        and (conv.kernel_size, conv.padding, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
+        and conv.padding_mode == "zeros"
+        and conv.bias is not None
+        and type(norm) is nn.BatchNorm2d
+        and norm.affine
+        and not norm.track_running_stats
+        and (pool is None or repr(pool) == repr(nn.MaxPool2d(2)))
+        and type(parts["relu"]) is nn.ReLU
+    )
+
+
+def _forward(shape: _Shape, params: Params, x: Tensor, keep: bool) -> _Block:
+    W, gain, beta = _parameters(shape, params)
+    sign = np.where(gain < 0, -1, 1).astype(gain.dtype) if gain.min() < 0 else None
+    weight = _signed(W, sign)
+    gain = np.abs(gain)
+    n, C = len(x), len(gain)  # of all tasks
+    height, width = ((side - 1) // shape.stride + 1 for side in x.shape[2:])
+    rows = max(1, _SLICE_BYTES // (C * height * width * x.element_size()))
+    p = _empty(x, n, C, height // 2, width // 2) if shape.pool else _empty(x, n, C, height, width)
+    kept: list[Tensor] = []
+    places: list[Tensor | None] = []
+    moments = []
+    y = place = None
+    for first in range(0, n, rows):
+        del y, place  # so that their memory, still in the cache, is taken again
+        part, slot = (x, p) if n <= rows else (x[first : first + rows], p[first : first + rows])
+        y, place = _planes(shape, part, weight, slot, keep)
+        moments.append(_aten.batch_norm_update_stats(y, None, None, 0.0))
+        if keep:
+            kept.append(y)
+            places.append(place)
+    mean, variance = _merged(moments, [min(rows, n - first) for first in range(0, n, rows)])
+    r = 1 / np.sqrt(variance + shape.eps)
+    scale = gain * r
+    z = torch.addcmul(_c(beta - scale * mean), p, _c(scale)).relu_()
+    return _Block(x, weight, sign, gain, mean, r, kept, places, p, z, rows, n * height * width)
+
+
+def _planes(shape: _Shape, x: Tensor, weight: Tensor, p: Tensor, locate: bool) -> tuple[Tensor, Tensor | None]:
+    """y of a slice, and where in it, laid out flat, its maxima stand (if asked to locate them); p is filled."""
+    y = _channels_last(F.conv2d(x, weight, None, shape.stride, 1, 1, _groups(x, weight)))
+    if not shape.pool:
+        p.copy_(y)
+        return y, None
+    place = torch.empty_like(p, dtype=torch.int64)
+    _aten.max_pool2d_with_indices.out(y, [2, 2], [2, 2], out=p, indices=place)
+    if not locate:
+        return y, None
+    n, C, height, width = y.shape
+    return y, _flat(torch.add(_corners(n, C, height * width), place, alpha=C, out=place))
+
+
+def _gradient(shape: _Shape, block: _Block, dz: Tensor, inward: bool, keep: bool) -> tuple[Tensor, _Slope, Tensor]:
+    """∂L/∂x (empty unless `inward`), what `_backward_dots` needs, and ∂L/∂(s W). Takes dz's memory."""
+    M, r = block.M, block.r
+    e = _aten.threshold_backward.grad_input(dz, block.z, 0, grad_input=dz)
+    S0, S1 = _sums(e, block.p, block.mean, r)
+    c = block.gain * r
+    slope = c * r * S1 / -M
+    offset = c * S0 / -M - slope * block.mean
+    ce = e * _c(c) if keep else e.mul_(_c(c))
+    into = _Convolved(shape, block, inward)
+    kept = []
+    y = place = dy = None
+    for k, (x, part) in enumerate(block.slices(block.x, ce)):
+        del y, place, dy
+        if block.y:
+            y, place = block.y[k], block.places[k]
+        else:
+            y, place = _planes(shape, x, block.weight, torch.empty_like(part), True)
+        # Images do not move, so the lowest block's ∂L/∂y is not needed again; nor is y, unless for the Hessian.
+        dy = torch.addcmul(_c(offset), y, _c(slope), out=None if keep else y)
+        _add_at(dy, place, part)
+        into.pull(dy, x, block.weight, k)
+        if keep and inward:
+            kept.append(dy)
+    return into.dx, _Slope(e, S0, S1, kept), into.dweight
+
+
+def _forward_dots(shape: _Shape, block: _Block, x_dot: Tensor | None, direction: Params) -> _Dots:
+    W, gain, beta = _parameters(shape, direction)
+    weight = _signed(W, block.sign)
+    if block.sign is not None:
+        gain = gain * block.sign
+    M, r, mean = block.M, block.r, block.mean
+    T0, T1 = np.zeros_like(r), np.zeros_like(r)
+    q = torch.empty_like(block.p)  # P ẏ at first
+    planes = []
+    for k, (x, moved, slot) in enumerate(block.slices(block.x, x_dot, q)):
+        y_dot = F.conv2d(x, weight, None, shape.stride, 1, 1, _groups(x, weight))
+        if moved is not None:
+            y_dot += F.conv2d(moved, block.weight, None, shape.stride, 1, 1, _groups(x, weight))
+        y_dot = _channels_last(y_dot)
+        sums = _sums(y_dot, block.y[k], mean, r)
+        T0, T1 = T0 + sums[0], T1 + sums[1]
+        place = block.places[k]
+        if place is None:
+            slot.copy_(y_dot)
+        else:
+            torch.index_select(_flat(y_dot), 0, place, out=_flat(slot))
+        planes.append(y_dot)
+    on_p = r * r * T1 / -M
+    torch.addcmul(_c(r * T0 / -M - on_p * mean), q, _c(r), out=q).addcmul_(block.p, _c(on_p))
+    on_p = gain * r
+    z = torch.addcmul(_c(beta - on_p * mean), q, _c(block.gain)).addcmul_(block.p, _c(on_p))
+    _aten.threshold_backward.grad_input(z, block.z, 0, grad_input=z)
+    return _Dots(x_dot, weight, gain, planes, T0, T1, q, z)
+
+
+def _backward_dots(
+    shape: _Shape, block: _Block, slope: _Slope, dots: _Dots, dz_dot: Tensor
+) -> tuple[Tensor, Tensor, np.ndarray, np.ndarray]:
+    """The derivatives of ∂L/∂x (empty in the lowest block), ∂L/∂(s W), ∂L/∂(s γ) and ∂L/∂β along the direction."""
+    M, r, S0, S1, T0, T1 = block.M, block.r, slope.S0, slope.S1, dots.T0, dots.T1
+    e_dot = _aten.threshold_backward.grad_input(dz_dot, block.z, 0, grad_input=dz_dot)
+    S0_dot, S1_dot = _sums(e_dot, block.p, block.mean, r)
+    S1_dot = S1_dot + _sums(slope.e, dots.q, np.zeros_like(r), np.ones_like(r))[1]
+    # (1) is c (Pᵀ e − (S₀ + S₁ ŷ) / M) with c = γ r; the derivative of ŷ is r (ẏ − (T₀ + T₁ ŷ) / M).
+    c = block.gain * r
+    c_dot = dots.gain * r - block.gain * r * r * T1 / M
+    on_y_dot = c * S1 * r / -M
+    on_y = ((c_dot * S1 + c * S1_dot) + on_y_dot * T1) * r / -M
+    offset = ((c_dot * S0 + c * S0_dot) + on_y_dot * T0) / -M - on_y * block.mean
+    ce_dot = e_dot.mul_(_c(c)).addcmul_(slope.e, _c(c_dot))
+    into = _Convolved(shape, block, dots.x is not None)
+    for k, (x, moved, part) in enumerate(block.slices(block.x, dots.x, ce_dot)):
+        y_dot = dots.y[k]
+        dy_dot = torch.addcmul(_c(offset), y_dot, _c(on_y_dot), out=y_dot).addcmul_(block.y[k], _c(on_y))
+        _add_at(dy_dot, block.places[k], part)
+        into.pull(dy_dot, x, block.weight, k)
+        if moved is not None:
+            into.pull(slope.dy[k], moved, dots.weight, k, again=True)
+    return into.dx, into.dweight, S1_dot, S0_dot
+
+
+class _Convolved:
+    """The sums that vector-Jacobian products of a block's convolution go into, slice by slice."""
+
+    def __init__(self, shape: _Shape, block: _Block, inward: bool) -> None:
+        self._shape, self._block, self._inward = shape, block, inward
+        self._whole = len(block.x) <= block.rows
+        self.dx = torch.empty_like(block.x) if inward and not self._whole else block.x.new_empty(0)
+        self.dweight: Tensor = None  # type: ignore[assignment]  # there is a first slice
+
+    def pull(self, dy: Tensor, x: Tensor, weight: Tensor, k: int, again: bool = False) -> None:
+        """Those of slice k: into dx, or added to it if `again`; and into dweight."""
+        strides, groups = [self._shape.stride] * 2, _groups(x, weight)
+        dx, dweight, _ = _aten.convolution_backward(
+            dy, x, weight, None, strides, [1, 1], [1, 1], False, [0, 0], groups, [self._inward, True, False]
+        )
+        if self.dweight is None:
+            self.dweight = dweight
+        else:
+            self.dweight += dweight
+        if not self._inward:
+            return
+        if self._whole and not again:
+            self.dx = dx
+            return
+        rows = self._block.rows
+        slot = self.dx if self._whole else self.dx[k * rows : (k + 1) * rows]
+        if again:
+            slot += dx
+        else:
+            slot.copy_(dx)
+
+
+def _parameters(shape: _Shape, params: Params) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """A block's W, γ and β, the tasks side by side in the channels."""
+    gamma, beta = (params[f"{shape.name}.norm.{which}"].detach().numpy().reshape(-1) for which in ("weight", "bias"))
+    return params[f"{shape.name}.conv.weight"].flatten(0, 1), gamma, beta
+
+
+def _signed(weight: Tensor, sign: np.ndarray | None) -> Tensor:
+    return _channels_last(weight if sign is None else weight * torch.from_numpy(sign[:, None, None, None]))
+
+
+def _groups(x: Tensor, weight: Tensor) -> int:
+    return x.shape[1] // weight.shape[1]
+
+
+def _named(shape: _Shape, block: _Block, dweight: Tensor, dgain: np.ndarray, dbeta: np.ndarray) -> Params:
+    B, sign = _groups(block.x, block.weight), block.sign
+    if sign is not None:
+        dweight, dgain = dweight * torch.from_numpy(sign[:, None, None, None]), dgain * sign
+    # Copies: a tape that held a result itself would keep its own graph alive.
+    dgain, dbeta = dgain.reshape(B, -1).copy(), dbeta.reshape(B, -1).copy()
+    return {
+        f"{shape.name}.conv.weight": dweight.contiguous().view(*dgain.shape, *dweight.shape[1:]),
+        f"{shape.name}.conv.bias": torch.zeros(dgain.shape, dtype=dweight.dtype),
+        f"{shape.name}.norm.weight": torch.from_numpy(dgain),
+        f"{shape.name}.norm.bias": torch.from_numpy(dbeta),
+    }
+
+
+def _sums(a: Tensor, b: Tensor, mean: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Per channel Σ a and Σ a r (b − mean), in one pass: batch norm's own backward kernel."""
+    _, product, total = _aten.native_batch_norm_backward(
+        a, b, None, None, None, torch.from_numpy(mean), torch.from_numpy(r), True, 0.0, [False, True, True]
+    )
+    return total.numpy(), product.numpy()
+
+
+def _merged(moments: list[tuple[Tensor, Tensor]], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of all slices from those of each (Chan, Golub, LeVeque 1979)."""
+    if len(counts) == 1:
+        return moments[0][0].numpy(), moments[0][1].numpy()
+    means, variances = (np.stack([part.numpy() for part in parts]) for parts in zip(*moments, strict=True))
+    share = (np.array(counts, dtype=means.dtype) / sum(counts))[:, None].astype(means.dtype)
+    mean = (share * means).sum(0)
+    return mean, (share * (variances + (means - mean) ** 2)).sum(0)
+
+
+def _add_at(plane: Tensor, place: Tensor | None, values: Tensor) -> None:
+    if place is None:
+        plane += values
+    else:
+        _flat(plane).scatter_add_(0, place, _flat(values))
+
+
+@functools.lru_cache(maxsize=64)
+def _corners(n: int, channels: int, places: int) -> Tensor:
+    """Where in a slice, laid out flat, each image's plane of each channel begins, (n, C, 1, 1)."""
+    return (torch.arange(n)[:, None] * (places * channels) + torch.arange(channels))[:, :, None, None]
+
+
+def _c(vector: np.ndarray) -> Tensor:
+    """(C,) beside planes."""
+    return torch.from_numpy(vector[:, None, None])
+
+
+def _flat(plane: Tensor) -> Tensor:
+    """A channels-last plane's memory as it lies."""
+    return plane.as_strided((plane.numel(),), (1,))
+
+
+def _empty(like: Tensor, *size: int) -> Tensor:
+    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)
+
+
+def _channels_last(plane: Tensor) -> Tensor:
+    """In that layout by its strides, also where a size of 1 leaves it open."""
+    _, C, height, width = plane.shape
+    there = plane.stride() == (C * height * width, 1, width * C, C)
+    return plane if there else _empty(plane, *plane.shape).copy_(plane)

@@ -1,0 +1,236 @@
+"""A batch's tasks on processes of their own, one a core: what threads would lose by Python's one lock.
+
+The workers are forked, so they hold the learner without a copy being sent, and start at once. Parameters and images go
+to them, and results come back, through a piece of shared memory each; the pipes carry shapes only.
+"""
+
+import ctypes
+import mmap
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import weakref
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from metaheed.errors import ConfigError
+from metaheed.learners.base import Learner
+from metaheed.outer.gradients import Execution, map_together, merge
+from metaheed.types import Episode, Params
+
+T = TypeVar("T")
+
+AVAILABLE = sys.platform.startswith("linux")
+"""Elsewhere a forked process may not use the system's libraries."""
+TASKS_AT_ONCE = 4
+"""In a worker. More side by side save nothing and take memory."""
+_ALIGNMENT = 64
+
+
+class Workers:
+    """Forked processes that run functions of a learner; they end with this object, and with the process.
+
+    They are forked at the first use, from the thread that makes it and must outlive them.
+
+    Args:
+        learner: as it is at the first use; later changes to it are not seen.
+        workers: how many.
+
+    Raises:
+        ConfigError: fewer than one worker, or a system where processes cannot be forked safely.
+    """
+
+    def __init__(self, learner: Learner, workers: int) -> None:
+        if workers < 1:
+            raise ConfigError(f"{workers} worker processes: there must be at least 1")
+        if not AVAILABLE:
+            raise ConfigError(f"the execution 'processes' needs Linux, but this is {sys.platform}: use 'threaded'")
+        self.workers = workers
+        self._learner = learner
+        self._running: list[_Worker] = []
+
+    def map(self, function: Callable[[Learner, Params, Episode], T], meta: Params, batch: Episode) -> T:
+        """function(learner, θ, task) over a batch, its tasks dealt out to the workers in order.
+
+        Args:
+            function: found by its name in the workers, so one of a module.
+            meta: θ.
+            batch: tasks.
+
+        Raises:
+            RuntimeError: a worker died. Whatever the function raises in one.
+        """
+        shares = list(zip(*(torch.tensor_split(part, self.workers) for part in batch), strict=True))
+        shares = [share for share in shares if len(share[0])]
+        needed = _room([*meta.values(), *shares[0]])
+        if len(self._running) < self.workers or self._running[0].room < needed:
+            self.close()
+            # Results are a gradient a task at most, and a few numbers.
+            results = len(shares[0][0]) * (_room(meta.values()) + 4096)
+            for _ in range(self.workers):
+                self._running.append(_Worker(self._learner, 2 * (needed + results), self._running))
+        at_work = self._running[: len(shares)]
+        answers: list[Any] = []
+        try:
+            for worker, share in zip(at_work, shares, strict=True):
+                worker.begin(function, meta, Episode(*share))
+            answers = [worker.end() for worker in at_work]
+        finally:
+            if len(answers) < len(at_work):  # some may still be at work, or gone
+                self.close()
+        result: T = merge(answers, torch.cat)
+        return result
+
+    def close(self) -> None:
+        """End the workers; the next use starts new ones."""
+        for worker in self._running:
+            worker.close()
+        self._running.clear()
+
+
+class _Worker:
+    def __init__(self, learner: Learner, room: int, earlier: "list[_Worker]") -> None:
+        self.room = room
+        self._memory = mmap.mmap(-1, room)
+        self._pipe, theirs = multiprocessing.Pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        parent = os.getpid()
+        self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                self._pipe.close()
+                for worker in earlier:  # so that the end of this process ends them too
+                    worker._pipe.close()
+                _serve(learner, self._memory, theirs, parent)
+            finally:
+                os._exit(0)  # nothing of the parent's is to be flushed, saved or cleaned up here
+        theirs.close()
+        self._finalizer = weakref.finalize(self, _end, self._pid, self._pipe)
+
+    def begin(self, function: Callable[..., Any], meta: Params, batch: Episode) -> None:
+        writer = _Writer(self._memory)
+        self._send((function, {n: writer.put(p) for n, p in meta.items()}, [writer.put(part) for part in batch]))
+
+    def end(self) -> Any:
+        try:
+            failure, answer = self._pipe.recv()
+        except (EOFError, OSError):
+            _, status = os.waitpid(self._pid, 0)
+            raise RuntimeError(
+                f"a worker process ended unexpectedly (status {os.waitstatus_to_exitcode(status)}): perhaps memory ran "
+                "out; use fewer --threads, or --execution looped"
+            ) from None
+        if failure is not None:
+            raise failure
+        return _loaded(self._memory, answer)
+
+    def _send(self, message: Any) -> None:
+        try:
+            self._pipe.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            self.end()
+
+    def close(self) -> None:
+        self._finalizer()
+
+
+def _end(pid: int, pipe: Connection) -> None:
+    pipe.close()
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        return  # gone, and waited for
+
+
+def _serve(learner: Learner, memory: mmap.mmap, pipe: Connection, parent: int) -> None:
+    # Where the parent dies of a SIGKILL, a worker in mid-task must not keep the run locked.
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, meta, batch = pipe.recv()
+        except (EOFError, OSError):
+            return
+        answer: tuple[Exception | None, Any]
+        try:
+            execution: Execution[Any] = map_together(learner, function, TASKS_AT_ONCE)
+            result = execution(_loaded(memory, meta), Episode(*_loaded(memory, batch)))
+            answer = (None, _stored(result, _Writer(memory)))
+        except Exception as error:  # it is raised again in the parent
+            answer = (_portable(error), None)
+        pipe.send(answer)
+
+
+def _portable(error: Exception) -> Exception:
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever a class does when it is pickled
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+class _Place:
+    """Where in the shared memory a tensor lies."""
+
+    def __init__(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self.offset, self.shape, self.dtype = offset, shape, dtype
+
+
+class _Writer:
+    """Lays tensors into shared memory one after another."""
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._end = 0
+
+    def put(self, tensor: Tensor) -> _Place:
+        place = _Place(self._end, tuple(tensor.shape), tensor.dtype)
+        self._end += _room([tensor])
+        if self._end > len(self._memory):
+            raise RuntimeError(f"a result of {self._end} bytes does not fit into the {len(self._memory)} shared ones")
+        _view(self._memory, place).copy_(tensor)
+        return place
+
+
+def _view(memory: mmap.mmap, place: _Place) -> Tensor:
+    count = 1
+    for size in place.shape:
+        count *= size
+    if not count:
+        return torch.empty(place.shape, dtype=place.dtype)
+    return torch.frombuffer(memory, dtype=place.dtype, count=count, offset=place.offset).view(place.shape)
+
+
+def _room(tensors: Any) -> int:
+    return sum(-(-t.numel() * t.element_size() // _ALIGNMENT) * _ALIGNMENT for t in tensors)
+
+
+def _stored(tree: Any, writer: _Writer) -> Any:
+    if isinstance(tree, Tensor):
+        return writer.put(tree)
+    if isinstance(tree, dict):
+        return {name: _stored(value, writer) for name, value in tree.items()}
+    fields = [_stored(value, writer) for value in tree]
+    return type(tree)(*fields) if hasattr(tree, "_fields") else tuple(fields)
+
+
+def _loaded(memory: mmap.mmap, tree: Any) -> Any:
+    if isinstance(tree, _Place):
+        return _view(memory, tree)
+    if isinstance(tree, dict):
+        return {name: _loaded(memory, value) for name, value in tree.items()}
+    fields = [_loaded(memory, value) for value in tree]
+    return type(tree)(*fields) if hasattr(tree, "_fields") else fields

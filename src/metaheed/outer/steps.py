@@ -1,0 +1,481 @@
+"""How training advances: an outer step at a time, or in blocks over static buffers, which a CUDA graph can hold.
+
+`OneByOne` is the rule's step with a look at its numbers. `Buffered` makes the same step a function of tensors that stay
+where they are, on the device, and that nobody reads while it runs:
+
+    state     θ, the optimiser's, the rule's                          overwritten at the end of the step
+    t         () int64, the iteration                                 counted up
+    first     () int64, the iteration that the block began with
+    rows      of each stream (n, B, N, K+Q) int64, the images of the block's batches, drawn by the host
+    records   (k, columns) float64, a row an iteration: infos, weights, and where numbers are not finite
+
+1. Batch t: its rows, the images there, as network input.
+2. The rule's step, whose t is the tensor.
+3. Row t − first of the records; the next state; t + 1.
+
+The host draws the rows of the next block meanwhile (a thread), and looks at the records when the block is done. Both
+forms give the same bits on a CPU, wherever blocks begin and end.
+
+Legend: B tasks, N ways, K shots, Q queries per class, k steps in a block at most.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaheed.data.episodes import Ahead, Episodes, apart_from_forks
+from metaheed.errors import NonFiniteError, NonFiniteTaskError
+from metaheed.outer.rules import Gradients, OuterState, Rule, StepRecord, Tools
+from metaheed.types import Episode, Params, TaskInfo
+
+Stop = Callable[[], bool]
+"""Whether to stop before the next step."""
+
+
+class Steps(Protocol):
+    """A run's outer steps."""
+
+    block: int
+    """Steps that one call of `advance` makes at most."""
+
+    @property
+    def state(self) -> OuterState:
+        """After the steps made so far; the tensors are the caller's to keep."""
+        ...
+
+    def advance(self, t: int, count: int, stop: Stop) -> Iterator[StepRecord]:
+        """Make steps t … t+count−1, or fewer; their records.
+
+        Raises:
+            NonFiniteError: of the step whose record would have come next; the state is then good for nothing.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free what is held."""
+        ...
+
+
+class Streams:
+    """The streams of batches of B tasks, "training" and "probe", and which of them was asked for last."""
+
+    def __init__(self, training: Episodes, probe: Episodes, tasks: int) -> None:
+        self.episodes = {"training": training, "probe": probe}
+        self.tasks = tasks
+        self._latest, self._seen = "", 0
+
+    def batch(self, stream: str, t: int) -> Episode:
+        """Batch t."""
+        self.note(stream)
+        return self.episodes[stream].batch(t * self.tasks, self.tasks)
+
+    def lie_on(self, device: torch.device) -> bool:
+        """Whether the images lie on a device of this kind, where rows can be gathered."""
+        return all(episodes.split.images.device.type == device.type for episodes in self.episodes.values())
+
+    def rows(self, stream: str, first: int, count: int) -> np.ndarray:
+        """(count, B, N, K+Q) image rows of batches first … first+count−1."""
+        rows = self.episodes[stream].batch_rows(first * self.tasks, count * self.tasks)
+        return rows.reshape(count, self.tasks, *rows.shape[1:])
+
+    def note(self, stream: str) -> None:
+        """A batch of this stream was handed out: gradients asked for now are of its tasks."""
+        self._latest, self._seen = stream, 0
+
+    def name_tasks(self, count: int) -> list[tuple[str, int]]:
+        """The stream and number, from 1, of the next `count` tasks of the batch handed out last."""
+        first = self._seen % self.tasks
+        self._seen = first + count
+        return [(self._latest, first + task) for task in range(1, count + 1)]
+
+
+def finite_tasks(result: tuple[Params, TaskInfo]) -> Tensor:
+    """(2, B) bool of a batch's gradients: whether a task's losses are finite, and whether its gradient is."""
+    grads, info = result
+    entries = torch.cat([g.reshape(len(g), -1) for g in grads.values()], dim=1)
+    # NaN is also what an initial loss is that nobody asked for.
+    loss = torch.isfinite(info.query_loss) & ~torch.isinf(info.initial_loss)
+    return torch.stack([loss, torch.isfinite(info.grad_norm) & torch.isfinite(entries).all(1)])
+
+
+def raise_non_finite_task(finite: Sequence[Sequence[bool]], tasks: Sequence[tuple[str, int]]) -> None:
+    """Raise NonFiniteTaskError of the first of these tasks with a False in `finite`, laid out as by `finite_tasks`."""
+    for loss, gradient, (stream, task) in zip(*finite, tasks, strict=True):
+        if not (loss and gradient):
+            raise NonFiniteTaskError("gradient" if loss else "loss", task, stream)
+
+
+def first_non_finite(state: OuterState) -> Tensor:
+    """Where the first number that is not finite stands in θ and the rule's state laid end to end; none: their length.
+
+    0-d int64; see `raise_non_finite_state`.
+    """
+    entries = torch.cat([leaf.reshape(-1) for _, _, leaf in _checked_leaves(state)])
+    places = torch.arange(len(entries), device=entries.device)
+    return torch.where(torch.isfinite(entries), len(entries), places).amin()
+
+
+def raise_non_finite_state(state: OuterState, place: int) -> None:
+    """Raise NonFiniteError of the leaf that `first_non_finite` found."""
+    for group, name, leaf in _checked_leaves(state):
+        if place < leaf.numel():
+            raise NonFiniteError(f"{name!r} of the {group} is not finite after the outer step")
+        place -= leaf.numel()
+
+
+def _checked_leaves(state: OuterState) -> Iterator[tuple[str, str, Tensor]]:
+    for group, tree in (("parameters", state.meta), ("attention", state.rule)):
+        for name, leaf in tree.items():
+            if leaf.is_floating_point():
+                yield group, name, leaf
+
+
+class OneByOne:
+    """The rule's step, and a look at its numbers after each; the next batches are drawn meanwhile (a thread a stream).
+
+    Args:
+        rule: the batch rule.
+        tools: with the gradients as an execution gives them; `train` and `probe` are replaced.
+        streams: the batches.
+        state: before the first step.
+    """
+
+    block = 1
+
+    def __init__(self, rule: Rule, tools: Tools, streams: Streams, state: OuterState) -> None:
+        self._rule, self._streams = rule, streams
+        self.state = state
+        self._t = 0
+        self._ahead = {stream: Ahead(episodes) for stream, episodes in streams.episodes.items()}
+        self.asked: dict[str, set[int]] = {}
+        """Stream -> which of its batches were asked for, counted from t."""
+        self._tools = tools._replace(
+            gradients=self._checked(tools.gradients),
+            plain_gradients=self._checked(tools.plain),
+            train=lambda t: self._batch("training", t),
+            probe=lambda t: self._batch("probe", t),
+        )
+
+    def _batch(self, stream: str, t: int) -> Episode:
+        self.asked.setdefault(stream, set()).add(t - self._t)
+        self._streams.note(stream)
+        return self._ahead[stream].batch(t * self._streams.tasks, self._streams.tasks)
+
+    def _checked(self, gradients: Gradients) -> Gradients:
+        def checked(meta: Params, batch: Episode) -> tuple[Params, TaskInfo]:
+            result = gradients(meta, batch)
+            finite = finite_tasks(result)
+            raise_non_finite_task(finite.tolist(), self._streams.name_tasks(finite.shape[1]))
+            return result
+
+        return checked
+
+    def advance(self, t: int, count: int, stop: Stop) -> Iterator[StepRecord]:
+        """See `Steps`."""
+        for self._t in range(t, t + count):
+            if stop():
+                return
+            self.state, record = self._rule.step(self.state, self._t, self._tools)
+            raise_non_finite_state(self.state, int(first_non_finite(self.state)))
+            yield record
+
+    def close(self) -> None:
+        """End the threads."""
+        for ahead in self._ahead.values():
+            ahead.close()
+
+
+class Buffered:
+    """The same steps over static buffers, in blocks; where it can be, captured in a CUDA graph.
+
+    The first step is made one by one: rules that keep something for the next step begin with it, and it shows which
+    batches the rule asks for. A step that cannot be captured, since its network or rule reads a value on the host, is
+    made one by one for good, with a notice.
+
+    Args:
+        rule, tools, streams, state: as for `OneByOne`.
+        block: k.
+        capture: into a CUDA graph; the state lies on a CUDA device.
+        notice: told why a step could not be captured.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        tools: Tools,
+        streams: Streams,
+        state: OuterState,
+        block: int,
+        capture: bool,
+        notice: Callable[[str], None],
+    ) -> None:
+        self.block = block
+        self._one_by_one = partial(OneByOne, rule, tools, streams)
+        self._over_buffers = partial(_Buffers, rule, tools, streams, block)
+        self._single: OneByOne | None = self._one_by_one(state)
+        self._buffers: _Buffers | None = None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._capture, self._notice = capture, notice
+        self._given_up = False
+        self._drawing = _Drawing(streams)
+
+    @property
+    def state(self) -> OuterState:
+        """See `Steps`; a copy."""
+        if self._single is not None:
+            return self._single.state
+        assert self._buffers is not None  # one of the two is there
+        return _copied(self._buffers.state)
+
+    def advance(self, t: int, count: int, stop: Stop) -> Iterator[StepRecord]:
+        """See `Steps`."""
+        if self._buffers is None:
+            assert self._single is not None  # one of the two is there
+            yield from self._single.advance(t, 1, stop)
+            if self._single.asked and not self._given_up:
+                self._single.close()
+                self._buffers, self._single = self._over_buffers(self._single.state, self._single.asked), None
+            return
+        count = min(count, self.block)
+        self._buffers.begin(t, self._drawing.take(self._buffers.spans, t, count))
+        if self._capture and self._graph is None:
+            self._try_capture(self._buffers, t, count)
+            if self._graph is None:
+                return  # to be called again, for a step by itself
+        self._drawing.ahead(self._buffers.spans, t + count, self.block)
+        step = self._buffers.step if self._graph is None else self._graph.replay
+        done = 0
+        while done < count and not stop():
+            step()
+            done += 1
+        yield from self._buffers.read(done)
+
+    def _try_capture(self, buffers: "_Buffers", t: int, count: int) -> None:
+        """Capture the step, or give the buffers up."""
+        before = _copied(buffers.state)
+        try:
+            self._graph = captured(buffers, before, t, min(count, 2))
+        except RuntimeError as error:
+            first: BaseException = error
+            while isinstance(first.__context__, RuntimeError):  # a capture that failed fails to end, too
+                first = first.__context__
+            reason = str(first).strip().partition("\n")[0]
+            self._notice(f"the outer step is not captured in a CUDA graph ({reason}): going on step by step")
+            self._single, self._buffers, self._given_up = self._one_by_one(before), None, True
+
+    def close(self) -> None:
+        """Stop the drawing, and give the graph's memory back."""
+        self._drawing.close()
+        if self._single is not None:
+            self._single.close()
+        if self._graph is not None:
+            self._graph.reset()
+            self._graph = None
+
+
+class _Buffers:
+    """The static buffers and the step over them; `begin`, then `step` as often as batches were given, then `read`."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        tools: Tools,
+        streams: Streams,
+        block: int,
+        state: OuterState,
+        asked: Mapping[str, set[int]],
+    ) -> None:
+        self.state = _copied(state)
+        self.spans = {stream: range(min(offsets), max(offsets) + 1) for stream, offsets in asked.items()}
+        self._rule, self._streams, self._block = rule, streams, block
+        self._tools = tools._replace(
+            gradients=self._noted(tools.gradients),
+            plain_gradients=self._noted(tools.plain),
+            train=lambda t: self._batch("training", t),
+            probe=lambda t: self._batch("probe", t),
+        )
+        self.device = device = next(iter(self.state.meta.values())).device
+        self._t, self._first = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        self._places = torch.arange(block, device=device)
+        self._rows: dict[str, Tensor] = {}
+        for stream, span in self.spans.items():
+            episodes = streams.episodes[stream]
+            shape = (block + len(span) - 1, streams.tasks, episodes.ways, episodes.shots + episodes.queries)
+            self._rows[stream] = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._records: Tensor | None = None  # as wide as the first step finds
+        self._layout = _Layout(0, [])
+        self._finite: list[Tensor] = []
+        self._tasks: list[tuple[str, int]] = []
+
+    def begin(self, t: int, rows: Mapping[str, np.ndarray]) -> None:
+        """A block from iteration t on, with the rows of its batches; the host copies, and fills two numbers."""
+        for stream, drawn in rows.items():
+            self._rows[stream][: len(drawn)].copy_(torch.from_numpy(drawn))
+        self._t.fill_(t)
+        self._first.fill_(t)
+
+    def restore(self, state: OuterState, t: int) -> None:
+        """Go back to this state before iteration t of the same block, and to empty records."""
+        if self._records is not None:
+            self._records.zero_()
+        for ours, theirs in zip(self.state, state, strict=True):
+            for name, leaf in ours.items():
+                leaf.copy_(theirs[name])
+        self._t.fill_(t)
+
+    def step(self) -> None:
+        """One outer step, a function of the buffers alone."""
+        self._finite, self._tasks = [], []
+        # The rule hands t on without looking at it: see rules.py.
+        state, record = self._rule.step(self.state, self._t, self._tools)  # type: ignore[arg-type]
+        found = [*record.info, record.weights, *torch.cat(self._finite, dim=1), first_non_finite(state).reshape(1)]
+        row = torch.cat([part.double() for part in found])
+        self._finite = []
+        if self._records is None:
+            self._records = torch.zeros(self._block, len(row), dtype=row.dtype, device=row.device)
+        self._layout = _Layout(len(record.weights), self._tasks)
+        here = (self._places == self._t - self._first).unsqueeze(1)
+        self._records.copy_(torch.where(here, row, self._records))
+        self._keep(state)
+        self._t.add_(1)
+
+    def read(self, count: int) -> Iterator[StepRecord]:
+        """The records of the block's first `count` steps; waits for the device."""
+        if count == 0:
+            return
+        assert self._records is not None  # a step has been made
+        tasks, named = self._layout
+        for row in self._records[:count].cpu():
+            columns, finite, place = row.split([5 * tasks, 2 * len(named), 1])
+            raise_non_finite_task(finite.view(2, -1).bool().tolist(), named)
+            raise_non_finite_state(self.state, int(place))
+            *info, weights = columns.view(5, tasks)
+            yield StepRecord(TaskInfo(*info), weights)
+
+    def peek(self, count: int) -> Tensor:
+        """A copy of the records of the block's first `count` steps."""
+        assert self._records is not None
+        return self._records[:count].clone()
+
+    def _batch(self, stream: str, t: Any) -> Episode:
+        self._streams.note(stream)
+        row = t - self._first - self.spans[stream].start
+        rows = self._rows[stream].index_select(0, row.reshape(1)).squeeze(0)
+        return self._streams.episodes[stream].gather(rows)
+
+    def _noted(self, gradients: Gradients) -> Gradients:
+        def noted(meta: Params, batch: Episode) -> tuple[Params, TaskInfo]:
+            result = gradients(meta, batch)
+            self._finite.append(finite_tasks(result))
+            self._tasks += self._streams.name_tasks(self._finite[-1].shape[1])
+            return result
+
+        return noted
+
+    def _keep(self, state: OuterState) -> None:
+        """Write the next state over this one."""
+        pairs = []
+        for ours, theirs in zip(self.state, state, strict=True):
+            if ours.keys() != theirs.keys():
+                raise RuntimeError(f"the rule's step changed its state's names: {sorted({*ours} ^ {*theirs})}")
+            pairs += [(leaf, theirs[name].detach()) for name, leaf in ours.items() if theirs[name] is not leaf]
+        # A rule may hand on what it was given under another name: that must be read before it is overwritten.
+        held = {leaf.untyped_storage()._cdata for tree in self.state for leaf in tree.values()}
+        pairs = [(leaf, new.clone() if new.untyped_storage()._cdata in held else new) for leaf, new in pairs]
+        for dtype in {leaf.dtype for leaf, _ in pairs}:  # those of one dtype are copied by one kernel
+            alike = [pair for pair in pairs if pair[0].dtype == dtype]
+            torch._foreach_copy_([leaf for leaf, _ in alike], [new for _, new in alike])
+
+
+class _Layout(NamedTuple):
+    """What a row of the records holds: 5 columns of `tasks` (infos, weights), 2 of `named` (finite), 1."""
+
+    tasks: int
+    named: list[tuple[str, int]]
+
+
+class _Drawing:
+    """Draws the rows of a block, and those of the next one ahead on a thread."""
+
+    def __init__(self, streams: Streams) -> None:
+        self._streams = streams
+        self._pool = ThreadPoolExecutor(1, "metaheed-episodes")
+        self._next: tuple[int, int, Future[dict[str, np.ndarray]]] | None = None
+
+    def _draw(self, spans: Mapping[str, range], t: int, count: int) -> dict[str, np.ndarray]:
+        return {
+            stream: self._streams.rows(stream, t + span.start, count + len(span) - 1) for stream, span in spans.items()
+        }
+
+    def ahead(self, spans: Mapping[str, range], t: int, count: int) -> None:
+        """Begin to draw the rows of iterations t … t+count−1."""
+        self._next = (t, count, self._pool.submit(apart_from_forks, self._draw, spans, t, count))
+
+    def take(self, spans: Mapping[str, range], t: int, count: int) -> dict[str, np.ndarray]:
+        """For iterations t … t+count−1 the rows of each stream's batches, from t+span.start on."""
+        if self._next is not None and self._next[0] == t and self._next[1] >= count:
+            drawn = self._next[2].result()
+            return {stream: drawn[stream][: count + len(span) - 1] for stream, span in spans.items()}
+        return self._draw(spans, t, count)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(cancel_futures=True)
+
+
+def captured(buffers: _Buffers, before: OuterState, t: int, compared: int) -> torch.cuda.CUDAGraph:
+    """The step over these buffers as a CUDA graph; the buffers are left as they were, at `before` and iteration t.
+
+    1. Warm-up: libraries set themselves up outside the graph, on the stream that is captured later. The last of these
+       steps may not make the host wait: what would, cannot be captured.
+    2. The capture, which computes nothing.
+    3. A few replayed steps against those of the warm-up: a network that keeps something from call to call is found.
+
+    Raises:
+        RuntimeError: the step makes the host wait, cannot be captured, or is another one when it is replayed.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(buffers.device):
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            buffers.step()
+            buffers.restore(before, t)
+            with _no_waiting():
+                for _ in range(compared):
+                    buffers.step()
+            expected = buffers.peek(compared)
+            buffers.restore(before, t)
+        torch.cuda.current_stream().wait_stream(stream)
+        # Other threads may use the device while this one captures.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            buffers.step()
+        for _ in range(compared):
+            graph.replay()
+        found = buffers.peek(compared)
+        buffers.restore(before, t)
+    # Numbers that are not finite are the training's to report, and kernels may round differently from call to call.
+    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-4, equal_nan=True):
+        raise RuntimeError("replayed, it gives other numbers than called: it keeps something from call to call")
+    return graph
+
+
+@contextlib.contextmanager
+def _no_waiting() -> Iterator[None]:
+    """Whatever makes the host wait for the device raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _copied(state: OuterState) -> OuterState:
+    return OuterState(*({name: leaf.clone() for name, leaf in tree.items()} for tree in state))

@@ -1,0 +1,235 @@
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, jvp, vmap
+
+from metaheed.learners import MAML, Conv4, MetaSGD, closed_form
+from metaheed.learners.base import takes_batches
+from metaheed.outer import looped, task_gradient, vectorized
+from metaheed.types import Params
+from tests.conftest import make_batch
+
+WAYS = 3
+SHAPES = {"odd": (3, 21, 18), "one channel": (1, 16, 17), "even": (2, 32, 32)}
+NETWORKS: dict[str, Callable[[tuple[int, int, int]], Conv4]] = {
+    "pooled": lambda shape: Conv4(WAYS, shape, hidden=4),
+    "strided": lambda shape: Conv4(WAYS, shape, hidden=3, downsample="stride"),
+    "one filter": lambda shape: Conv4(WAYS, shape, hidden=1),
+}
+
+
+def known(network: Conv4) -> closed_form.ClosedForm:
+    form = closed_form.closed_form(network)
+    assert form is not None
+    return form
+
+
+def drawn(network: nn.Module, tasks: int) -> Params:
+    """Parameters of each task, gains of either sign."""
+    generator = torch.Generator().manual_seed(1)
+    return {
+        name: torch.randn(tasks, *p.shape, generator=generator, dtype=torch.float64)
+        for name, p in network.named_parameters()
+    }
+
+
+def autograd(network: nn.Module, params: Params, x: Tensor, y: Tensor, direction: Params) -> tuple[Any, ...]:
+    """Losses, gradients and Hessian products, task by task, by double backward of PyTorch's own modules."""
+    rows = []
+    for task in range(len(y)):
+        at = {n: p[task].clone().requires_grad_() for n, p in params.items()}
+        loss = nn.functional.cross_entropy(functional_call(network, at, (x[task],)), y[task])
+        slopes = torch.autograd.grad(loss, list(at.values()), create_graph=True)
+        along = torch.stack([(g * direction[n][task]).sum() for g, n in zip(slopes, at, strict=True)])
+        products = torch.autograd.grad(along.sum(), list(at.values()))
+        rows.append((loss.detach(), [g.detach() for g in slopes], list(products)))
+    losses, *kinds = zip(*rows, strict=True)
+    trees = ({n: torch.stack(p) for n, p in zip(params, zip(*t, strict=True), strict=True)} for t in kinds)
+    return torch.stack(losses), *trees
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("slice_bytes", [1 << 21, 4000], ids=["whole", "sliced"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("network", NETWORKS)
+def test_gradient_and_hessian_product_are_autograds(
+    network: str, shape: str, slice_bytes: int, tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(closed_form, "_SLICE_BYTES", slice_bytes)
+    net = NETWORKS[network](SHAPES[shape])
+    form, params, direction = known(net), drawn(net, tasks), drawn(net, 2 * tasks)
+    direction = {name: d[tasks:] for name, d in direction.items()}
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(tasks, 7, *SHAPES[shape], generator=generator, dtype=torch.float64)
+    y = torch.randint(0, WAYS, (tasks, 7), generator=generator)
+    loss, gradient, product = autograd(net, params, x, y, direction)
+    for keep in (False, True):
+        found, found_loss, logits, tape = form.gradient(params, x, y, keep=keep)
+        torch.testing.assert_close(found_loss, loss)
+        torch.testing.assert_close(logits, form.logits(params, x))
+        for name in params:
+            torch.testing.assert_close(found[name], gradient[name], rtol=1e-8, atol=1e-10)
+    assert tape is not None
+    for _ in range(2):  # the tape is left as it was
+        found = form.hessian_product(params, tape, direction)
+        for name in params:
+            torch.testing.assert_close(found[name], product[name], rtol=1e-8, atol=1e-9)
+            if name.endswith("conv.bias"):
+                assert not found[name].any()
+
+
+@pytest.mark.parametrize("part", ["head", "body.3", "body.1", "body.0.norm"])
+def test_a_part_of_the_gradient_and_of_the_direction(part: str) -> None:
+    net = Conv4(WAYS, (1, 16, 16), hidden=4)
+    form, params = known(net), drawn(net, 2)
+    names = tuple(name for name in params if name.startswith(part))
+    batch = make_batch(2, WAYS, 2, 1, (1, 16, 16))
+    x, y = batch.support_x, batch.support_y
+    direction = {name: torch.ones_like(p) * (name in names) for name, p in params.items()}
+    _, gradient, product = autograd(net, params, x, y, direction)
+    found = form.gradient(params, x, y, names)[0]
+    assert list(found) == list(names)
+    for name in names:
+        torch.testing.assert_close(found[name], gradient[name], rtol=1e-8, atol=1e-10)
+    tape = form.gradient(params, x, y, names, keep=True)[3]
+    assert tape is not None
+    found = form.hessian_product(params, tape, {name: direction[name] for name in names})
+    for name in params:
+        torch.testing.assert_close(found[name], product[name], rtol=1e-8, atol=1e-9)
+
+
+def test_derivatives_through_adaptation_of_any_order_by_plain_autograd() -> None:
+    """A user's own loop: φ from adapt, a loss of it, its gradient, and that one's derivative."""
+    batch = make_batch(1, WAYS, 1, 2, (1, 16, 16))
+    x, y, query_x, query_y = (part[0] for part in batch)
+    results = []
+    for network in (Conv4(WAYS, (1, 16, 16), hidden=3), Subclass(WAYS, (1, 16, 16), hidden=3)):
+        learner = MAML(network, adaptation_steps=2, fast_lr=0.2)
+        assert (learner.backbone.known is None) == isinstance(network, Subclass)
+        meta = {n: p.double().requires_grad_() for n, p in learner.init(torch.Generator().manual_seed(0)).items()}
+        adapted = learner.adapt(meta, x, y)
+        loss = nn.functional.cross_entropy(learner.predict(adapted, query_x), query_y)
+        slope = torch.autograd.grad(loss, list(meta.values()), create_graph=True)
+        square = torch.stack([g.square().sum() for g in slope]).sum()
+        results.append([loss, *slope, *torch.autograd.grad(square, list(meta.values()))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+class Subclass(Conv4):
+    """May do anything."""
+
+
+def hooked(network: Conv4) -> None:
+    network.body[0].register_forward_hook(lambda module, given, output: 2 * output)
+
+
+def frozen(network: Conv4) -> None:
+    network.head.bias.requires_grad_(False).zero_()
+
+
+def other_norm(network: Conv4) -> None:
+    network.body[1].norm = nn.GroupNorm(1, 4)
+
+
+def other_activation(network: Conv4) -> None:
+    network.body[2].relu = nn.LeakyReLU()
+
+
+def weight_norm(network: Conv4) -> None:
+    nn.utils.parametrizations.weight_norm(network.head)
+
+
+@pytest.mark.parametrize("change", [hooked, frozen, other_norm, other_activation, weight_norm])
+def test_a_changed_network_is_not_taken_for_the_one_that_is_known(change: Callable[[Conv4], None]) -> None:
+    network = Conv4(WAYS, (1, 16, 16), hidden=4)
+    change(network)
+    learner = MAML(network, adaptation_steps=2, fast_lr=0.2)
+    meta = {n: p.double() for n, p in learner.init(torch.Generator().manual_seed(0)).items()}
+    batch = make_batch(2, WAYS, 1, 2, (1, 16, 16))
+    assert not takes_batches(learner, meta, batch.support_x)
+    gradient, info = vectorized(learner)(meta, batch)
+    for task in range(2):
+        episode = type(batch)(*(part[task] for part in batch))
+        at = {n: p.clone().requires_grad_() for n, p in meta.items()}
+        network = network.double()
+        phi = at
+        for _ in range(2):
+            loss = nn.functional.cross_entropy(functional_call(network, phi, (episode.support_x,)), episode.support_y)
+            slope = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+            phi = {n: p - 0.2 * g for (n, p), g in zip(phi.items(), slope, strict=True)}
+        loss = nn.functional.cross_entropy(functional_call(network, phi, (episode.query_x,)), episode.query_y)
+        torch.testing.assert_close(info.query_loss[task], loss.detach())
+        for name, g in zip(at, torch.autograd.grad(loss, list(at.values())), strict=True):
+            torch.testing.assert_close(gradient[name][task], g, rtol=1e-6, atol=1e-9)
+
+
+def test_a_learner_that_changes_what_ours_does_is_followed() -> None:
+    class Sharper(MAML):
+        def predict(self, adapted: Params, x: Tensor) -> Tensor:
+            return 3 * super().predict(adapted, x)
+
+    class Slower(MetaSGD):
+        def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
+            return self.initial(meta)
+
+    batch = make_batch(2, WAYS, 1, 2, (1, 16, 16))
+    network = Conv4(WAYS, (1, 16, 16), hidden=4)
+    plain, sharper = (kind(network, adaptation_steps=1, fast_lr=0.1) for kind in (MAML, Sharper))
+    meta = {n: p.double() for n, p in plain.init(torch.Generator().manual_seed(0)).items()}
+    assert not torch.allclose(looped(sharper)(meta, batch)[1].query_loss, looped(plain)(meta, batch)[1].query_loss)
+    torch.testing.assert_close(vectorized(sharper)(meta, batch), looped(sharper)(meta, batch))
+    slower = Slower(network)
+    meta = {n: p.double() for n, p in slower.init(torch.Generator().manual_seed(0)).items()}
+    info = vectorized(slower)(meta, batch)[1]
+    torch.testing.assert_close(info.query_loss, info.initial_loss)
+
+
+def test_under_transforms_of_torch_func() -> None:
+    learner = MAML(Conv4(WAYS, (1, 16, 16), hidden=4), adaptation_steps=1, fast_lr=0.1)
+    meta = {n: p.double() for n, p in learner.init(torch.Generator().manual_seed(0)).items()}
+    batch = make_batch(2, WAYS, 1, 2, (1, 16, 16))
+    expected = torch.stack([learner.predict(meta, x) for x in batch.query_x])
+    torch.testing.assert_close(vmap(lambda x: learner.predict(meta, x))(batch.query_x), expected)
+    x = batch.query_x[0]
+    value, slope = jvp(lambda x: learner.predict(meta, x), (x,), (torch.ones_like(x),))  # type: ignore[misc]
+    torch.testing.assert_close(value, expected[0])
+    step = 1e-5
+    difference = (learner.predict(meta, x + step) - learner.predict(meta, x - step)) / (2 * step)
+    torch.testing.assert_close(slope, difference, rtol=1e-4, atol=1e-6)
+
+
+def test_planes_are_freed_without_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
+    tapes: list[weakref.ref[Any]] = []
+    original = closed_form.ClosedForm.gradient
+
+    def noted(self: Any, *arguments: Any, **options: Any) -> Any:
+        result = original(self, *arguments, **options)
+        if result[3] is not None:
+            tapes.extend(weakref.ref(block.z) for block in result[3].blocks)
+        return result
+
+    monkeypatch.setattr(closed_form.ClosedForm, "gradient", noted)
+    learner = MAML(Conv4(WAYS, (1, 16, 16), hidden=4), adaptation_steps=2)
+    meta = learner.init(torch.Generator().manual_seed(0))
+    batch = make_batch(1, WAYS, 1, 2, (1, 16, 16))
+    gc.disable()
+    try:
+        kept = task_gradient(learner, meta, type(batch)(*(part[0] for part in batch)))
+        assert len(tapes) == 8
+        assert not [tape for tape in tapes if tape() is not None]
+        # Nor by what a graph that is never used leaves behind.
+        adapted = learner.adapt(
+            {n: p.requires_grad_() for n, p in meta.items()}, batch.support_x[0], batch.support_y[0]
+        )
+        assert len([tape for tape in tapes if tape() is not None]) == 8
+        del adapted
+        assert not [tape for tape in tapes if tape() is not None]
+    finally:
+        gc.enable()
+    assert kept

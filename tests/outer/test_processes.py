@@ -1,0 +1,137 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from metaheed.errors import ConfigError
+from metaheed.learners import MAML, Conv4, Learner, MetaLSTM
+from metaheed.outer import adapted_outcome, task_gradient, vectorized
+from metaheed.outer.processes import AVAILABLE, Workers
+from metaheed.types import Episode, Params
+from tests.conftest import ROOT, make_batch
+
+pytestmark = pytest.mark.skipif(not AVAILABLE, reason="processes are forked on Linux only")
+
+SHAPE = (1, 16, 16)
+
+
+def learner_and_meta() -> tuple[Learner, Params]:
+    learner = MAML(Conv4(3, SHAPE, hidden=4), adaptation_steps=2, fast_lr=0.1)
+    return learner, learner.init(torch.Generator().manual_seed(0))
+
+
+def failing(learner: Learner, meta: Params, task: Episode) -> torch.Tensor:
+    raise ConfigError("this task cannot be done")
+
+
+class OddError(Exception):
+    def __init__(self, a: int, b: int) -> None:
+        super().__init__(f"{a} and {b}")
+
+
+def failing_oddly(learner: Learner, meta: Params, task: Episode) -> torch.Tensor:
+    raise OddError(1, 2)
+
+
+def dying(learner: Learner, meta: Params, task: Episode) -> torch.Tensor:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 5, 9])
+def test_bits_are_those_of_the_same_tasks_together(tasks: int) -> None:
+    learner, meta = learner_and_meta()
+    workers = Workers(learner, 2)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for count in (2, tasks):  # more than there was room for, the second time
+            batch = make_batch(count, 3, 1, 2, SHAPE, torch.float32)
+            gradient, info = workers.map(task_gradient, meta, batch)
+            shares = [Episode(*share) for share in zip(*(torch.tensor_split(p, 2) for p in batch), strict=True)]
+            parts = [vectorized(learner, 4)(meta, share) for share in shares if len(share.support_y)]
+            for name in meta:
+                assert torch.equal(gradient[name], torch.cat([g[name] for g, _ in parts]))
+            assert torch.equal(info.grad_norm, torch.cat([i.grad_norm for _, i in parts]))
+            losses, _ = workers.map(adapted_outcome, meta, batch)
+            assert torch.equal(losses, info.query_loss)
+    finally:
+        torch.set_num_threads(before)
+        workers.close()
+
+
+def test_metalstm_too() -> None:
+    learner = MetaLSTM(Conv4(3, SHAPE, hidden=4), adaptation_steps=2)
+    meta = learner.init(torch.Generator().manual_seed(0))
+    batch = make_batch(3, 3, 1, 2, SHAPE, torch.float32)
+    gradient, _ = Workers(learner, 2).map(task_gradient, meta, batch)
+    expected, _ = vectorized(learner)(meta, batch)
+    for name in meta:
+        torch.testing.assert_close(gradient[name], expected[name], rtol=1e-3, atol=1e-6)
+
+
+def test_errors_come_back_and_workers_go_on() -> None:
+    learner, meta = learner_and_meta()
+    workers = Workers(learner, 2)
+    batch = make_batch(4, 3, 1, 2, SHAPE, torch.float32)
+    with pytest.raises(ConfigError, match="this task cannot be done"):
+        workers.map(failing, meta, batch)
+    with pytest.raises(RuntimeError, match="OddError: 1 and 2"):
+        workers.map(failing_oddly, meta, batch)
+    with pytest.raises(RuntimeError, match=r"ended unexpectedly \(status -9\).*--threads"):
+        workers.map(dying, meta, batch)
+    assert torch.isfinite(workers.map(task_gradient, meta, batch)[1].query_loss).all()
+    with pytest.raises(ConfigError, match="0 worker processes"):
+        Workers(learner, 0)
+
+
+def test_workers_end_with_their_owner() -> None:
+    learner, meta = learner_and_meta()
+    workers = Workers(learner, 2)
+    workers.map(task_gradient, meta, make_batch(2, 3, 1, 2, SHAPE, torch.float32))
+    pids = [worker._pid for worker in workers._running]
+    assert all(map(alive, pids))
+    del workers
+    assert not any(map(alive, pids))
+
+
+SCRIPT = """
+import os, torch
+from tests.outer.test_processes import SHAPE, Workers, learner_and_meta, make_batch, task_gradient
+learner, meta = learner_and_meta()
+workers = Workers(learner, 2)
+batch = make_batch(2, 3, 1, 2, SHAPE, torch.float32)
+workers.map(task_gradient, meta, batch)
+print(*(worker._pid for worker in workers._running), flush=True)
+while True:
+    workers.map(task_gradient, meta, batch)
+"""
+
+
+def test_workers_end_with_a_process_that_is_killed() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    assert process.stdout is not None
+    pids = [int(pid) for pid in process.stdout.readline().split()]
+    assert len(pids) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(alive(pid) for pid in pids)
+
+
+def alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()

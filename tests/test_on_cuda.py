@@ -1,0 +1,66 @@
+"""What only a CUDA device can show; skipped where there is none. benchmarks/on_cuda.py asks more, and measures."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from metaheed.data.images import Dataset
+from metaheed.learners import MAML, Conv4
+from metaheed.outer import OuterState, map_im2col, map_looped, map_streamed, map_vectorized, task_gradient
+from tests.conftest import Run, make_batch
+from tests.outer.test_steps import RULES, SHAPE, WAYS, Training, advance, streams_of
+from tests.test_training import SMALL
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+EXECUTIONS: dict[str, Callable[..., Any]] = {
+    "looped": map_looped,
+    "vectorized": map_vectorized,
+    "im2col": map_im2col,
+    "streamed": map_streamed,
+}
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_gradients_are_the_cpus(execution: str, rng: torch.Generator) -> None:
+    learner = MAML(Conv4(WAYS, SHAPE), adaptation_steps=3, fast_lr=0.1)
+    meta, batch = learner.init(rng), make_batch(4, WAYS, 2, 4, SHAPE, torch.float32)
+    expected, _ = map_looped(partial(task_gradient, learner))(meta, batch)
+    there = type(batch)(*(part.cuda() for part in batch))
+    found, _ = EXECUTIONS[execution](partial(task_gradient, learner))({n: p.cuda() for n, p in meta.items()}, there)
+    a, b = (torch.cat([tree[n].cpu().flatten(1) for n in meta], dim=1) for tree in (found, expected))
+    assert float(((a - b).norm(dim=1) / b.norm(dim=1)).max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("rule", "execution"), [*((rule, "vectorized") for rule in RULES), *(("attended", e) for e in EXECUTIONS)]
+)
+def test_captured_steps_are_the_single_ones(rule: str, execution: str, small_dataset: Dataset) -> None:
+    cuda = torch.device("cuda")
+    learner = MAML(Conv4(WAYS, SHAPE, hidden=8), adaptation_steps=2, fast_lr=0.1)
+    training = Training(small_dataset, learner, RULES[rule](), EXECUTIONS[execution])
+    training.streams = streams_of(small_dataset.to(cuda))
+    training.start = OuterState(*({n: leaf.to(cuda) for n, leaf in tree.items()} for tree in training.start))
+    plain, blocks = training.one_by_one(), training.buffered(3, capture=True)  # a notice fails the test
+    a, b = torch.tensor(advance(plain, 0, 7)), torch.tensor(advance(blocks, 0, 7))
+    torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+    blocks.close()
+
+
+def test_a_run_is_trained_and_resumed(metaheed: Run, tmp_path: Path) -> None:
+    pytest.importorskip("tyro")
+    small = [*SMALL, "--backbone", "conv4-32", "--device", "cuda"]
+    status, _, err = metaheed("train", "ta-maml", *small, "--iterations", 10, "--out", tmp_path / "whole")
+    assert (status, ", captured, in blocks of at most 100 iterations" in err) == (0, True), err
+    assert "not captured" not in err
+    metaheed("train", "ta-maml", *small, "--iterations", 6, "--out", tmp_path / "cut")
+    assert metaheed("train", "--resume", tmp_path / "cut", "--iterations", 10)[0] == 0
+    losses = [
+        [json.loads(line)["query_loss"] for line in (tmp_path / run / "tasks.jsonl").read_text().splitlines()]
+        for run in ("whole", "cut")
+    ]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-3, atol=1e-5)
