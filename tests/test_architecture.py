@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
     ("errors",),
-    ("types", "config"),
+    ("types", "config", "files"),
     ("data", "learners"),
     ("outer",),
     ("process", "runs"),

@@ -75,6 +75,16 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Download:
+    """Fetch a data set's published files; for those that may not be given away, say how to get them."""
+
+    data: tyro.conf.Positional[str]
+    """omniglot, cifar-fs, fc100; miniimagenet and tieredimagenet are explained."""
+    data_root: Path = Path("data")
+    """Folder to put the files into, for --data-root of other commands."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Demo:
     """Train MAML and TA-MAML on the built-in glyphs, judge and compare them, and draw a figure. A few minutes."""
 
@@ -145,8 +155,10 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in commands:
         kind, command = commands[arguments[0]]
         return command(_parse(kind, arguments[0], arguments))
+    if arguments[:1] == ["data"]:
+        return _data(arguments[1:])
     if arguments and not arguments[0].startswith("-"):
-        raise unknown("command", arguments[0], ["train", *commands])
+        raise unknown("command", arguments[0], ["train", "data", *commands])
     print(_USAGE)
     return 0 if arguments in (["-h"], ["--help"]) else 2
 
@@ -160,6 +172,7 @@ _USAGE = """metaheed: few-shot meta-learning with task attention
   metaheed evaluate RUN [options]       judge it on frozen test tasks
   metaheed compare RUN... --against RUN...
                                         paired differences on the same tasks
+  metaheed data download NAME           fetch a data set's published files
   metaheed demo                         all of it on built-in data, in minutes
   metaheed toy                          MetaLSTM against MetaLSTM++ in two parameters, drawn
   metaheed --version
@@ -290,6 +303,28 @@ def _compare(command: Compare) -> int:
     if len(difference.per_seed) > 1:
         for seed, mean in difference.per_seed.items():
             print(f"  seed {seed}: {100 * mean:+.2f}")
+    return 0
+
+
+def _data(arguments: list[str]) -> int:
+    commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
+        "download": (Download, _download),
+    }
+    if arguments and arguments[0] in commands:
+        kind, command = commands[arguments[0]]
+        return command(_parse(kind, f"data {arguments[0]}", arguments))
+    if arguments and not arguments[0].startswith("-"):
+        raise unknown("data command", arguments[0], commands)
+    print(f"metaheed data: {', '.join(commands)}\nEach has --help.")
+    return 0 if arguments in (["-h"], ["--help"]) else 2
+
+
+def _download(command: Download) -> int:
+    from metaheed.data.download import download
+    from metaheed.progress import Transfers
+
+    for path in download(command.data, command.data_root, Transfers()):
+        print(path)
     return 0
 
 

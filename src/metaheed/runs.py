@@ -19,7 +19,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import yaml
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from metaheed.config import RunConfig, from_dict, to_dict
 from metaheed.errors import RunError
+from metaheed.files import try_lock
 from metaheed.learners import Learner, build_learner
 from metaheed.outer import OuterState
 from metaheed.types import Params
@@ -98,7 +99,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.lock_file.open("a+")
         with file:
-            if not _try_lock(file):
+            if not try_lock(file):
                 file.seek(0)
                 raise RunError(
                     f"{self.path} is being trained by another process ({file.read().strip() or 'unknown'}): "
@@ -394,18 +395,3 @@ def _checkpoint(tensors: Params, about: dict[str, Any]) -> Checkpoint:
     progress = Progress(**{field: about[field] for field in Progress._fields})
     best = groups.pop("best")
     return Checkpoint(progress, OuterState(**groups), best, (channels, height, width))
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
