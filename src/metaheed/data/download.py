@@ -38,6 +38,7 @@ _WAIT = 1.0  # seconds before the second of them; doubles
 _LONGEST_WAIT = 30.0  # seconds, whatever the server asks for
 _TIMEOUT = 30.0  # seconds without a sign of life
 _CHUNK = 1 << 18  # bytes
+_BEGINNING = 64  # bytes that tell a web page
 _LARGEST = 1 << 30  # bytes: no published file comes near it
 
 
@@ -379,10 +380,13 @@ def _receive(response: Any, part: _Part, watcher: Watcher) -> None:
     start = part.size
     length = response.headers.get("Content-Length", "")
     length = int(length) if length.isdecimal() else None
-    data = response.read(_CHUNK)
+    # read1 gives what is there, where read would wait for a whole chunk and lose it with the connection.
+    data = response.read1(_CHUNK)
+    while 0 < len(data) < _BEGINNING and (more := response.read1(_CHUNK)):
+        data += more
     continues = response.status == http.HTTPStatus.PARTIAL_CONTENT
     if response.headers.get_content_type() == "text/html" or (not continues and _HTML.match(data)):
-        title = _TITLE.search(data)
+        title = _TITLE.search(data + response.read(_CHUNK))
         named = f" titled {' '.join(title[1].decode('utf-8', 'replace').split())!r}" if title else ""
         raise _UnusableError(
             f"answers with a web page{named} instead of the file: a login, a quota, a consent or a proxy's page; "
@@ -408,7 +412,7 @@ def _receive(response: Any, part: _Part, watcher: Watcher) -> None:
         if part.size > _LARGEST:
             part.cut(0)
             raise _UnusableError(f"sends more than {_megabytes(_LARGEST)}, which no published file has")
-        data = response.read(_CHUNK)
+        data = response.read1(_CHUNK)
     if total is not None and part.size < total:
         raise _BrokenError(f"the connection broke ({part.size} of {total} bytes)")
 
