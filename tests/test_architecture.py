@@ -15,8 +15,8 @@ from tests.conftest import ROOT
 
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
-    ("errors",),
-    ("types", "config", "files"),
+    ("errors", "files"),
+    ("types", "config"),
     ("data", "learners"),
     ("outer",),
     ("process", "runs"),

@@ -23,6 +23,7 @@ from metaheed.config import (
     RULES,
     EpisodeConfig,
     EvaluationConfig,
+    FreezeConfig,
     RunConfig,
     ToyConfig,
     checked,
@@ -70,6 +71,8 @@ class Compare:
     """Evaluated runs of one algorithm, one a seed."""
     against: tuple[Path, ...]
     """Evaluated runs of another, of the same seeds."""
+    data: str | None = None
+    """Compare on this data set, on which all were evaluated; none: on the one they were trained on."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -82,6 +85,15 @@ class Download:
     """omniglot, cifar-fs, fc100; miniimagenet and tieredimagenet are explained."""
     data_root: Path = Path("data")
     """Folder to put the files into, for --data-root of other commands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WriteEpisodes:
+    """Write frozen tasks to a file, for `metaheed evaluate RUN --episodes FILE` and for other libraries."""
+
+    out: Path
+    """The file, a numpy archive: docs/data.md says what is in it."""
+    which: FreezeConfig = field(default_factory=FreezeConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +185,7 @@ _USAGE = """metaheed: few-shot meta-learning with task attention
   metaheed compare RUN... --against RUN...
                                         paired differences on the same tasks
   metaheed data download NAME           fetch a data set's published files
+  metaheed data episodes --out FILE     write frozen tasks to a file
   metaheed demo                         all of it on built-in data, in minutes
   metaheed toy                          MetaLSTM against MetaLSTM++ in two parameters, drawn
   metaheed --version
@@ -282,19 +295,27 @@ def _evaluate(command: Evaluate) -> int:
     if command.json:
         print(json.dumps(result))
         return 0
+    trained = "" if result["trained_on"] == result["data"] else f" trained on {result['trained_on']},"
     print(
-        f"{result['algorithm']} on {result['data']} {result['split']}, {result['ways']}-way {result['shots']}-shot: "
+        f"{result['algorithm']}{trained} on {result['data']} {result['split']}, "
+        f"{result['ways']}-way {result['shots']}-shot: "
         f"{result['accuracy']:.2%} ± {result['half_width_95']:.2%} over {result['tasks']} tasks "
         f"({result['checkpoint']} checkpoint, iteration {result['iteration']}; before adaptation "
         f"{result['initial_accuracy']:.2%})"
     )
+    if trained:
+        print(
+            f"images: {result['conversion'] or 'of the same shape'}; scaled as {result['trained_on']} was in training"
+        )
+    if result["caution"] is not None:
+        print(f"caution: {result['caution']}")
     return 0
 
 
 def _compare(command: Compare) -> int:
     from metaheed.evaluation import compare
 
-    difference = compare(command.runs, command.against)
+    difference = compare(command.runs, command.against, command.data)
     if command.json:
         print(json.dumps(difference._asdict()))
         return 0
@@ -309,6 +330,7 @@ def _compare(command: Compare) -> int:
 def _data(arguments: list[str]) -> int:
     commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
         "download": (Download, _download),
+        "episodes": (WriteEpisodes, _write_episodes),
     }
     if arguments and arguments[0] in commands:
         kind, command = commands[arguments[0]]
@@ -325,6 +347,22 @@ def _download(command: Download) -> int:
 
     for path in download(command.data, command.data_root, Transfers()):
         print(path)
+    return 0
+
+
+def _write_episodes(command: WriteEpisodes) -> int:
+    from metaheed.data import Episodes, load_dataset
+    from metaheed.data.frozen import freeze, write_episodes
+
+    which = command.which
+    dataset = load_dataset(which.data, which.data_root)
+    episodes = Episodes(dataset, which.split, which.ways, which.shots, which.queries, which.episode_seed)
+    frozen = freeze(episodes, which.tasks)
+    write_episodes(frozen, command.out, which.with_images)
+    print(
+        f"{command.out}: {which.tasks} tasks of {which.data} {which.split}, {which.ways}-way {which.shots}-shot, with "
+        f"{which.queries} queries a class, that use {len(frozen.rows)} images"
+    )
     return 0
 
 

@@ -1,13 +1,30 @@
-"""Holding a file for one process."""
+"""Files that are whole or not there, and locks that end with their process."""
 
+import contextlib
 import os
+from pathlib import Path
 from typing import IO, Any
 
 
-def try_lock(file: IO[Any]) -> bool:
-    """Lock an open file for this process, if no other holds it; the operating system frees it when the file is closed
-    or the process ends, however.
+def write_synced(path: Path, content: bytes) -> None:
+    """Write a file and bring it to the disk; where that fails nothing is left behind.
+
+    Raises:
+        OSError: it cannot be written.
     """
+    try:
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file for this process, unless another has it; it is freed when the process ends, however."""
     try:
         if os.name == "nt":
             import msvcrt

@@ -40,7 +40,7 @@ from metaheed.outer import (
     task_gradient,
 )
 from metaheed.process import cpu_threads, pick_device
-from metaheed.runs import Checkpoint, JsonLines, Progress, RunFolder, check_fits
+from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
 from metaheed.types import Episode, Params, TaskInfo
 
 VALIDATION_SEED = 0
@@ -196,6 +196,7 @@ class _Session:
     tools: Tools
     validation: Callable[[Params, Callable[[int], None]], tuple[float, float, float]]
     image_shape: tuple[int, int, int]
+    pixels: Pixels
     device: torch.device
 
 
@@ -255,7 +256,10 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
         train=lambda t: streams.batch("training", t, B),
         probe=lambda t: streams.batch("probe", t, B),
     )
-    outcome = build_execution(config.training, device, learner, adapted_outcome)
+    test_ways, judged = config.episodes.test_shape[0], learner
+    if config.learner.any_ways and test_ways != config.episodes.ways:
+        judged = build_judged_learner(config, test_ways, dataset.image_shape)
+    outcome = build_execution(config.training, device, judged, adapted_outcome)
 
     def validation(meta: Params, on_tasks: Callable[[int], None]) -> tuple[float, float, float]:
         outcomes = evaluate(outcome, meta, frozen, config.training.val_tasks, on_tasks)
@@ -264,7 +268,8 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     # δ has a generator of its own, so that θ's start is the same under every rule.
     logged = _logged_weights(folder, config) if isinstance(config.rule, ReplayedConfig) else None
     rule = build_rule(config, torch.Generator().manual_seed(seed + 1), logged)
-    return _Session(config, folder, learner, rule, tools, validation, dataset.image_shape, device)
+    pixels = Pixels(dataset.mean, dataset.std)
+    return _Session(config, folder, learner, rule, tools, validation, dataset.image_shape, pixels, device)
 
 
 def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
@@ -362,7 +367,7 @@ def _fresh(session: _Session) -> Checkpoint:
     generator = torch.Generator().manual_seed(session.config.training.seed)
     meta = session.learner.init(generator)
     state = OuterState(meta, session.tools.optimizer.init(meta), session.rule.init(meta))
-    return Checkpoint(Progress(), state, {}, session.image_shape)
+    return Checkpoint(Progress(), state, {}, session.image_shape, session.pixels)
 
 
 _REMEDY = "Checkpoints before it, if any, are kept; lower --fast-lr or --meta-lr, or set --clip-norm"
@@ -383,7 +388,7 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
     def save() -> None:
         nonlocal progress
         progress = progress._replace(metrics_bytes=metrics.sync(), tasks_bytes=tasks.sync())
-        folder.write_checkpoint(Checkpoint(progress, state, best, session.image_shape))
+        folder.write_checkpoint(Checkpoint(progress, state, best, session.image_shape, session.pixels))
 
     def check_stop(_: int = 0) -> None:
         if received:

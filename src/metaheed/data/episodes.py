@@ -8,6 +8,7 @@ attention share nothing with the training batches but the classes.
 
 import hashlib
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ class Episodes:
             )
         self.dataset = dataset
         self.split = dataset.split(split)
-        self.ways, self.shots, self.queries = ways, shots, queries
+        self.ways, self.shots, self.queries, self.seed = ways, shots, queries, seed
         self._key = (seed, zlib.crc32((stream or split).encode()))
         where = f"split {split!r} of {dataset.name}"
         if ways > len(self.split.classes):
@@ -96,10 +97,22 @@ class Episodes:
 
     def fingerprint(self, count: int) -> str:
         """SHA-256 of the first `count` tasks: the split's images, the shape of a task, and every row drawn."""
-        digest = hashlib.sha256(repr((self.split.fingerprint, self.ways, self.shots, self.queries, count)).encode())
-        for index in range(count):
-            digest.update(self.rows(index).astype("<i8").tobytes())
-        return digest.hexdigest()
+        shape = self.ways, self.shots, self.queries
+        return fingerprint(self.split.fingerprint, shape, [self.rows(index) for index in range(count)])
+
+
+def fingerprint(images: str, shape: tuple[int, int, int], rows: Sequence[np.ndarray] | np.ndarray) -> str:
+    """SHA-256 of tasks.
+
+    Args:
+        images: the fingerprint of the split.
+        shape: ways, shots, queries.
+        rows: (N, K+Q) for each task.
+    """
+    digest = hashlib.sha256(repr((images, *shape, len(rows))).encode())
+    for of_task in rows:
+        digest.update(of_task.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 def sample(bits: np.random.Philox, population: int, count: int) -> np.ndarray:
