@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-STEPS, RATE = 100, 0.1
-
 
 def tasks(file: dict[str, np.ndarray], about: dict) -> Iterator[tuple[Tensor, ...]]:
     """Support images (N·K, pixels) and labels, query images (N·Q, pixels) and labels of each task."""
@@ -39,8 +37,8 @@ def nearest_centroid(support_x: Tensor, support_y: Tensor, query_x: Tensor) -> T
 def linear_classifier(support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
     """Softmax regression on the pixels, fitted to the support set by gradient descent."""
     model = nn.Linear(support_x.shape[1], int(support_y.max()) + 1)
-    optimizer = torch.optim.SGD(model.parameters(), RATE, weight_decay=0.01)
-    for _ in range(STEPS):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+    for _ in range(100):
         optimizer.zero_grad()
         cross_entropy(model(support_x), support_y).backward()
         optimizer.step()

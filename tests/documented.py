@@ -7,9 +7,10 @@ from tests.conftest import ROOT
 
 
 def rows(heading: str) -> list[str]:
-    """The first cells ("what you see") of the table below a heading, without their backticks."""
+    """The first cells of the table of errors ("what you see") below a heading, without their backticks."""
     section = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
-    found = re.findall(r"^\| `([^`]+)` \|", section, flags=re.MULTILINE)
+    table = section.split("\n| what you see |")[1]
+    found = re.findall(r"^\| `([^`]+)` \|", table, flags=re.MULTILINE)
     assert found, heading
     return found
 
