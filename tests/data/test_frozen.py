@@ -25,15 +25,15 @@ def episodes(small_dataset: Dataset) -> Episodes:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Replace arrays of the file, or entries of its `about`; None removes an array."""
+    """Replace arrays of the file (None removes one), or entries of its `about`."""
     with np.load(path) as file:
         arrays: dict[str, Any] = dict(file)
     about = json.loads(str(arrays["about"]))
     for name, value in changes.items():
-        if name in about:
-            about[name] = value
-        else:
+        if value is None or isinstance(value, np.ndarray):
             arrays[name] = value
+        else:
+            about[name] = value
     arrays["about"] = np.array(json.dumps(about))
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
@@ -132,8 +132,9 @@ class Evil:
 
 
 def _swapped(array: np.ndarray) -> np.ndarray:
+    """A support image of the first task against a query image."""
     array = array.copy()
-    array[0, 0, [0, 1]] = array[0, 0, [1, 0]]
+    array[0, 0, [0, -1]] = array[0, 0, [-1, 0]]
     return array
 
 
@@ -153,7 +154,9 @@ def _swapped(array: np.ndarray) -> np.ndarray:
         ("number", "use images that it does not list"),
         ("negative", "use images that it does not list"),
         ("floats", "its tasks are float64"),
-        ("twice", "stands for two classes|an image twice"),
+        ("one class", "two labels of a task stand for one class"),
+        ("two classes", "a label of its tasks stands for two classes"),
+        ("twice", "a task uses an image twice"),
         ("shape", r"its tasks are \(5, 4, 4\)"),
         ("scale", "its mean and std"),
         ("split", "its split is '../x'"),
@@ -178,30 +181,30 @@ def test_damaged_files(damage: str, reason: str, episodes: Episodes, in_folder: 
         case "objects":
             rewrite(path, tasks=np.array([Evil()], dtype=object))
         case "no tasks":
-            with np.load(path) as file:
-                np.savez(path, **{name: array for name, array in dict(file).items() if name != "tasks"})
+            rewrite(path, tasks=None)
         case "format":
             rewrite(path, format=2)
-        case "swapped":  # support against query
-            with np.load(path) as file:
-                arrays = dict(file)
-            np.savez(path, **{**arrays, "tasks": _swapped(tasks)})
+        case "swapped":
+            rewrite(path, tasks=_swapped(tasks))
         case "seed":
             rewrite(path, episode_seed="5")
         case "image":
             assert frozen.images is not None
             rewrite(path, images=frozen.images.numpy() ^ 1)
-        case "number" | "negative" | "floats" | "twice" | "shape":
-            with np.load(path) as file:
-                arrays = dict(file)
-            changed = {
-                "number": tasks + 1000,
-                "negative": tasks - 1000,
-                "floats": tasks.astype(float),
-                "twice": np.zeros_like(tasks),
-                "shape": tasks[:, :, 1:],
-            }[damage]
-            np.savez(path, **{**arrays, "tasks": changed})
+        case "number":
+            rewrite(path, tasks=tasks + 1000)
+        case "negative":
+            rewrite(path, tasks=tasks - 1000)
+        case "floats":
+            rewrite(path, tasks=tasks.astype(float))
+        case "one class":
+            rewrite(path, tasks=np.zeros_like(tasks))
+        case "two classes":
+            rewrite(path, tasks=tasks.transpose(0, 2, 1)[:, :4].repeat(2, axis=2)[:, :, :5])
+        case "twice":
+            rewrite(path, tasks=tasks[:, :, [0, 0, 1, 2, 3]])
+        case "shape":
+            rewrite(path, tasks=tasks[:, :, 1:])
         case "scale":
             rewrite(path, std=[0.0])
         case "split":

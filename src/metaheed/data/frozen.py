@@ -97,10 +97,10 @@ class Frozen:
         wrong = (_digests(images) != self.image_sha256) | (names != self.class_names[self.image_class])
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
+            theirs, ours = str(self.class_names[self.image_class[first]]), str(names[first])
             raise DataError(
                 f"{int(wrong.sum())} of the {len(wrong)} images that the tasks use are not those of {where} (first: "
-                f"row {self.rows[first]}, of class {self.class_names[self.image_class[first]]!r} in the file and "
-                f"{names[first]!r} here): {remedy}"
+                f"row {self.rows[first]}, of class {theirs!r} in the file and {ours!r} here): {remedy}"
             )
         return dataclasses.replace(self, images=images)
 
