@@ -78,7 +78,7 @@ class Compare:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Download:
+class DataDownload:
     """Fetch a data set's published files; for those that may not be given away, say how to get them."""
 
     data: tyro.conf.Positional[str]
@@ -88,7 +88,7 @@ class Download:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WriteEpisodes:
+class DataEpisodes:
     """Write frozen tasks to a file, for `metaheed evaluate RUN --episodes FILE` and for other libraries."""
 
     out: Path
@@ -168,7 +168,7 @@ def _dispatch(arguments: list[str]) -> int:
         kind, command = commands[arguments[0]]
         return command(_parse(kind, arguments[0], arguments))
     if arguments[:1] == ["data"]:
-        return _data(arguments[1:])
+        return _data(arguments)
     if arguments and not arguments[0].startswith("-"):
         raise unknown("command", arguments[0], ["train", "data", *commands])
     print(_USAGE)
@@ -184,8 +184,7 @@ _USAGE = """metaheed: few-shot meta-learning with task attention
   metaheed evaluate RUN [options]       judge it on frozen test tasks
   metaheed compare RUN... --against RUN...
                                         paired differences on the same tasks
-  metaheed data download NAME           fetch a data set's published files
-  metaheed data episodes --out FILE     write frozen tasks to a file
+  metaheed data COMMAND                 data sets: download, episodes
   metaheed demo                         all of it on built-in data, in minutes
   metaheed toy                          MetaLSTM against MetaLSTM++ in two parameters, drawn
   metaheed --version
@@ -210,6 +209,23 @@ def _parse(kind: Any, command: str, arguments: list[str], description: str | Non
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
         )
     return checked(parsed)
+
+
+def _data(arguments: list[str]) -> int:
+    commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
+        "download": (DataDownload, _data_download),
+        "episodes": (DataEpisodes, _data_episodes),
+    }
+    named = arguments[1:2]
+    if named and named[0] in commands:
+        kind, command = commands[named[0]]
+        return command(_parse(kind, f"data {named[0]}", arguments[1:]))
+    if named and not named[0].startswith("-"):
+        raise unknown("data command", named[0], commands)
+    print("usage: metaheed data COMMAND [options]\n")
+    for name, (kind, _) in commands.items():
+        print(f"  metaheed data {name:9}{kind.__doc__}")
+    return 0 if named in (["-h"], ["--help"]) else 2
 
 
 def _custom(arguments: list[str]) -> RunConfig:
@@ -327,21 +343,7 @@ def _compare(command: Compare) -> int:
     return 0
 
 
-def _data(arguments: list[str]) -> int:
-    commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
-        "download": (Download, _download),
-        "episodes": (WriteEpisodes, _write_episodes),
-    }
-    if arguments and arguments[0] in commands:
-        kind, command = commands[arguments[0]]
-        return command(_parse(kind, f"data {arguments[0]}", arguments))
-    if arguments and not arguments[0].startswith("-"):
-        raise unknown("data command", arguments[0], commands)
-    print(f"metaheed data: {', '.join(commands)}\nEach has --help.")
-    return 0 if arguments in (["-h"], ["--help"]) else 2
-
-
-def _download(command: Download) -> int:
+def _data_download(command: DataDownload) -> int:
     from metaheed.data.download import download
     from metaheed.progress import Transfers
 
@@ -350,7 +352,7 @@ def _download(command: Download) -> int:
     return 0
 
 
-def _write_episodes(command: WriteEpisodes) -> int:
+def _data_episodes(command: DataEpisodes) -> int:
     from metaheed.data import Episodes, load_dataset
     from metaheed.data.frozen import freeze, write_episodes
 

@@ -55,7 +55,7 @@ class Published(NamedTuple):
     """Files below the data root, with their md5, that do as well."""
 
 
-_OMNIGLOT = (
+_OMNIGLOT_URLS = (
     "https://raw.githubusercontent.com/brendenlake/omniglot/master/python/{}",
     "https://github.com/brendenlake/omniglot/raw/master/python/{}",
 )
@@ -76,16 +76,18 @@ _CIFAR_100 = Published(
         }
     ),
 )
+_OMNIGLOT = tuple(
+    Published(f"omniglot/{archive}", md5, tuple(url.format(archive) for url in _OMNIGLOT_URLS))
+    for archive, md5 in zip(
+        omniglot.ARCHIVES,
+        ("68d2efa1b9178cc56df9314c21c6e718", "6b91aef0f799c5bb55b94e3f2daec811"),
+        strict=True,
+    )
+)
 PUBLISHED: dict[str, tuple[Published, ...]] = {
     "glyphs": (),
-    "omniglot": tuple(
-        Published(f"omniglot/{archive}", md5, tuple(url.format(archive) for url in _OMNIGLOT))
-        for archive, md5 in zip(
-            omniglot.ARCHIVES,
-            ("68d2efa1b9178cc56df9314c21c6e718", "6b91aef0f799c5bb55b94e3f2daec811"),
-            strict=True,
-        )
-    ),
+    "omniglot": _OMNIGLOT,
+    "omniglot-vinyals": _OMNIGLOT,
     "cifar-fs": (_CIFAR_100,),
     "fc100": (_CIFAR_100,),
 }
