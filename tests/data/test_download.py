@@ -273,7 +273,8 @@ def test_an_unpacked_folder_will_do(metaheed: Run, in_folder: Path, monkeypatch:
     (in_folder / "a/one").write_bytes(b"1")
     assert metaheed("data", "download", "cifar-fs", "--data-root", ".")[0] == 1, "one of two is not all"
     (in_folder / "a/two").write_bytes(CONTENT)
-    assert metaheed("data", "download", "cifar-fs", "--data-root", ".")[:2] == (0, "a\n")
+    for root in (".", "a"):
+        assert metaheed("data", "download", "cifar-fs", "--data-root", root)[:2] == (0, "a\n")
     (in_folder / "a/two").write_bytes(b"?")
     assert "a/two is there already, but its md5 is" in metaheed("data", "download", "cifar-fs", "--data-root", ".")[2]
 

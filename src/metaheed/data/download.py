@@ -177,12 +177,13 @@ def present(file: Published, root: Path) -> Path | None:
         if place.exists():
             _must_be(place, file.md5)
             return place
-    parts = {root / path: md5 for path, md5 in file.unpacked.items()}
-    if not parts or not all(part.exists() for part in parts):
-        return None
-    for part, md5 in parts.items():
-        _must_be(part, md5)
-    return next(iter(parts)).parent
+    for base in (root, root.parent):  # the root may be the unpacked folder itself
+        parts = {base / path: md5 for path, md5 in file.unpacked.items()}
+        if parts and all(part.is_file() and part.is_relative_to(root) for part in parts):
+            for part, md5 in parts.items():
+                _must_be(part, md5)
+            return next(iter(parts)).parent
+    return None
 
 
 def _must_be(path: Path, md5: str) -> None:
