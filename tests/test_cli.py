@@ -43,6 +43,12 @@ from tests.test_training import SMALL, environment
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
         (["evaluate", "nowhere", "--tasks", "1"], "--tasks is 1, but it must be at least 2"),
         (["compare", "a", "--against", "b"], "a has no result.json"),
+        (["compare", "a", "--against", "b", "--data", "omniglot"], "a is not a run folder"),
+        (["data", "downlaod"], "unknown data command 'downlaod': did you mean 'download'"),
+        (["data", "download", "omniglt"], "unknown data set to download 'omniglt': did you mean 'omniglot'"),
+        (["data", "episodes", "--data", "omniglot", "--out", "f"], "omniglot needs --data-root"),
+        (["data", "episodes", "--tasks", "1", "--out", "f"], "--tasks is 1, but it must be at least 2"),
+        (["data", "episodes", "--ways", "600", "--out", "f"], "600 ways, but split 'test' of glyphs has"),
     ],
 )
 def test_mistakes_get_a_line_and_leave_nothing(
@@ -62,11 +68,16 @@ def test_options_of_another_algorithm_are_not_swallowed(metaheed: Run) -> None:
     assert "attention-lr" in out + err
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["train", "ta-maml"], ["evaluate"], ["compare"], ["demo"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["train"], ["train", "ta-maml"], ["evaluate"], ["compare"], ["demo"], ["data", "download"], ["data", "episodes"]],
+)
 def test_help(arguments: list[str], metaheed: Run) -> None:
     status, out, _ = metaheed(*arguments, "--help")
     assert status == 0
     assert f"usage: metaheed {arguments[0]}" in out
+    if arguments == ["data", "episodes"]:
+        assert "--with-images" in out
     if arguments == ["train"]:
         assert "--resume RUN" in out
     if arguments[-1] == "ta-maml":

@@ -24,6 +24,7 @@ from metaheed.config import (
     EpisodeConfig,
     EvaluationConfig,
     ExecutionName,
+    FreezeConfig,
     RunConfig,
     ToyConfig,
     TrainingConfig,
@@ -78,8 +79,29 @@ class Compare:
     """Evaluated runs of one algorithm, one a seed."""
     against: tuple[Path, ...]
     """Evaluated runs of another, of the same seeds."""
+    data: str | None = None
+    """Compare on this data set, on which all were evaluated; none: on the one they were trained on."""
     json: bool = False
     """Print the result as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataDownload:
+    """Fetch a data set's published files; for those that may not be given away, say how to get them."""
+
+    data: tyro.conf.Positional[str]
+    """omniglot, cifar-fs, fc100; miniimagenet and tieredimagenet are explained."""
+    data_root: Path = Path("data")
+    """Folder to put the files into, for --data-root of other commands."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataEpisodes:
+    """Write frozen tasks to a file, for `metaheed evaluate RUN --episodes FILE` and for other libraries."""
+
+    out: Path
+    """The file, a numpy archive: docs/data.md says what is in it."""
+    which: FreezeConfig = field(default_factory=FreezeConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +255,8 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in commands:
         kind, command = commands[arguments[0]]
         return command(_parse(kind, arguments[0], arguments))
+    if arguments[:1] == ["data"]:
+        return _data(arguments)
     if arguments and not arguments[0].startswith("-"):
         raise unknown("command", arguments[0], ["train", "data", *commands])
     print(_USAGE)
@@ -248,7 +272,7 @@ _USAGE = """metaheed: few-shot meta-learning with task attention
   metaheed evaluate RUN [options]       judge it on frozen test tasks
   metaheed compare RUN... --against RUN...
                                         paired differences on the same tasks
-  metaheed data COMMAND                 data sets: prepare, list, verify, show, split
+  metaheed data COMMAND                 data sets: download, prepare, list, verify, show, split, episodes
   metaheed demo                         all of it on built-in data, in minutes
   metaheed toy                          MetaLSTM against MetaLSTM++ in two parameters, drawn
   metaheed --version
@@ -282,6 +306,8 @@ def _data(arguments: list[str]) -> int:
         "verify": (DataVerify, _data_verify),
         "show": (DataShow, _data_show),
         "split": (DataSplit, _data_split),
+        "download": (DataDownload, _data_download),
+        "episodes": (DataEpisodes, _data_episodes),
     }
     named = arguments[1:2]
     if named and named[0] in commands:
@@ -387,19 +413,27 @@ def _evaluate(command: Evaluate) -> int:
     if command.json:
         print(json.dumps(result))
         return 0
+    trained = "" if result["trained_on"] == result["data"] else f" trained on {result['trained_on']},"
     print(
-        f"{result['algorithm']} on {result['data']} {result['split']}, {result['ways']}-way {result['shots']}-shot: "
+        f"{result['algorithm']}{trained} on {result['data']} {result['split']}, "
+        f"{result['ways']}-way {result['shots']}-shot: "
         f"{result['accuracy']:.2%} ± {result['half_width_95']:.2%} over {result['tasks']} tasks "
         f"({result['checkpoint']} checkpoint, iteration {result['iteration']}; before adaptation "
         f"{result['initial_accuracy']:.2%})"
     )
+    if trained:
+        print(
+            f"images: {result['conversion'] or 'of the same shape'}; scaled as {result['trained_on']} was in training"
+        )
+    if result["caution"] is not None:
+        print(f"caution: {result['caution']}")
     return 0
 
 
 def _compare(command: Compare) -> int:
     from metaheed.evaluation import compare
 
-    difference = compare(command.runs, command.against)
+    difference = compare(command.runs, command.against, command.data)
     if command.json:
         print(json.dumps(difference._asdict()))
         return 0
@@ -479,6 +513,31 @@ def _data_split(command: DataSplit) -> int:
     lists = write_lists(command.folder, command.seed, command.val, command.test, command.overwrite)
     for split, names in lists.items():
         print(f"{command.folder / split}.txt: {len(names)} classes")
+    return 0
+
+
+def _data_download(command: DataDownload) -> int:
+    from metaheed.data.download import download
+    from metaheed.progress import Transfers
+
+    for path in download(command.data, command.data_root, Transfers()):
+        print(path)
+    return 0
+
+
+def _data_episodes(command: DataEpisodes) -> int:
+    from metaheed.data import Episodes, load_dataset
+    from metaheed.data.frozen import freeze, write_episodes
+
+    which = command.which
+    dataset = load_dataset(which.data, which.data_root, which.image_size, which.split_seed)
+    episodes = Episodes(dataset, which.split, which.ways, which.shots, which.queries, which.episode_seed)
+    frozen = freeze(episodes, which.tasks)
+    write_episodes(frozen, command.out, which.with_images)
+    print(
+        f"{command.out}: {which.tasks} tasks of {which.data} {which.split}, {which.ways}-way {which.shots}-shot, with "
+        f"{which.queries} queries a class, that use {len(frozen.rows)} images"
+    )
     return 0
 
 

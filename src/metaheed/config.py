@@ -94,6 +94,19 @@ def _at_least(config: Any, bound: int, *names: str, most: int = 10**9) -> None:
         _require(value is None or value <= most, name, value, f"it must be at most {most}")
 
 
+def _check_folder(config: "EpisodeConfig | FreezeConfig") -> None:
+    _at_least(config, 8, "image_size", most=1024)
+    _at_least(config, 0, "split_seed", most=2**63 - 1)
+    for name, what in (("image_size", "images of its own size"), ("split_seed", "a split of its own")):
+        value = getattr(config, name)
+        _require(
+            value is None or config.data == "folder",
+            name,
+            value,
+            f"{config.data} has {what}: leave it out, or use --data folder",
+        )
+
+
 def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -160,7 +173,8 @@ class EpisodeConfig:
     queries: int = _USUAL.queries
     """Q, query images per class in a training task."""
     test_ways: int | None = None
-    """N in validation and test tasks; none: as in training. With a head of fixed size it may not exceed --ways."""
+    """N in validation and test tasks; none: as in training. It may not exceed --ways, except with ProtoNet, whose
+    head has no fixed size."""
     test_shots: int | None = None
     """K in validation and test tasks; none: as in training."""
     test_queries: int | None = None
@@ -170,16 +184,7 @@ class EpisodeConfig:
         _check_types(self)
         _at_least(self, 2, "ways", "test_ways")
         _at_least(self, 1, "shots", "queries", "test_shots", "test_queries")
-        _at_least(self, 8, "image_size", most=1024)
-        _at_least(self, 0, "split_seed", most=2**63 - 1)
-        for name, what in (("image_size", "images of its own size"), ("split_seed", "a split of its own")):
-            value = getattr(self, name)
-            _require(
-                value is None or self.data == "folder",
-                name,
-                value,
-                f"{self.data} has {what}: leave it out, or use --data folder",
-            )
+        _check_folder(self)
 
     @property
     def train_shape(self) -> tuple[int, int, int]:
@@ -207,6 +212,8 @@ class LearnerConfig:
     """Whether the loss before adaptation tells tasks apart."""
     has_closed_form: ClassVar[bool] = True
     """Whether it can be computed in closed form with one of our own networks."""
+    any_ways: ClassVar[bool] = False
+    """Whether θ serves tasks of any number of ways; else the network's head has one output for each training class."""
     backbone: str = "conv4-32"
     """Network: conv4-32, conv4-64, conv4-64-strided (Finn et al.'s for Omniglot), or module:Class, called as
     Class(ways, image_shape) with image_shape = (channels, height, width)."""
@@ -308,6 +315,7 @@ class ProtoNetConfig(LearnerConfig):
     name: ClassVar[str] = "protonet"
     has_start: ClassVar[bool] = False
     has_closed_form: ClassVar[bool] = False
+    any_ways: ClassVar[bool] = True
     head: str | None = None
     """Name of the head's module in the network; none: the last one registered that has parameters."""
 
@@ -534,15 +542,7 @@ class RunConfig:
     """The training loop."""
 
     def __post_init__(self) -> None:
-        ways = self.episodes.ways
-        test_ways = self.episodes.test_shape[0]
-        _require(
-            test_ways <= ways,
-            "test_ways",
-            test_ways,
-            f"{self.learner.name}'s head has one output for each of the {ways} training classes: "
-            f"use at most {ways}, or train with more --ways",
-        )
+        self.check_ways(self.episodes.test_shape[0], "test_ways")
         if isinstance(self.rule, EquityConfig):
             _require(
                 self.learner.has_start or self.rule.equity_losses in ("auto", "adapted"),
@@ -550,6 +550,17 @@ class RunConfig:
                 self.rule.equity_losses,
                 f"before adaptation {self.learner.name} finds all tasks alike: use adapted",
             )
+
+    def check_ways(self, ways: int, option: str = "ways") -> None:
+        """Raise ConfigError, naming the option, if the learner cannot be judged on tasks of so many ways."""
+        most = self.episodes.ways
+        _require(
+            ways <= most or self.learner.any_ways,
+            option,
+            ways,
+            f"{self.learner.name}'s head has one output for each of the {most} training classes: "
+            f"use at most {most}, or train with more --ways (or protonet, which takes any number)",
+        )
 
     @property
     def algorithm(self) -> str:
@@ -567,29 +578,73 @@ class RunConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationConfig:
-    """How a trained run is judged."""
+class FreezeConfig:
+    """Which frozen tasks are written to a file."""
 
-    tasks: int = 300
-    """Frozen tasks to judge on."""
+    data: str = EpisodeConfig.data
+    """Data set."""
+    data_root: Path | None = None
+    """Folder that holds its files, as in training."""
+    image_size: int | None = None
+    """Of --data folder, as in training."""
+    split_seed: int | None = None
+    """Of --data folder, as in training."""
     split: Literal["test", "val"] = "test"
     """Whose classes."""
-    checkpoint: Literal["best", "last"] = "best"
-    """The checkpoint chosen on validation, or the newest."""
+    ways: int = EpisodeConfig.ways
+    """N, classes in a task."""
+    shots: int = EpisodeConfig.shots
+    """K, support images per class."""
+    queries: int = EpisodeConfig.queries
+    """Q, query images per class."""
+    tasks: int = 300
+    """How many."""
     episode_seed: int = 0
-    """Which frozen tasks; the same number gives every run the same ones."""
-    ways: int | None = None
-    """N; none: the run's own test setting."""
-    shots: int | None = None
-    """K; none: the run's own test setting."""
-    queries: int | None = None
-    """Q; none: the run's own test setting."""
+    """Which; the same number gives the same ones, those that evaluate draws included."""
+    with_images: bool = False
+    """Put the images that the tasks use into the file, so that whoever reads it needs no data set."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         _at_least(self, 2, "tasks", "ways")
         _at_least(self, 0, "episode_seed", most=2**63 - 1)
         _at_least(self, 1, "shots", "queries")
+        _check_folder(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How a trained run is judged."""
+
+    tasks: int | None = None
+    """Frozen tasks to judge on; none: 300, or all of --episodes."""
+    split: Literal["test", "val"] | None = None
+    """Whose classes; none: test, or those of --episodes."""
+    checkpoint: Literal["best", "last"] = "best"
+    """The checkpoint chosen on validation, or the newest."""
+    episode_seed: int | None = None
+    """Which frozen tasks; the same number gives every run the same ones. None: 0, or those of --episodes."""
+    ways: int | None = None
+    """N; none: the run's own test setting."""
+    shots: int | None = None
+    """K; none: the run's own test setting."""
+    queries: int | None = None
+    """Q; none: the run's own test setting."""
+    data: str | None = None
+    """Another data set than the run was trained on (cross-domain). Its images are made of the run's size and channels,
+    and standardised as in training; the result is written to result-on-DATA.json. None: the run's own."""
+    episodes: Path | None = None
+    """A file of frozen tasks, written by 'metaheed data episodes'; it decides data set, split, N, K, Q and tasks."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _at_least(self, 2, "tasks", "ways")
+        _at_least(self, 0, "episode_seed", most=2**63 - 1)
+        _at_least(self, 1, "shots", "queries")
+        if self.episodes is not None:
+            for name in ("data", "split", "ways", "shots", "queries", "tasks", "episode_seed"):
+                value = getattr(self, name)
+                _require(value is None, name, value, f"--episodes {self.episodes} decides it: leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)

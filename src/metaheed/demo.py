@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from metaheed.config import EvaluationConfig, MAMLConfig, RunConfig, default_config
+from metaheed.config import EvaluationConfig, FreezeConfig, MAMLConfig, RunConfig, default_config
 from metaheed.data import Episodes, load_dataset
 from metaheed.errors import RunError
 from metaheed.evaluation import compare, evaluate, evaluate_run, interval
@@ -100,7 +100,7 @@ def _untrained(run: Path, seed: int, tasks: int) -> tuple[str, str]:
     learner, _ = load(run)
     meta = learner.init(torch.Generator().manual_seed(seed))  # where the run began
     config = RunFolder(run).read_config()
-    episodes = Episodes(load_dataset("glyphs"), "test", *config.episodes.test_shape, EvaluationConfig.episode_seed)
+    episodes = Episodes(load_dataset("glyphs"), "test", *config.episodes.test_shape, FreezeConfig.episode_seed)
     before, after = (
         interval(evaluate(map_looped(partial(outcome, learner)), meta, episodes, tasks).accuracies)
         for outcome in (initial_outcome, adapted_outcome)

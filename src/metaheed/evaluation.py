@@ -3,19 +3,21 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from metaheed.config import EvaluationConfig
+from metaheed.config import EvaluationConfig, FreezeConfig, RunConfig
 from metaheed.data import Episodes, load_dataset
+from metaheed.data.convert import convert
+from metaheed.data.frozen import Frozen, FrozenEpisodes, freeze, read_episodes
 from metaheed.errors import DataError, NonFiniteError, RunError
 from metaheed.outer import Execution, adapted_outcome, build_execution, initial_outcome
 from metaheed.process import cpu_threads, float32_products, memory_explained, pick_device
-from metaheed.runs import RunFolder, check_writable, load_weights, write_whole
+from metaheed.runs import Pixels, RunFolder, check_writable, load_weights, recorded_pixels, write_whole
 from metaheed.types import Params
 
 _AT_ONCE = 10  # tasks a batch in evaluation: bounds memory, and how long an interruption waits
@@ -75,7 +77,7 @@ def evaluate_run(
     device: str | None = None,
     on_tasks: Callable[[int], None] | None = None,
 ) -> dict[str, Any]:
-    """Judge a run and write its result.json.
+    """Judge a run and write its result.json (or result-on-DATA.json, result-val.json).
 
     Args:
         path: the run folder.
@@ -85,7 +87,8 @@ def evaluate_run(
         on_tasks: see `evaluate`.
 
     Returns:
-        What result.json holds: accuracy and its half-width, per-task accuracies, the tasks' hash, and what was judged.
+        What the result file holds: accuracy and its half-width, per-task accuracies, the tasks' hash, what was judged
+        and, on another data set than the training's, how its images were made to fit.
 
     Raises:
         RunError, DataError, ConfigError: the run, its data or the setting cannot be used.
@@ -93,43 +96,35 @@ def evaluate_run(
     """
     folder = RunFolder(path)
     run = folder.read_config()
-    file = folder.result_file if config.split == "test" else folder.validation_result_file
+    frozen = None if config.episodes is None else read_episodes(config.episodes)
+    setting = _setting(config, run, frozen)
+    trained_on = run.episodes.data
+    file = folder.result(setting.split, None if setting.data == trained_on else setting.data)
     check_writable(file)
-    learner, meta, about = load_weights(folder, run, config.checkpoint)
+    run.check_ways(setting.ways)
+    learner, meta, about = load_weights(folder, run, config.checkpoint, setting.ways)
     where = pick_device(device or run.training.device, fall_back=device is None)
     meta = {name: p.to(where) for name, p in meta.items()}
-    ways, shots, queries = (
-        asked if asked is not None else own
-        for asked, own in zip((config.ways, config.shots, config.queries), run.episodes.test_shape, strict=True)
-    )
-    replace(run, episodes=replace(run.episodes, test_ways=ways))  # refuses more ways than the head has
-    data = run.episodes
-    dataset = load_dataset(data.data, data_root or data.data_root, data.image_size, data.split_seed).to(where)
-    folder.check_classes(dataset, config.split)
-    if list(dataset.image_shape) != list(about["image_shape"]):
-        raise DataError(f"{path} was trained on images {about['image_shape']}, but these are {dataset.image_shape}")
-    episodes = Episodes(dataset, config.split, ways, shots, queries, config.episode_seed)
+    episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
+    folder.check_classes(episodes.dataset, setting.split)
     with (
         cpu_threads(run.training),
         float32_products(run.training.tf32),
-        memory_explained(run, where, min(_AT_ONCE, config.tasks)),
+        memory_explained(run, where, min(_AT_ONCE, setting.tasks)),
     ):
         adapted, initial = (
-            evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, config.tasks, told)
+            evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)
             for outcome, told in ((adapted_outcome, on_tasks), (initial_outcome, None))
         )
     accuracy, half_width = interval(adapted.accuracies)
     initial_accuracy, initial_half_width = interval(initial.accuracies)
     result = {
         "algorithm": run.algorithm,
-        "data": run.episodes.data,
-        "split": config.split,
-        "ways": ways,
-        "shots": shots,
-        "queries": queries,
-        "tasks": config.tasks,
-        "episode_seed": config.episode_seed,
-        "episodes_sha256": episodes.fingerprint(config.tasks),
+        **setting._asdict(),
+        "trained_on": trained_on,
+        "conversion": conversion,
+        "caution": _caution(trained_on, setting.data),
+        "episodes_sha256": episodes.fingerprint(setting.tasks),
         "seed": run.training.seed,
         "checkpoint": config.checkpoint,
         "iteration": about["iteration"],
@@ -143,6 +138,100 @@ def evaluate_run(
     }
     write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+class _Setting(NamedTuple):
+    """What is judged on."""
+
+    data: str
+    split: str
+    ways: int
+    shots: int
+    queries: int
+    tasks: int
+    episode_seed: int
+
+
+def _setting(config: EvaluationConfig, run: RunConfig, frozen: Frozen | None) -> _Setting:
+    if frozen is not None:
+        shape = frozen.ways, frozen.shots, frozen.queries
+        return _Setting(frozen.data, frozen.split, *shape, len(frozen.tasks), frozen.episode_seed)
+    ways, shots, queries = (
+        asked if asked is not None else own
+        for asked, own in zip((config.ways, config.shots, config.queries), run.episodes.test_shape, strict=True)
+    )
+    return _Setting(
+        config.data or run.episodes.data,
+        config.split or FreezeConfig.split,
+        *(ways, shots, queries),
+        config.tasks or FreezeConfig.tasks,
+        FreezeConfig.episode_seed if config.episode_seed is None else config.episode_seed,
+    )
+
+
+def _episodes(
+    path: Path,
+    setting: _Setting,
+    frozen: Frozen | None,
+    run: RunConfig,
+    about: dict[str, Any],
+    data_root: Path | None,
+    where: torch.device,
+) -> tuple[Episodes, str | None]:
+    """The tasks, with images that the run's network takes, and how they were made such; none: they are."""
+    elsewhere = setting.data != run.episodes.data
+    channels, height, width = about["image_shape"]
+    shape = channels, height, width
+    if frozen is None or frozen.images is None:
+        own = run.episodes
+        of_folder = (None, None) if elsewhere else (own.image_size, own.split_seed)
+        dataset = load_dataset(setting.data, data_root or own.data_root, *of_folder)
+        if frozen is not None:
+            frozen = frozen.filled(dataset)
+        elif elsewhere:
+            drawn = Episodes(dataset, *setting[1:5], seed=setting.episode_seed)
+            frozen = freeze(drawn, setting.tasks)
+        elif dataset.image_shape == shape:
+            return Episodes(dataset.to(where), *setting[1:5], seed=setting.episode_seed), None
+        else:
+            raise DataError(f"{path} was trained on images {list(shape)}, but these are {dataset.image_shape}")
+    assert frozen.images is not None  # read, filled or drawn
+    images, conversion = convert(frozen.images, shape)
+    if conversion is not None and not elsewhere:
+        raise DataError(f"{path} was trained on images {list(shape)}, but these are {frozen.image_shape}")
+    return FrozenEpisodes(frozen, images.to(where), *_pixels(path, frozen, run, about, data_root)), conversion
+
+
+def _pixels(path: Path, frozen: Frozen, run: RunConfig, about: dict[str, Any], data_root: Path | None) -> Pixels:
+    """How the run's network is used to see pixels scaled, whatever data they are of."""
+    recorded = recorded_pixels(about)
+    if recorded is not None:
+        return recorded
+    if frozen.data == run.episodes.data:
+        return Pixels(frozen.mean, frozen.std)
+    try:
+        data = run.episodes
+        own = load_dataset(data.data, data.data_root or data_root, data.image_size, data.split_seed)
+    except DataError as error:
+        raise DataError(
+            f"{path} was trained by a version that did not record how pixels were scaled, so {run.episodes.data} is "
+            f"needed as well: {error}"
+        ) from error
+    return Pixels(own.mean, own.std)
+
+
+_MADE_OF = {
+    **dict.fromkeys(("cifar-fs", "fc100"), "CIFAR-100"),
+    **dict.fromkeys(("miniimagenet", "tieredimagenet"), "ImageNet"),
+    **dict.fromkeys(("omniglot", "omniglot-vinyals"), "the same drawings"),
+}
+
+
+def _caution(trained_on: str, data: str) -> str | None:
+    origin = _MADE_OF.get(data)
+    if trained_on == data or origin is None or origin != _MADE_OF.get(trained_on):
+        return None
+    return f"{trained_on} and {data} are both made of {origin}: classes judged on may have been trained on"
 
 
 class Difference(NamedTuple):
@@ -163,16 +252,22 @@ class Difference(NamedTuple):
 ONE_SEED = "covers test tasks only, one training seed"
 
 
-def compare(runs: Sequence[Path], against: Sequence[Path]) -> Difference:
+def compare(runs: Sequence[Path], against: Sequence[Path], data: str | None = None) -> Difference:
     """Paired differences on the same frozen tasks.
 
     With one seed a side: 1.96·s/√n over the per-task differences, which says nothing about another training run. With
     several: the seed is the unit, a t-interval over the per-seed mean differences.
 
+    Args:
+        runs: one algorithm's, one a seed.
+        against: another's, of the same seeds.
+        data: compare on this data set, on which all were evaluated; none: on the one they were trained on.
+
     Raises:
-        RunError: a run has not been evaluated, the tasks differ, or the seeds of the two sides do not match.
+        RunError: a run has not been evaluated, the tasks differ, the seeds of the two sides do not match, or the runs
+            were trained on different data sets.
     """
-    left, right = _by_seed(runs), _by_seed(against)
+    left, right = _by_seed(runs, data), _by_seed(against, data)
     if len(left) == len(right) == 1:
         (seed,), (other_seed,) = left, right
         if seed != other_seed:
@@ -181,6 +276,12 @@ def compare(runs: Sequence[Path], against: Sequence[Path]) -> Difference:
             )
     elif set(left) != set(right):
         raise RunError(f"seeds {sorted(left)} are set against seeds {sorted(right)}: give the same seeds on both sides")
+    origins = {r.get("trained_on", r.get("data")): p for side in (left, right) for p, r in side.values()}
+    if len(origins) > 1:
+        (a, b), (of_a, of_b) = list(origins.values())[:2], list(origins)[:2]
+        raise RunError(
+            f"{a} was trained on {of_a} and {b} on {of_b}: compare runs that were trained on the same data set"
+        )
     for field, what in (("episodes_sha256", "on different tasks"), ("checkpoint", "at different kinds of checkpoint")):
         values = {r[field]: p for side in (left, right) for p, r in side.values()}
         if len(values) > 1:
@@ -248,10 +349,10 @@ def t_cdf(t: float, freedom: int) -> float:
     return 0.5 + central / 2
 
 
-def _by_seed(paths: Sequence[Path]) -> dict[int, tuple[Path, dict[str, Any]]]:
+def _by_seed(paths: Sequence[Path], data: str | None) -> dict[int, tuple[Path, dict[str, Any]]]:
     found: dict[int, tuple[Path, dict[str, Any]]] = {}
     for path in paths:
-        result = read_result(path)
+        result = read_result(path, data)
         seed = result["seed"]
         if seed in found:
             raise RunError(f"{path} and {found[seed][0]} both have seed {seed}: give one run a seed on each side")
@@ -265,13 +366,16 @@ _RESULT_FIELDS: dict[str, type] = {
 }
 
 
-def read_result(path: Path) -> dict[str, Any]:
-    """A run's result.json.
+def read_result(path: Path, data: str | None = None) -> dict[str, Any]:
+    """A run's result.json, or that of its evaluation on another data set.
 
     Raises:
         RunError: it is missing or damaged.
     """
-    file = RunFolder(path).result_file
+    folder = RunFolder(path)
+    file, again = folder.result_file, f"metaheed evaluate {path}"
+    if data is not None and data != folder.read_config().episodes.data:
+        file, again = folder.result("test", data), f"{again} --data {data}"
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         missing = {*_RESULT_FIELDS} - set(result)
@@ -283,9 +387,9 @@ def read_result(path: Path) -> dict[str, Any]:
             if accuracies.shape != (result["tasks"],):
                 raise ValueError(f"it has {result['tasks']} tasks, but accuracies of shape {accuracies.shape}")
     except FileNotFoundError:
-        raise RunError(f"{path} has no result.json: run 'metaheed evaluate {path}' first") from None
+        raise RunError(f"{path} has no {file.name}: run '{again}' first") from None
     except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{file} cannot be read ({error}): run 'metaheed evaluate {path}' again") from error
+        raise RunError(f"{file} cannot be read ({error}): run '{again}' again") from error
     if missing:
-        raise RunError(f"{file} lacks {', '.join(sorted(missing))}: run 'metaheed evaluate {path}' again")
+        raise RunError(f"{file} lacks {', '.join(sorted(missing))}: run '{again}' again")
     return dict(result)

@@ -3,7 +3,7 @@
 import contextlib
 import os
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -23,8 +23,8 @@ def write_synced(path: Path, content: bytes) -> None:
         raise
 
 
-def try_lock(file: IO[str]) -> bool:
-    """Lock an open file for this process, unless another has it; the system frees it when the process ends."""
+def try_lock(file: IO[Any]) -> bool:
+    """Lock an open file for this process, unless another has it; the system frees it when the process ends, however."""
     try:
         if os.name == "nt":
             import msvcrt

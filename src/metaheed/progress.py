@@ -5,7 +5,16 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 
 def make_reporter() -> "Bar | Lines":
@@ -180,6 +189,55 @@ class WorkLines:
 
     def stop(self) -> None:
         """Nothing to put away."""
+
+
+class Transfers:
+    """How downloads go: a live bar on a terminal; elsewhere a line when one begins, and every ten seconds."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress: Progress | None = None
+        self._task = TaskID(0)
+        self._name, self._total, self._said = "", "", 0.0
+
+    def begin(self, name: str, done: int, total: int | None) -> None:
+        """Show the bar, or say a line."""
+        self.end()
+        self._name, self._total = name, "" if total is None else f" of {total / 1e6:,.1f}"
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn(name),
+                BarColumn(),
+                DownloadColumn(),
+                TransferSpeedColumn(),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
+            self._task = self._progress.add_task(name, total=total, completed=done)
+            self._progress.start()
+        self._say(done)
+
+    def advance(self, done: int) -> None:
+        """So many bytes are there."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done)
+        elif time.monotonic() - self._said >= 10:
+            self._say(done)
+
+    def end(self) -> None:
+        """Leave the bar as it stands."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def message(self, text: str) -> None:
+        """A line."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def _say(self, done: int) -> None:
+        self._said = time.monotonic()
+        if self._progress is None:
+            self.message(f"{self._name}: {done / 1e6:,.1f}{self._total} MB")
 
 
 def _validation(iteration: int, accuracy: float, half_width: float, best: bool) -> str:

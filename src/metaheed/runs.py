@@ -6,8 +6,9 @@
     checkpoints/last.safetensors   the whole state, for exact resume; previous.safetensors is the one before
     checkpoints/best.safetensors   θ at the best validation accuracy, under the backbone's own names
     replayed.safetensors           the weights of another run, where the rule replays them
-    result.json                    the evaluation on test tasks (result-val.json: on validation tasks)
     classes.json                   the classes of each split, where they were split by a seed or a user's lists
+    result.json                    the evaluation on test tasks (result-val.json: on validation tasks;
+                                   result-on-DATA.json: on another data set)
     run.lock                       held by the process that trains
 
 Files hold iterations and never the clock, so that the same run leaves the same bytes.
@@ -17,6 +18,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +58,13 @@ class Progress(NamedTuple):
     """Length of tasks.jsonl at this point."""
 
 
+class Pixels(NamedTuple):
+    """How pixels are scaled, channel by channel: /255, minus mean, over std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The whole state of a run."""
@@ -65,6 +74,8 @@ class Checkpoint:
     best: Params
     """θ at the best validation; empty before the first."""
     image_shape: tuple[int, int, int]
+    pixels: Pixels | None = None
+    """How images were scaled; none: written by a version that did not record it."""
 
 
 class RunFolder:
@@ -75,8 +86,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.tasks_file = path / "tasks.jsonl"
-        self.result_file = path / "result.json"
-        self.validation_result_file = path / "result-val.json"
+        self.result_file = self.result("test")
         self.replayed_file = path / "replayed.safetensors"
         self.classes_file = path / "classes.json"
         self.lock_file = path / "run.lock"
@@ -85,6 +95,11 @@ class RunFolder:
         self.last = self.checkpoints / "last.safetensors"
         self.previous = self.checkpoints / "previous.safetensors"
         self.best = self.checkpoints / "best.safetensors"
+
+    def result(self, split: str, data: str | None = None) -> Path:
+        """The file of the evaluation on the tasks of a split, of another data set where one is named."""
+        on = "" if data is None else "-on-" + re.sub(r"[^\w.-]+", "_", data)
+        return self.path / f"result{on}{'' if split == 'test' else f'-{split}'}.json"
 
     def holds_a_run(self) -> bool:
         """Whether any file of a run is here."""
@@ -138,7 +153,7 @@ class RunFolder:
         """Make this the last checkpoint and the last one the previous; write best.safetensors where it is due."""
         groups = {**checkpoint.state._asdict(), "best": checkpoint.best}
         tensors = {f"{group}.{name}": leaf for group, tree in groups.items() for name, leaf in tree.items()}
-        about = {**checkpoint.progress._asdict(), "image_shape": checkpoint.image_shape}
+        about = {**checkpoint.progress._asdict(), "image_shape": checkpoint.image_shape, "pixels": checkpoint.pixels}
         with _writing(self.path):
             self.checkpoints.mkdir(exist_ok=True)
             part = self.last.with_suffix(".part")
@@ -157,6 +172,7 @@ class RunFolder:
                 "iteration": checkpoint.progress.best_iteration,
                 "validation_accuracy": checkpoint.progress.best_accuracy,
                 "image_shape": checkpoint.image_shape,
+                "pixels": checkpoint.pixels,
             }
             write_whole(self.best, _packed(checkpoint.best, about))
 
@@ -175,7 +191,7 @@ class RunFolder:
         return None, notices
 
     def read_weights(self, which: str) -> tuple[Params, dict[str, Any]]:
-        """θ at the "best" or "last" checkpoint, with iteration and image_shape.
+        """θ at the "best" or "last" checkpoint, with iteration, image_shape and pixels.
 
         Raises:
             RunError: there is none yet, or none that is whole.
@@ -190,7 +206,7 @@ class RunFolder:
         if checkpoint is None:
             reason = "; ".join(notices) + damaged or "none has been written yet: train it first"
             raise RunError(f"{self.path} has no checkpoint to read ({reason})")
-        shape = {"image_shape": list(checkpoint.image_shape)}
+        shape = {"image_shape": list(checkpoint.image_shape), "pixels": checkpoint.pixels}
         if which == "last":
             return checkpoint.state.meta, {"iteration": checkpoint.progress.iteration, **shape}
         if not checkpoint.best:
@@ -269,11 +285,10 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write left beside its target."""
-        for file in (
-            *(self.config_file, self.result_file, self.validation_result_file),
-            *(self.last, self.best, self.replayed_file, self.classes_file),
-        ):
+        for file in (self.config_file, self.last, self.best, self.replayed_file, self.classes_file):
             file.with_suffix(".part").unlink(missing_ok=True)
+        for part in self.path.glob("result*.part"):
+            part.unlink(missing_ok=True)
 
 
 class JsonLines:
@@ -309,31 +324,42 @@ class JsonLines:
             self._file.close()
 
 
-def load(run: str | Path, checkpoint: str = "best") -> tuple[Learner, Params]:
+def load(run: str | Path, checkpoint: str = "best", ways: int | None = None) -> tuple[Learner, Params]:
     """A trained run as (learner, meta), for one's own loops; needs no data.
 
     Args:
         run: the run folder.
         checkpoint: "best" (on validation) or "last".
+        ways: N of the tasks to come, where that may be any number (ProtoNet); none: as in training.
 
     Raises:
         RunError: not a run, no such checkpoint, or one whose parameters are not those of the run's network.
+        ConfigError: more ways than the learner allows.
     """
     if checkpoint not in ("best", "last"):
         raise RunError(f"checkpoint is {checkpoint!r}, but it must be 'best' or 'last'")
     folder = RunFolder(Path(run))
-    learner, meta, _ = load_weights(folder, folder.read_config(), checkpoint)
+    learner, meta, _ = load_weights(folder, folder.read_config(), checkpoint, ways)
     return learner, meta
 
 
-def load_weights(folder: RunFolder, config: RunConfig, which: str) -> tuple[Learner, Params, dict[str, Any]]:
+def load_weights(
+    folder: RunFolder, config: RunConfig, which: str, ways: int | None = None
+) -> tuple[Learner, Params, dict[str, Any]]:
     """As `load`, with what the checkpoint says of itself."""
     meta, about = folder.read_weights(which)
     channels, height, width = about["image_shape"]
-    ways, seed = config.episodes.ways, config.training.seed
-    learner = build_learner(config.learner, ways, (channels, height, width), seed)
+    if ways is not None:
+        config.check_ways(ways)
+    learner = build_judged_learner(config, ways, (channels, height, width))
     check_fits(learner.init(torch.Generator().manual_seed(0)), meta, f"{folder.path}'s {which} checkpoint")
     return learner, meta, about
+
+
+def build_judged_learner(config: RunConfig, ways: int | None, image_shape: tuple[int, int, int]) -> Learner:
+    """The learner that serves tasks of so many ways with a run's θ; with a head of fixed size, the one trained."""
+    head = config.episodes.ways if ways is None or not config.learner.any_ways else ways
+    return build_learner(config.learner, head, image_shape, config.training.seed)
 
 
 def check_fits(configured: Params, found: Params, what: str) -> None:
@@ -424,4 +450,12 @@ def _checkpoint(tensors: Params, about: dict[str, Any]) -> Checkpoint:
     channels, height, width = about["image_shape"]
     progress = Progress(**{field: about[field] for field in Progress._fields})
     best = groups.pop("best")
-    return Checkpoint(progress, OuterState(**groups), best, (channels, height, width))
+    return Checkpoint(progress, OuterState(**groups), best, (channels, height, width), recorded_pixels(about))
+
+
+def recorded_pixels(about: dict[str, Any]) -> Pixels | None:
+    """How images were scaled, from what a checkpoint says of itself; none: it does not."""
+    if about.get("pixels") is None:
+        return None
+    mean, std = about["pixels"]
+    return Pixels(tuple(mean), tuple(std))

@@ -45,7 +45,7 @@ from metaheed.outer import (
     task_gradient,
 )
 from metaheed.process import cpu_threads, float32_products, is_out_of_memory, memory_explained, pick_device
-from metaheed.runs import Checkpoint, JsonLines, Progress, RunFolder, check_fits
+from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
 from metaheed.types import Episode, Params
 
 VALIDATION_SEED = 0
@@ -231,6 +231,10 @@ class _Session:
     task_bytes: int | None = None
     """Memory that one task's gradient takes, where it was measured."""
 
+    @property
+    def pixels(self) -> Pixels:
+        return Pixels(self.dataset.mean, self.dataset.std)
+
 
 def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
     training = config.training
@@ -289,9 +293,13 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     streams = Streams(training, probe, config.outer.meta_batch_size)
     frozen, _ = (Episodes(dataset, name, *config.episodes.test_shape, VALIDATION_SEED) for name in ("val", "test"))
     learner = build_learner(config.learner, config.episodes.ways, dataset.image_shape, seed)
-    backbone = getattr(learner, "backbone", None)
-    if isinstance(backbone, Backbone):
-        backbone.place_constants(device)
+    test_ways, judged = config.episodes.test_shape[0], learner
+    if config.learner.any_ways and test_ways != config.episodes.ways:
+        judged = build_judged_learner(config, test_ways, dataset.image_shape)
+    for each in {learner, judged}:
+        backbone = getattr(each, "backbone", None)
+        if isinstance(backbone, Backbone):
+            backbone.place_constants(device)
     tools = Tools(
         gradients=build_execution(config.training, device, learner, task_gradient),
         initial_gradients=build_execution(config.training, device, learner, initial_gradient),
@@ -304,7 +312,7 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
             else build_execution(config.training, device, learner, plain_gradient)
         ),
     )
-    outcome = build_execution(config.training, device, learner, adapted_outcome)
+    outcome = build_execution(config.training, device, judged, adapted_outcome)
 
     def validation(meta: Params, on_tasks: Callable[[int], None]) -> tuple[float, float, float]:
         outcomes = evaluate(outcome, meta, frozen, config.training.val_tasks, on_tasks)
@@ -402,7 +410,7 @@ def _fresh(session: _Session) -> Checkpoint:
     generator = torch.Generator().manual_seed(session.config.training.seed)
     meta = session.learner.init(generator)
     state = OuterState(meta, session.tools.optimizer.init(meta), session.rule.init(meta))
-    return Checkpoint(Progress(), state, {}, session.dataset.image_shape)
+    return Checkpoint(Progress(), state, {}, session.dataset.image_shape, session.pixels)
 
 
 _REMEDY = "Checkpoints before it, if any, are kept; lower --fast-lr or --meta-lr, or set --clip-norm"
@@ -431,7 +439,7 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
     def save() -> None:
         nonlocal progress
         progress = progress._replace(metrics_bytes=metrics.sync(), tasks_bytes=tasks.sync())
-        folder.write_checkpoint(Checkpoint(progress, steps.state, best, session.dataset.image_shape))
+        folder.write_checkpoint(Checkpoint(progress, steps.state, best, session.dataset.image_shape, session.pixels))
 
     def check_stop(_: int = 0) -> None:
         if received:

@@ -10,7 +10,7 @@ import hashlib
 import os
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, ParamSpec, TypeVar
 
@@ -62,7 +62,7 @@ class Episodes:
             )
         self.dataset = dataset
         self.split = dataset.split(split)
-        self.ways, self.shots, self.queries = ways, shots, queries
+        self.ways, self.shots, self.queries, self.seed = ways, shots, queries, seed
         self._key = (seed, zlib.crc32((stream or split).encode()))
         # Sorting all of a few keys at once is quicker than to pick the smallest class by class; of many it is not.
         self._at_once = len(set(self.split.counts)) == 1 and self.split.counts[0] < 200
@@ -146,10 +146,22 @@ class Episodes:
 
     def fingerprint(self, count: int) -> str:
         """SHA-256 of the first `count` tasks: the split's images, the shape of a task, and every row drawn."""
-        digest = hashlib.sha256(repr((self.split.fingerprint, self.ways, self.shots, self.queries, count)).encode())
-        for index in range(count):
-            digest.update(self.rows(index).astype("<i8").tobytes())
-        return digest.hexdigest()
+        shape = self.ways, self.shots, self.queries
+        return fingerprint(self.split.fingerprint, shape, [self.rows(index) for index in range(count)])
+
+
+def fingerprint(images: str, shape: tuple[int, int, int], rows: Sequence[np.ndarray] | np.ndarray) -> str:
+    """SHA-256 of tasks.
+
+    Args:
+        images: the fingerprint of the split.
+        shape: ways, shots, queries.
+        rows: (N, K+Q) for each task.
+    """
+    digest = hashlib.sha256(repr((images, *shape, len(rows))).encode())
+    for of_task in rows:
+        digest.update(of_task.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 class Draw(NamedTuple):

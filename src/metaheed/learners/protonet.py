@@ -22,7 +22,8 @@ from metaheed.types import Params
 class ProtoNet(NetworkLearner):
     """Learner whose θ are the parameters of the backbone's body under their own names.
 
-    A class without support images (a task of fewer ways than the head) gets no query.
+    A class without support images (a task of fewer ways than the head) gets no query. θ knows nothing of N: the
+    learner of a backbone built for more ways takes the same θ.
 
     Deviation from the paper: batch norm uses batch statistics everywhere, of support and of query set apart.
 
