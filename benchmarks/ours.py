@@ -21,6 +21,7 @@ from metaheed.outer import (
     build_rule,
     initial_gradient,
     pick_execution,
+    plain_gradient,
     task_gradient,
 )
 from metaheed.process import cpu_threads, keep_freed_memory, make_deterministic
@@ -84,6 +85,7 @@ def build(setting: Setting, algorithm: str) -> Entry:
         optimizer=OuterOptimizer(optimizer.init, step_and_note),
         train=train,
         probe=stream(setting, "probe") if algorithm == "ta-maml" else train,
+        plain_gradients=build_execution(config.training, _CPU, learner, plain_gradient),
     )
     rule = build_rule(config, torch.Generator().manual_seed(1))
     seen["state"] = OuterState(meta, optimizer.init(meta), rule.init(meta))

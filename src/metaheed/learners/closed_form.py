@@ -41,8 +41,8 @@ from metaheed.learners.backbones import Conv4
 from metaheed.types import Params
 
 _aten = torch.ops.aten
-_SLICE_BYTES = 1 << 21
-"""Of a full-size plane at once: what a core's second-level cache holds."""
+_SLICE_BYTES = 1 << 22
+"""Of a full-size plane at once: measured; about what a core's second-level cache holds."""
 
 
 class _Shape(NamedTuple):
@@ -304,7 +304,7 @@ def _gradient(shape: _Shape, block: _Block, dz: Tensor, inward: bool, keep: bool
     """∂L/∂x (empty unless `inward`), what `_backward_dots` needs, and ∂L/∂(s W). Takes dz's memory."""
     M, r = block.M, block.r
     e = _aten.threshold_backward.grad_input(dz, block.z, 0, grad_input=dz)
-    S0, S1 = _sums(e, block.p, block.mean, r)
+    S0, S1 = _sliced_sums(block, e, block.p, block.mean, r)
     c = block.gain * r
     slope = c * r * S1 / -M
     offset = c * S0 / -M - slope * block.mean
@@ -363,8 +363,8 @@ def _backward_dots(
     """The derivatives of ∂L/∂x (empty in the lowest block), ∂L/∂(s W), ∂L/∂(s γ) and ∂L/∂β along the direction."""
     M, r, S0, S1, T0, T1 = block.M, block.r, slope.S0, slope.S1, dots.T0, dots.T1
     e_dot = _aten.threshold_backward.grad_input(dz_dot, block.z, 0, grad_input=dz_dot)
-    S0_dot, S1_dot = _sums(e_dot, block.p, block.mean, r)
-    S1_dot = S1_dot + _sums(slope.e, dots.q, np.zeros_like(r), np.ones_like(r))[1]
+    S0_dot, S1_dot = _sliced_sums(block, e_dot, block.p, block.mean, r)
+    S1_dot = S1_dot + _sliced_sums(block, slope.e, dots.q, np.zeros_like(r), np.ones_like(r))[1]
     # (1) is c (Pᵀ e − (S₀ + S₁ ŷ) / M) with c = γ r; the derivative of ŷ is r (ẏ − (T₀ + T₁ ŷ) / M).
     c = block.gain * r
     c_dot = dots.gain * r - block.gain * r * r * T1 / M
@@ -451,14 +451,24 @@ def _sums(a: Tensor, b: Tensor, mean: np.ndarray, r: np.ndarray) -> tuple[np.nda
     return total.numpy(), product.numpy()
 
 
+def _sliced_sums(block: _Block, a: Tensor, b: Tensor, mean: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`_sums`, slice by slice: the kernel adds up in the planes' own precision, which long sums lose."""
+    parts = [_sums(*pair, mean, r) for pair in block.slices(a, b)]
+    if len(parts) == 1:
+        return parts[0]
+    total, product = (np.sum(sums, axis=0, dtype=np.float64).astype(r.dtype) for sums in zip(*parts, strict=True))
+    return total, product
+
+
 def _merged(moments: list[tuple[Tensor, Tensor]], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Mean and variance of all slices from those of each (Chan, Golub, LeVeque 1979)."""
     if len(counts) == 1:
         return moments[0][0].numpy(), moments[0][1].numpy()
-    means, variances = (np.stack([part.numpy() for part in parts]) for parts in zip(*moments, strict=True))
-    share = (np.array(counts, dtype=means.dtype) / sum(counts))[:, None].astype(means.dtype)
+    means, variances = (np.stack([p.numpy() for p in parts]).astype(np.float64) for parts in zip(*moments, strict=True))
+    share = np.array(counts)[:, None] / sum(counts)
     mean = (share * means).sum(0)
-    return mean, (share * (variances + (means - mean) ** 2)).sum(0)
+    dtype = moments[0][0].numpy().dtype
+    return mean.astype(dtype), (share * (variances + (means - mean) ** 2)).sum(0).astype(dtype)
 
 
 def _add_at(plane: Tensor, place: Tensor | None, values: Tensor) -> None:

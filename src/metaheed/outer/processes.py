@@ -5,6 +5,7 @@ to them, and results come back, through a piece of shared memory each; the pipes
 """
 
 import ctypes
+import gc
 import mmap
 import multiprocessing
 import os
@@ -159,6 +160,7 @@ def _serve(learner: Learner, memory: mmap.mmap, pipe: Connection, parent: int) -
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    gc.freeze()  # what was there at the fork need not be looked through again
     while True:
         try:
             function, meta, batch = pipe.recv()
