@@ -22,6 +22,7 @@ from metaheed.data.frozen import freeze, write_episodes
 from metaheed.data.images import make_split
 from metaheed.runs import RunFolder, recorded_pixels
 from tests.conftest import ROOT, Run
+from tests.data.making import pictures
 from tests.documented import assert_each_has_a_case, assert_seen, rows
 from tests.test_training import SMALL
 
@@ -100,6 +101,28 @@ def test_pixels_are_scaled_as_in_training(runs: Runs, metaheed: Run, cifar_folde
     adapted = learner.adapt(meta, x[:, :1].flatten(0, 1), torch.arange(5))
     right = learner.predict(adapted, x[:, 1:].flatten(0, 1)).argmax(1) == torch.arange(5).repeat_interleave(5)
     assert float(right.double().mean()) == pytest.approx(result["accuracies"][3], abs=1e-6)
+
+
+def test_frozen_tasks_of_a_folder(metaheed: Run, tmp_path: Path) -> None:
+    """With the run's own size and seed they are those that are drawn; with another seed, classes it knows are refused."""
+    run, of_folder = tmp_path / "run", ["--data", "folder", "--data-root", pictures(tmp_path / "mine", 12, 5)]
+    sizes = ["--image-size", 28, "--ways", 2, "--shots", 1]
+    options = [*sizes, "--split-seed", 3, "--test-queries", 2, "--iterations", 1, "--out", run]
+    assert metaheed("train", "maml", *SMALL, *of_folder, *options)[0] == 0
+    assert metaheed("evaluate", run, "--tasks", 4)[0] == 0
+    drawn = (run / "result.json").read_bytes()
+    for seed in (3, 4):
+        which = [*of_folder, *sizes, "--split-seed", seed, "--queries", 2, "--tasks", 4, "--with-images"]
+        assert metaheed("data", "episodes", *which, "--out", tmp_path / f"{seed}.npz")[0] == 0
+    assert metaheed("evaluate", run, "--episodes", tmp_path / "3.npz")[0] == 0
+    assert (run / "result.json").read_bytes() == drawn
+    status, _, err = metaheed("evaluate", run, "--episodes", tmp_path / "4.npz")
+    assert status == 1 and "was trained on classes that are in test now" in " ".join(err.split())
+    status, _, err = metaheed("data", "episodes", "--data", "glyphs", "--split-seed", 1, "--out", tmp_path / "x.npz")
+    assert status == 1 and "glyphs has a split of its own" in err
+    assert metaheed("evaluate", run, "--data", "glyphs", "--tasks", 4)[0] == 0, (
+        "where its folder's options mean nothing"
+    )
 
 
 def forget_pixels(run: Path) -> None:

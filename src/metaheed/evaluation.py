@@ -223,7 +223,7 @@ def _pixels(path: Path, frozen: Frozen, run: RunConfig, about: dict[str, Any], d
 _MADE_OF = {
     **dict.fromkeys(("cifar-fs", "fc100"), "CIFAR-100"),
     **dict.fromkeys(("miniimagenet", "tieredimagenet"), "ImageNet"),
-    **dict.fromkeys(("omniglot", "omniglot-vinyals"), "the same drawings"),
+    **dict.fromkeys(("omniglot", "omniglot-vinyals"), "Omniglot"),
 }
 
 
