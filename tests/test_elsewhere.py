@@ -104,7 +104,7 @@ def test_pixels_are_scaled_as_in_training(runs: Runs, metaheed: Run, cifar_folde
 
 
 def test_frozen_tasks_of_a_folder(metaheed: Run, tmp_path: Path) -> None:
-    """With the run's own size and seed they are those that are drawn; with another seed, classes it knows are refused."""
+    """With the run's size and seed they are those that are drawn; with another seed, known classes are refused."""
     run, of_folder = tmp_path / "run", ["--data", "folder", "--data-root", pictures(tmp_path / "mine", 12, 5)]
     sizes = ["--image-size", 28, "--ways", 2, "--shots", 1]
     options = [*sizes, "--split-seed", 3, "--test-queries", 2, "--iterations", 1, "--out", run]
@@ -117,11 +117,13 @@ def test_frozen_tasks_of_a_folder(metaheed: Run, tmp_path: Path) -> None:
     assert metaheed("evaluate", run, "--episodes", tmp_path / "3.npz")[0] == 0
     assert (run / "result.json").read_bytes() == drawn
     status, _, err = metaheed("evaluate", run, "--episodes", tmp_path / "4.npz")
-    assert status == 1 and "was trained on classes that are in test now" in " ".join(err.split())
+    assert status == 1
+    assert "was trained on classes that are in test now" in " ".join(err.split())
     status, _, err = metaheed("data", "episodes", "--data", "glyphs", "--split-seed", 1, "--out", tmp_path / "x.npz")
-    assert status == 1 and "glyphs has a split of its own" in err
+    assert status == 1
+    assert "glyphs has a split of its own" in err
     assert metaheed("evaluate", run, "--data", "glyphs", "--tasks", 4)[0] == 0, (
-        "where its folder's options mean nothing"
+        "its folder's options are not for glyphs"
     )
 
 
