@@ -453,7 +453,7 @@ def _sums(a: Tensor, b: Tensor, mean: np.ndarray, r: np.ndarray) -> tuple[np.nda
 
 def _sliced_sums(block: _Block, a: Tensor, b: Tensor, mean: np.ndarray, r: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """`_sums`, slice by slice: the kernel adds up in the planes' own precision, which long sums lose."""
-    parts = [_sums(*pair, mean, r) for pair in block.slices(a, b)]
+    parts = [_sums(a_slice, b_slice, mean, r) for a_slice, b_slice in block.slices(a, b)]
     if len(parts) == 1:
         return parts[0]
     total, product = (np.sum(sums, axis=0, dtype=np.float64).astype(r.dtype) for sums in zip(*parts, strict=True))
