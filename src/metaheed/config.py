@@ -471,7 +471,8 @@ class TrainingConfig:
     where learner and network have a closed form, threaded for ProtoNet, looped for a network of one's own or one task.
     Printed at the start."""
     chunk_size: int | None = None
-    """Tasks at once under the executions vectorized and im2col; none: the whole meta-batch."""
+    """Tasks at once under the executions vectorized (auto's choice where this is given) and im2col; none: the whole
+    meta-batch."""
     log_initial_loss: bool = False
     """Log every task's loss before adaptation also under rules that do not need it (all but attended): a forward pass
     of the query set more for each task."""
