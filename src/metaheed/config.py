@@ -218,7 +218,7 @@ class MAMLConfig(LearnerConfig):
     """Drop the second derivatives (FOMAML)."""
     recompute: bool = False
     """Compute each adaptation step again in the reverse pass instead of keeping it: memory does not grow with T. The
-    results are the same; it takes up to half as long again."""
+    results are the same; it takes one more gradient a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
