@@ -13,8 +13,8 @@ from metaheed.types import Episode, Params
 LARGEST = 3e-3
 """Above it an entry counts as wrong.
 
-Rounding alone is some 1e-6; where it switches a ReLU or a maximum whose value is at the kink, float32 is off by up to
-1e-3 (in float64 the same entries agree to 1e-12). Leaving out second derivatives is off by a half.
+Rounding alone is some 1e-6. Where it switches a ReLU or a maximum that stands at its kink, float32 is off by 1e-3,
+PyTorch's own autograd included. Leaving out second derivatives is off by a half.
 """
 
 

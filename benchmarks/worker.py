@@ -64,10 +64,15 @@ class Worker:
         return {}
 
     def memory(self) -> dict[str, Any]:
-        """Peak resident memory in bytes, PyTorch's threads, and the process's."""
-        status = _status()
-        peak = status["VmHWM"] * 1024 if "VmHWM" in status else _largest_resident()
-        return {"peak_bytes": peak, "torch_threads": torch.get_num_threads(), "threads": status.get("Threads", 0)}
+        """Peak resident memory in bytes and threads, those of forked workers included; PyTorch's threads.
+
+        The sum of each process's peak: what they share (PyTorch's own code above all) is counted in each.
+        """
+        statuses = [_status("self"), *map(_status, _children())]
+        if "VmHWM" not in statuses[0]:
+            return {"peak_bytes": _largest_resident(), "torch_threads": torch.get_num_threads(), "threads": 0}
+        peak, threads = (sum(status.get(field, 0) for status in statuses) for field in ("VmHWM", "Threads"))
+        return {"peak_bytes": peak * 1024, "torch_threads": torch.get_num_threads(), "threads": threads}
 
     def reference(self, setting: dict[str, Any], algorithm: str, path: str) -> dict[str, Any]:
         """Write the float64 per-task meta-gradients."""
@@ -80,8 +85,15 @@ class Worker:
         return {"threads": torch.get_num_threads(), **limit.measure()._asdict()}
 
 
-def _status() -> dict[str, int]:
-    file = Path("/proc/self/status")
+def _children() -> list[str]:
+    tasks = Path("/proc/self/task")
+    return (
+        [pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()] if tasks.exists() else []
+    )
+
+
+def _status(process: str) -> dict[str, int]:
+    file = Path(f"/proc/{process}/status")
     if not file.exists():
         return {}
     pairs = (line.split(":", 1) for line in file.read_text().splitlines() if ":" in line)

@@ -262,8 +262,10 @@ def test_a_run_is_resumed_under_another_execution(single: Callable[..., Path], m
     assert from_dict(yaml.safe_load((run / "config.yaml").read_text())).training.execution == "im2col"
     lines = [json.loads(line) for line in (run / "tasks.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == [*range(1, 13)]
-    status, _, err = metaheed("train", "--resume", run, "--iterations", 13, "--execution", "auto", "--chunk-size", 2)
+    status, _, err = metaheed("train", "--resume", run, "--iterations", 13, "--execution", "looped", "--chunk-size", 2)
     assert (status, "the looped execution has no chunks" in err) == (1, True)
+    status, _, err = metaheed("train", "maml", *SMALL, "--iterations", 1, "--chunk-size", 1, "--out", tmp_path / "new")
+    assert (status, "execution: vectorized, a task at a time" in err) == (0, True)
 
 
 @pytest.mark.parametrize("execution", CHUNKED)

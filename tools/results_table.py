@@ -4,9 +4,15 @@ python tools/results_table.py
 """
 
 import itertools
+import json
 import statistics
+import sys
 from collections import defaultdict
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.table import LABELS, fastest_peer, spread
 
 from metaheed.config import ALGORITHMS
 from metaheed.evaluation import compare, read_result
@@ -22,6 +28,10 @@ COUNTERPART = {
 HEADER = (
     "| data | setting | algorithm | iterations | seeds | test accuracy, each seed | difference to its counterpart |\n"
     "|---|---|---|---|---|---|---|\n"
+)
+SPEED = (
+    "| setting | our MAML, seconds a step | share of the limit | fastest peer | its time over ours "
+    "| our TA-MAML over MAML | with probe reuse |\n|---|---|---|---|---|---|---|\n"
 )
 CURVES = "\n| algorithm | validations | last validation | jitter of the validation curve |\n|---|---|---|---|\n"
 
@@ -69,11 +79,29 @@ def curves(study: Path) -> str:
     return CURVES + "".join(row for _, row in rows)
 
 
+def speed(file: Path) -> str:
+    """One row a setting of `make bench`: our MAML, the fastest peer with its own settings, and what attention costs."""
+    result = json.loads(file.read_text())
+    rows = []
+    for setting in result["settings"]:
+        measured = [row for row in result["rows"] if row["setting"] == setting["name"] and row["ratios"]]
+        ours = {row["algorithm"]: row for row in reversed(measured) if row["entry"] == "ours"}
+        peer = fastest_peer(measured)
+        cells = [f"({setting['name']}) {setting['title']}", spread(ours["maml"]["seconds"], 3)]
+        cells.append(f"{100 * ours['maml']['share_of_limit']:.0f}%")
+        cells += ["—", "—"] if peer is None else [LABELS[peer["entry"]], spread(peer["ratios"])]
+        cells += [spread(ours[name]["ratios"]) if name in ours else "—" for name in ("ta-maml", "ta-maml-reuse")]
+        rows.append(f"| {' | '.join(cells)} |\n")
+    about = f"Commit {result['commit'][:7]}, {result['rounds']} rounds, median (smallest – largest).\n\n"
+    return about + SPEED + "".join(rows)
+
+
 TABLES = {
     "README.md": lambda: table(ROOT / "results" / "first_runs"),
     "results/eight_algorithms/README.md": lambda: (
         table(ROOT / "results" / "eight_algorithms") + curves(ROOT / "results" / "eight_algorithms")
     ),
+    "docs/performance.md": lambda: speed(ROOT / "results" / "speed" / "speed.json"),
 }
 """File -> what stands between its markers."""
 

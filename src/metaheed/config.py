@@ -244,7 +244,7 @@ class MAMLConfig(LearnerConfig):
     """Drop the second derivatives (FOMAML)."""
     recompute: bool = False
     """Compute each adaptation step again in the reverse pass instead of keeping it: memory does not grow with T. The
-    results are the same; it takes up to half as long again."""
+    results are the same; it takes one more gradient a step."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -498,7 +498,8 @@ class TrainingConfig:
     where learner and network have a closed form, threaded for ProtoNet, looped for a network of one's own or one task.
     Printed at the start."""
     chunk_size: int | None = None
-    """Tasks at once under the executions vectorized and im2col; none: the whole meta-batch."""
+    """Tasks at once under the executions vectorized (auto's choice where this is given) and im2col; none: the whole
+    meta-batch."""
     log_initial_loss: bool = False
     """Log every task's loss before adaptation also under rules that do not need it (all but attended): a forward pass
     of the query set more for each task."""

@@ -159,6 +159,8 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
 def _picked(execution: ExecutionName, device: torch.device, config: RunConfig) -> ExecutionName:
     learner, B = config.learner, config.outer.meta_batch_size
     own_network = ":" in learner.backbone
+    if execution == "auto" and config.training.chunk_size is not None:
+        return "vectorized"  # of those with chunks the one that auto would take
     return pick_execution(execution, device, config.training.threads, own_network, learner.has_closed_form, B)
 
 
