@@ -160,7 +160,7 @@ def test_too_little_memory_for_one_task(metaheed: Run, tmp_path: Path, monkeypat
     monkeypatch.setattr(package_outer, "map_together", scarce(0))
     status, _, err = metaheed("train", "maml", *ROOMY, "--out", tmp_path / "run")
     assert (status, "does not hold 1 task at once" in err) == (1, True)
-    assert "try --first-order, fewer --adaptation-steps, fewer --queries or a smaller --backbone" in err
+    assert "try --recompute, --first-order, fewer --adaptation-steps, fewer --queries or a smaller --backbone" in err
 
 
 @pytest.mark.parametrize(

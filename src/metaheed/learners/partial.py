@@ -74,8 +74,8 @@ class ANIL(_Partial):
         adaptation_steps: int = ANILConfig.adaptation_steps,
         fast_lr: float = ANILConfig.fast_lr,
         first_order: bool = ANILConfig.first_order,
-        head: str | None = ANILConfig.head,
         recompute: bool = ANILConfig.recompute,
+        head: str | None = ANILConfig.head,
     ) -> None:
         given = ANILConfig(
             adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head, recompute=recompute
@@ -101,8 +101,8 @@ class BOIL(_Partial):
         adaptation_steps: int = BOILConfig.adaptation_steps,
         fast_lr: float = BOILConfig.fast_lr,
         first_order: bool = BOILConfig.first_order,
-        head: str | None = BOILConfig.head,
         recompute: bool = BOILConfig.recompute,
+        head: str | None = BOILConfig.head,
     ) -> None:
         given = BOILConfig(
             adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head, recompute=recompute
