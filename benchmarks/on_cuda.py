@@ -359,11 +359,11 @@ def learn2learn_rate(bench: Bench, setting: Setting, seconds: float) -> float | 
     # The folder of this file holds one called learn2learn, which says how that library is packed.
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
     try:
-        import learn2learn as l2l
+        from learn2learn.algorithms import maml as peer
     except ImportError:
         return None
     network = Conv4(setting.ways, setting.shape, hidden=setting.hidden).to(bench.device)
-    maml = l2l.algorithms.MAML(network, lr=0.01, first_order=False)
+    maml = peer.MAML(network, lr=0.01, first_order=False)
     optimizer = torch.optim.Adam(maml.parameters(), 1e-3)
     streams = bench.streams(setting, bench.device)
 

@@ -132,9 +132,10 @@ class Histogram:
 
     def add(self, images: np.ndarray) -> None:
         """Uint8 images (k, C, H, W)."""
-        for first in range(0, len(images), 1024):  # bincount makes int64 of them
+        few = 128  # bincount makes int64 of them
+        for first in range(0, len(images), few):
             for channel, counts in enumerate(self._counts):
-                counts += np.bincount(images[first : first + 1024, channel].ravel(), minlength=256)
+                counts += np.bincount(images[first : first + few, channel].ravel(), minlength=256)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel, as fractions of 255.
