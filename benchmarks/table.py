@@ -161,7 +161,7 @@ def figure(result: Mapping[str, Any], out: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2, axis="x")
     grid[-1].set_xlabel(
-        "time of an outer iteration, times that of metaheed's MAML (bar: median, line: range, cut at the edge)"
+        "time of an outer iteration over metaheed's MAML (line: range)"
     )
     kinds = {
         _OURS: "metaheed",
