@@ -160,9 +160,7 @@ def figure(result: Mapping[str, Any], out: Path) -> None:
         axes.set_title(f"({setting['name']}) {setting['title']}", fontsize=9, loc="left")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2, axis="x")
-    grid[-1].set_xlabel(
-        "time of an outer iteration over metaheed's MAML (line: range)"
-    )
+    grid[-1].set_xlabel("time of an outer iteration over metaheed's MAML (line: range)")
     kinds = {
         _OURS: "metaheed",
         _OWN: "MAML of a peer, its own settings",
