@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
+from metaheed.data import Episodes, load_dataset
 from metaheed.learners import MAML, Conv4, MetaSGD, closed_form
 from metaheed.learners.base import takes_batches
 from metaheed.outer import looped, task_gradient, vectorized
@@ -233,3 +234,17 @@ def test_planes_are_freed_without_the_garbage_collector(monkeypatch: pytest.Monk
     finally:
         gc.enable()
     assert kept
+
+
+@pytest.mark.parametrize("shots", [1, 5])
+def test_float32_on_images_with_a_constant_background(shots: int) -> None:
+    """Where every place has the same value, an inexact mean shifts all of them, and ReLUs and maxima flip."""
+    batch = Episodes(load_dataset("glyphs"), "train", 5, shots, 15, seed=0).batch(0, 2)
+    learner = MAML(Conv4(5, batch.support_x.shape[2:]), adaptation_steps=5, fast_lr=0.1)  # type: ignore[arg-type]
+    meta = learner.init(torch.Generator().manual_seed(0))
+    exact = {name: p.double() for name, p in meta.items()}
+    gradient, _ = vectorized(learner)(meta, batch)
+    x, y, query_x, query_y = batch
+    expected, _ = vectorized(learner)(exact, type(batch)(x.double(), y, query_x.double(), query_y))
+    off = torch.stack([(gradient[name] - expected[name]).square().sum() for name in meta]).sum()
+    assert off.sqrt() < 1e-4 * torch.stack([g.square().sum() for g in expected.values()]).sum().sqrt()

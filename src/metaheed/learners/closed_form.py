@@ -125,8 +125,11 @@ class ClosedForm:
 
     @property
     def applies(self) -> bool:
-        """Whether calling the module would do nothing else: no hook has been put into it."""
-        return not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in self._modules)
+        """Whether calling the module would do nothing else: no hook has been put into it, nor another forward."""
+        return not any(
+            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in m.__dict__
+            for m in self._modules
+        )
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """(B, n, N) from parameters (B, …) and images (B, n, C, H, W)."""
@@ -236,8 +239,9 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
         return None
     blocks = [part for part in module.body if isinstance(part, nn.Sequential)]
     rest = [part for part in module.body if not isinstance(part, nn.Sequential)]
-    usual = all(map(_as_built, blocks)) and all(type(part) is nn.AdaptiveAvgPool2d for part in rest)
-    return ClosedForm(module) if usual and type(module.head) is nn.Linear else None
+    usual = all(map(_as_built, blocks)) and [*module.body] == blocks + rest
+    usual = usual and [repr(part) for part in rest] in ([], [repr(nn.AdaptiveAvgPool2d(1))])
+    return ClosedForm(module) if usual and type(module.head) is nn.Linear and module.head.bias is not None else None
 
 
 def _as_built(block: nn.Sequential) -> bool:
@@ -250,6 +254,7 @@ def _as_built(block: nn.Sequential) -> bool:
         and (conv.kernel_size, conv.padding, conv.dilation, conv.groups) == ((3, 3), (1, 1), (1, 1), 1)
         and conv.padding_mode == "zeros"
         and conv.bias is not None
+        and conv.stride in ((1, 1), (2, 2))
         and type(norm) is nn.BatchNorm2d
         and norm.affine
         and not norm.track_running_stats
@@ -275,12 +280,13 @@ def _forward(shape: _Shape, params: Params, x: Tensor, keep: bool) -> _Block:
         del y, place  # so that their memory, still in the cache, is taken again
         part, slot = (x, p) if n <= rows else (x[first : first + rows], p[first : first + rows])
         y, place = _planes(shape, part, weight, slot, keep)
-        moments.append(_aten.batch_norm_update_stats(y, None, None, 0.0))
+        moments.append(_moments(y))
         if keep:
             kept.append(y)
             places.append(place)
     mean, variance = _merged(moments, [min(rows, n - first) for first in range(0, n, rows)])
-    r = 1 / np.sqrt(variance + shape.eps)
+    r = (1 / np.sqrt(variance + shape.eps)).astype(gain.dtype)
+    mean = mean.astype(gain.dtype)
     scale = gain * r
     z = torch.addcmul(_c(beta - scale * mean), p, _c(scale)).relu_()
     return _Block(x, weight, sign, gain, mean, r, kept, places, p, z, rows, n * height * width)
@@ -460,15 +466,28 @@ def _sliced_sums(block: _Block, a: Tensor, b: Tensor, mean: np.ndarray, r: np.nd
     return total, product
 
 
-def _merged(moments: list[tuple[Tensor, Tensor]], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of all slices from those of each (Chan, Golub, LeVeque 1979)."""
+def _moments(y: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of each channel, float64 of sums in y's dtype that lose nothing.
+
+    PyTorch's kernel for channels-last planes adds one float32 after another; a background that is the same everywhere
+    then shifts every place alike, and ReLUs and maxima flip. `sum` adds pairwise, and the second pass mends the first.
+    """
+    flat = _flat(y).view(-1, y.shape[1])
+    mean = flat.mean(0)
+    centred = flat - mean
+    rest = centred.mean(0).double().numpy()
+    variance = centred.square_().mean(0).double().numpy() - rest**2
+    return mean.double().numpy() + rest, variance
+
+
+def _merged(moments: list[tuple[np.ndarray, np.ndarray]], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and variance of all slices from those of each (Chan, Golub, LeVeque 1979), float64."""
     if len(counts) == 1:
-        return moments[0][0].numpy(), moments[0][1].numpy()
-    means, variances = (np.stack([p.numpy() for p in parts]).astype(np.float64) for parts in zip(*moments, strict=True))
+        return moments[0]
+    means, variances = (np.stack(parts) for parts in zip(*moments, strict=True))
     share = np.array(counts)[:, None] / sum(counts)
     mean = (share * means).sum(0)
-    dtype = moments[0][0].numpy().dtype
-    return mean.astype(dtype), (share * (variances + (means - mean) ** 2)).sum(0).astype(dtype)
+    return mean, (share * (variances + (means - mean) ** 2)).sum(0)
 
 
 def _add_at(plane: Tensor, place: Tensor | None, values: Tensor) -> None:

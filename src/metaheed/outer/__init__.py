@@ -189,7 +189,11 @@ def build_execution(
             pool = _POOLS.get(learner)
             if pool is None or pool.workers != workers:
                 pool = _POOLS[learner] = Workers(learner, workers)
-            return partial(pool.map, function)
+
+            def run(meta: Params, batch: Episode, learner: Learner = learner, pool: Workers = pool) -> T:
+                return pool.map(function, meta, batch)  # and keeps the learner, which the pool does not
+
+            return run
         case "im2col":
             return map_im2col(partial(function, learner), config.chunk_size)
         case "streamed":
@@ -214,6 +218,8 @@ def pick_execution(
       networks, and looped for a user's: see `threaded` on what threads ask of it.
 
     """
+    if name == "processes" and (device.type != "cpu" or not PROCESSES_AVAILABLE):
+        return "vectorized"  # a run of another machine
     if name != "auto":
         return name
     if tasks == 1:

@@ -4,6 +4,7 @@ The workers are forked, so they hold the learner without a copy being sent, and 
 to them, and results come back, through a piece of shared memory each; the pipes carry shapes only.
 """
 
+import contextlib
 import ctypes
 import gc
 import mmap
@@ -15,6 +16,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -53,7 +55,7 @@ class Workers:
         if not AVAILABLE:
             raise ConfigError(f"the execution 'processes' needs Linux, but this is {sys.platform}: use 'threaded'")
         self.workers = workers
-        self._learner = learner
+        self._learner = weakref.ref(learner)  # so that workers kept for a learner end with it
         self._running: list[_Worker] = []
 
     def map(self, function: Callable[[Learner, Params, Episode], T], meta: Params, batch: Episode) -> T:
@@ -69,13 +71,16 @@ class Workers:
         """
         shares = list(zip(*(torch.tensor_split(part, self.workers) for part in batch), strict=True))
         shares = [share for share in shares if len(share[0])]
-        needed = _room([*meta.values(), *shares[0]])
+        # Results are a gradient a task at most, and a few numbers.
+        results = len(shares[0][0]) * (_room(meta.values()) + 4096)
+        needed = _room([*meta.values(), *shares[0]]) + results
         if len(self._running) < self.workers or self._running[0].room < needed:
             self.close()
-            # Results are a gradient a task at most, and a few numbers.
-            results = len(shares[0][0]) * (_room(meta.values()) + 4096)
+            learner = self._learner()
+            if learner is None:
+                raise RuntimeError("the learner of these workers is gone: keep it as long as they are used")
             for _ in range(self.workers):
-                self._running.append(_Worker(self._learner, 2 * (needed + results), self._running))
+                self._running.append(_Worker(learner, 2 * needed))
         at_work = self._running[: len(shares)]
         answers: list[Any] = []
         try:
@@ -96,7 +101,7 @@ class Workers:
 
 
 class _Worker:
-    def __init__(self, learner: Learner, room: int, earlier: "list[_Worker]") -> None:
+    def __init__(self, learner: Learner, room: int) -> None:
         self.room = room
         self._memory = mmap.mmap(-1, room)
         self._pipe, theirs = multiprocessing.Pipe()
@@ -106,9 +111,7 @@ class _Worker:
         self._pid = os.fork()
         if self._pid == 0:
             try:
-                self._pipe.close()
-                for worker in earlier:  # so that the end of this process ends them too
-                    worker._pipe.close()
+                _close_all_but(theirs.fileno())
                 _serve(learner, self._memory, theirs, parent)
             finally:
                 os._exit(0)  # nothing of the parent's is to be flushed, saved or cleaned up here
@@ -151,14 +154,23 @@ def _end(pid: int, pipe: Connection) -> None:
         return  # gone, and waited for
 
 
+def _close_all_but(kept: int) -> None:
+    """So that no lock, log or pipe of the parent is held open here, except for its standard streams."""
+    for opened in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
+        if opened > 2 and opened != kept:
+            with contextlib.suppress(OSError):  # the one that the listing itself went through
+                os.close(opened)
+
+
 def _serve(learner: Learner, memory: mmap.mmap, pipe: Connection, parent: int) -> None:
     # Where the parent dies of a SIGKILL, a worker in mid-task must not keep the run locked.
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's business
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Signals to all of a terminal's or a job's processes are the parent's business: it stops its workers itself.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     gc.freeze()  # what was there at the fork need not be looked through again
     while True:
