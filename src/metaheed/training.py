@@ -43,6 +43,7 @@ from metaheed.outer import (
     pick_execution,
     plain_gradient,
     task_gradient,
+    workers_ended,
 )
 from metaheed.process import cpu_threads, float32_products, is_out_of_memory, memory_explained, pick_device
 from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
@@ -240,7 +241,7 @@ class _Session:
 
 def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
     training = config.training
-    with cpu_threads(training), float32_products(training.tf32), _signals() as received:
+    with workers_ended(), cpu_threads(training), float32_products(training.tf32), _signals() as received:
         folder.remove_leftovers()
         checkpoint, notices = folder.read_checkpoint()
         for notice in notices:

@@ -1,7 +1,8 @@
 """The outer level: per-task gradients, how they are executed, weighted and turned into the next θ."""
 
+import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -118,6 +119,7 @@ __all__ = [
     "vectorized",
     "weight_gradient",
     "weighted_sum",
+    "workers_ended",
 ]
 
 
@@ -166,6 +168,16 @@ def build_rule(config: RunConfig, generator: torch.Generator, logged: Tensor | N
 
 
 _POOLS: weakref.WeakKeyDictionary[Learner, Workers] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def workers_ended() -> Iterator[None]:
+    """Ends at its own end the worker processes of all executions; a later use starts new ones."""
+    try:
+        yield
+    finally:
+        for pool in list(_POOLS.values()):
+            pool.close()
 
 
 def build_execution(
