@@ -15,7 +15,7 @@ from metaheed.data import Episodes, load_dataset
 from metaheed.data.convert import convert
 from metaheed.data.frozen import Frozen, FrozenEpisodes, freeze, read_episodes
 from metaheed.errors import DataError, NonFiniteError, RunError
-from metaheed.outer import Execution, adapted_outcome, build_execution, initial_outcome
+from metaheed.outer import Execution, adapted_outcome, build_execution, initial_outcome, workers_ended
 from metaheed.process import cpu_threads, float32_products, memory_explained, pick_device
 from metaheed.runs import Pixels, RunFolder, check_writable, load_weights, recorded_pixels, write_whole
 from metaheed.types import Params
@@ -108,6 +108,7 @@ def evaluate_run(
     episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
     folder.check_classes(episodes.dataset, setting.split)
     with (
+        workers_ended(),
         cpu_threads(run.training),
         float32_products(run.training.tf32),
         memory_explained(run, where, min(_AT_ONCE, setting.tasks)),

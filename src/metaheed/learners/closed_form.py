@@ -197,7 +197,7 @@ class ClosedForm:
     def _forward(
         self, params: Params, x: Tensor, keep: Literal["none", "upper", "all"]
     ) -> tuple[Tensor, Tensor, list[_Block]]:
-        """Features, logits, and the blocks; `keep` says whose full-size planes are kept."""
+        """Features, logits, and the blocks (with keep "none": none); `keep` says whose full-size planes are kept."""
         blocks: list[_Block] = []
         head = params["head.weight"]
         B, n, C, *size = x.shape
@@ -206,7 +206,8 @@ class ClosedForm:
         for shape in self._shapes:
             block = _forward(shape, params, z, keep == "all" or (keep == "upper" and bool(blocks)))
             z = block.z
-            blocks.append(block if keep != "none" else block._replace(x=z, p=z))
+            if keep != "none":
+                blocks.append(block)
         features = self._to_features(z, B)
         return features, torch.baddbmm(params["head.bias"].unsqueeze(1), features, head.mT), blocks
 

@@ -47,7 +47,7 @@ def recorded(function: Callable[[Params], Params], at: Params) -> tuple[Params, 
 
     Plain autograd, into whose graph the learners' closed forms fit; under a transform of torch.func, torch.func's.
     """
-    if transformed() or (torch.is_grad_enabled() and any(leaf.requires_grad for leaf in at.values())):
+    if transformed() or needs_graph(at):
         return value_and_pullback(function, at)  # derivatives of the derivatives may be wanted
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in at.items()}
     with torch.enable_grad():

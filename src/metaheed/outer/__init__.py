@@ -228,7 +228,6 @@ def pick_execution(
     - on one thread of a CPU: vectorized where learner and network have a closed form, else looped;
     - on several: processes where they have one (on Linux; elsewhere vectorized), threaded for the rest of our own
       networks, and looped for a user's: see `threaded` on what threads ask of it.
-
     """
     if name == "processes" and (device.type != "cpu" or not PROCESSES_AVAILABLE):
         return "vectorized"  # a run of another machine

@@ -99,7 +99,7 @@ def global_norm(tree: Params, tasks: tuple[int, ...] = ()) -> Tensor:
 
 
 def looped(learner: Learner) -> Execution[tuple[Params, TaskInfo]]:
-    """`task_gradient` of one task after another: the least memory, and on a CPU mostly the fastest."""
+    """`task_gradient` of one task after another: the least memory."""
     return map_looped(partial(task_gradient, learner))
 
 

@@ -127,6 +127,8 @@ class _Worker:
             failure, answer = self._pipe.recv()
         except (EOFError, OSError):
             _, status = os.waitpid(self._pid, 0)
+            self._finalizer.detach()  # its number may be another's now
+            self._pipe.close()
             raise RuntimeError(
                 f"a worker process ended unexpectedly (status {os.waitstatus_to_exitcode(status)}): perhaps memory ran "
                 "out; use fewer --threads, or --execution looped"
