@@ -67,6 +67,8 @@ class Evaluate:
     """Where the data lies, if it has moved."""
     device: str | None = None
     """Where to compute; none: as in training, if that device is here."""
+    execution: ExecutionName | None = None
+    """How tasks are run (as in train --help); none: as in training."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -409,7 +411,7 @@ def _evaluate(command: Evaluate) -> int:
     from metaheed.evaluation import evaluate_run
 
     _tune_process()
-    result = evaluate_run(command.run, command.judging, command.data_root, command.device)
+    result = evaluate_run(command.run, command.judging, command.data_root, command.device, execution=command.execution)
     if command.json:
         print(json.dumps(result))
         return 0

@@ -18,7 +18,8 @@ the norm and with ReLU, so it can come first. Per channel:
    Neither ŷ nor q is ever formed: both are affine in y and p, so they end in factors per channel.
 
 A convolution's bias cancels in the norm: its derivatives are exactly zero, where autograd returns rounding errors. The
-maxima and the signs of z count as constants, as in autograd. Where γ is zero every place is a maximum: y's is taken.
+maxima and the signs of z count as constants, as in autograd. Where γ is zero every place is a maximum, and autograd
+takes another than y's, which shows in ∂L/∂γ: that is left to autograd (`fits`).
 
 Legend: B tasks, n images each, C channels. The tasks stand side by side in the channels: nothing but the head joins
 channels, and a convolution in groups keeps tasks apart. Planes are (n, B·C, H, W), channels-last in memory. Full-size
@@ -125,11 +126,26 @@ class ClosedForm:
 
     @property
     def applies(self) -> bool:
-        """Whether calling the module would do nothing else: no hook has been put into it, nor another forward."""
-        return not any(
+        """Whether calling the module would do nothing else: there is no hook in it or for all, nor another forward."""
+        for_all = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        return not for_all and not any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in m.__dict__
             for m in self._modules
         )
+
+    def fits(self, params: Params, x: Tensor) -> bool:
+        """Whether it holds for these values: no γ is zero, and every norm has more than one place to average over.
+
+        Where a norm has one place only, PyTorch's own refuses, and says why.
+        """
+        count, *size = x.shape[-4], *x.shape[-2:]
+        for shape in self._shapes:
+            size = [(side - 1) // shape.stride + 1 for side in size]
+            if count * size[0] * size[1] <= 1 or not np.all(_numbers(params[f"{shape.name}.norm.weight"])):
+                return False
+            if shape.pool:
+                size = [side // 2 for side in size]
+        return True
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """(B, n, N) from parameters (B, …) and images (B, n, C, H, W)."""
@@ -424,8 +440,13 @@ class _Convolved:
 
 def _parameters(shape: _Shape, params: Params) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """A block's W, γ and β, the tasks side by side in the channels."""
-    gamma, beta = (params[f"{shape.name}.norm.{which}"].detach().numpy().reshape(-1) for which in ("weight", "bias"))
+    gamma, beta = (_numbers(params[f"{shape.name}.norm.{which}"]) for which in ("weight", "bias"))
     return params[f"{shape.name}.conv.weight"].flatten(0, 1), gamma, beta
+
+
+def _numbers(vector: Tensor) -> np.ndarray:
+    """One a channel, the tasks side by side."""
+    return vector.detach().numpy().reshape(-1)
 
 
 def _signed(weight: Tensor, sign: np.ndarray | None) -> Tensor:
@@ -444,7 +465,7 @@ def _named(shape: _Shape, block: _Block, dweight: Tensor, dgain: np.ndarray, dbe
     dgain, dbeta = dgain.reshape(B, -1).copy(), dbeta.reshape(B, -1).copy()
     return {
         f"{shape.name}.conv.weight": dweight.contiguous().view(*dgain.shape, *dweight.shape[1:]),
-        f"{shape.name}.conv.bias": torch.zeros(dgain.shape, dtype=dweight.dtype),
+        f"{shape.name}.conv.bias": torch.zeros(dgain.shape, dtype=dweight.dtype, device=dweight.device),
         f"{shape.name}.norm.weight": torch.from_numpy(dgain),
         f"{shape.name}.norm.bias": torch.from_numpy(dbeta),
     }
@@ -501,7 +522,8 @@ def _add_at(plane: Tensor, place: Tensor | None, values: Tensor) -> None:
 @functools.lru_cache(maxsize=64)
 def _corners(n: int, channels: int, places: int) -> Tensor:
     """Where in a slice, laid out flat, each image's plane of each channel begins, (n, C, 1, 1)."""
-    return (torch.arange(n)[:, None] * (places * channels) + torch.arange(channels))[:, :, None, None]
+    images, planes = (torch.arange(count, device="cpu") for count in (n, channels))
+    return (images[:, None] * (places * channels) + planes)[:, :, None, None]
 
 
 def _c(vector: np.ndarray) -> Tensor:
@@ -515,7 +537,7 @@ def _flat(plane: Tensor) -> Tensor:
 
 
 def _empty(like: Tensor, *size: int) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _channels_last(plane: Tensor) -> Tensor:
