@@ -19,7 +19,7 @@ LAYERS = (
     ("types", "config"),
     ("data", "learners"),
     ("outer",),
-    ("process", "runs"),
+    ("process", "runs", "recipes"),
     ("evaluation",),
     ("training", "figures"),
     ("progress",),
