@@ -22,7 +22,7 @@ LAYERS = (
     ("process", "runs", "recipes"),
     ("evaluation",),
     ("training", "figures"),
-    ("progress",),
+    ("progress", "search"),
     ("demo", "toy"),
     ("cli",),
 )
