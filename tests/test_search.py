@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -175,7 +175,7 @@ def start(*arguments: object) -> "subprocess.Popen[str]":
     )
 
 
-def wait_for(condition: Any, process: "subprocess.Popen[str]") -> None:
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
     while not condition() and process.poll() is None:
         time.sleep(0.02)
 
@@ -287,10 +287,11 @@ def postgres() -> Iterator[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"postgresql://test@127.0.0.1:{port}/postgres"
-    made = [initdb, "-D", folder / "data", "-U", "test", "-A", "trust", "--no-sync"]
+    data = str(folder / "data")
+    made = [initdb, "-D", data, "-U", "test", "-A", "trust", "--no-sync"]
     subprocess.run(made, user=user, cwd=folder, check=True, capture_output=True)
-    options = ["-D", folder / "data", "-p", str(port), "-h", "127.0.0.1", "-k", folder, "-F"]
-    process = subprocess.Popen([server, *options], user=user, cwd=folder, stderr=subprocess.DEVNULL)
+    options = ["-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", str(folder), "-F"]
+    process = subprocess.Popen([server, *options], user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         for _ in range(300):
             with contextlib.suppress(psycopg.OperationalError), psycopg.connect(url):

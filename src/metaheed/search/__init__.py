@@ -8,6 +8,7 @@
     parallel_coordinate.png     each trial's settings and validation accuracy
     importances.png             how much each setting mattered
     workers/                    a file for every process at work, locked as long as it lives
+    search.lock, study.db.lock  held by the process that writes here, or takes a trial
 
 Several workers, on one machine or many, share a study through its database. A trial is one row there; its number is the
 number of the configuration, so that a configuration that is drawn from its number is the same whoever draws it.

@@ -45,9 +45,12 @@ class Presence:
 
     def __enter__(self) -> "Presence":
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = self._path(self.name).open("a+")
-        try_lock(self._file)
-        return self
+        path = self._path(self.name)
+        while True:
+            self._file = path.open("a+")
+            if try_lock(self._file) and path.exists():
+                return self
+            self._file.close()  # another looked at it, or tidied it away, before it was locked
 
     def __exit__(self, failure: object, *_: object) -> None:
         if failure is None:  # else a trial may be left behind: whoever finds the file free sees that its worker is gone
