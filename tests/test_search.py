@@ -214,7 +214,9 @@ def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_trials(one: Path, other: Path) -> bool:
-    files = [Path("trials.csv")] + [Path("trials", f"{n:03d}", f"{f}.jsonl") for n in (0, 1) for f in ("metrics", "tasks")]
+    files = [Path("trials.csv")] + [
+        Path("trials", f"{n:03d}", f"{f}.jsonl") for n in (0, 1) for f in ("metrics", "tasks")
+    ]
     return all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
@@ -291,7 +293,9 @@ def postgres() -> Iterator[str]:
     made = [initdb, "-D", data, "-U", "test", "-A", "trust", "--no-sync"]
     subprocess.run(made, user=user, cwd=folder, check=True, capture_output=True)
     options = ["-D", data, "-p", str(port), "-h", "127.0.0.1", "-k", str(folder), "-F"]
-    process = subprocess.Popen([server, *options], user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [server, *options], user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         for _ in range(300):
             with contextlib.suppress(psycopg.OperationalError), psycopg.connect(url):
@@ -327,9 +331,7 @@ def test_machines_share_a_database_server(postgres: str, study: Path, tmp_path: 
     assert sorted(trained) == [f"{number:03d}" for number in range(7)], "each by one"
 
 
-def test_a_machine_that_dies_is_replaced_by_another(
-    postgres: str, long: Path, tmp_path: Path, in_folder: Path
-) -> None:
+def test_a_machine_that_dies_is_replaced_by_another(postgres: str, long: Path, tmp_path: Path, in_folder: Path) -> None:
     search = ["search", "maml", *LONG, "--trials", 2, "--lost-after", 2, "--storage", postgres, "--study", "dying"]
     killed = start(*search, "--out", tmp_path / "killed")
     wait_for(lambda: steps(tmp_path / "killed" / "trials" / "000") >= 10, killed)
@@ -369,7 +371,10 @@ def test_two_folders_on_one_database(study: Path, metaheed: Run, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--meta-lr-range", "0.001", "0.01"], "was begun with meta-lr-range 0.0001 0.01, and this search has 0.001 0.01"),
+        (
+            ["--meta-lr-range", "0.001", "0.01"],
+            "was begun with meta-lr-range 0.0001 0.01, and this search has 0.001 0.01",
+        ),
         (["--iterations", "5"], "was begun with iterations 4, and this search has 5"),
         (["--seed", "1"], "was begun with seed 0, and this search has 1"),
         (["--search-seed", "1"], "was begun with search-seed 0, and this search has 1"),
@@ -381,7 +386,17 @@ def test_another_search_under_the_same_name_is_refused(
     changed: list[str], message: str, study: Path, metaheed: Run
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in study.rglob("*.*") if path.is_file()}
-    arguments = [*SMALL, "--trials", 12, "--iterations", 4, "--out", study, "--study", "search-glyphs-5way1shot-ta-maml"]
+    arguments = [
+        *SMALL,
+        "--trials",
+        12,
+        "--iterations",
+        4,
+        "--out",
+        study,
+        "--study",
+        "search-glyphs-5way1shot-ta-maml",
+    ]
     status, _, err = metaheed("search", "ta-maml", *arguments, *changed)
     assert status == 1
     assert message in err
@@ -394,7 +409,20 @@ def test_another_search_under_the_same_name_is_refused(
 def test_a_trial_that_diverges_counts_and_is_recorded(metaheed: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     network = [*SMALL, "--backbone", "tests.networks:Exploding", "--fast-lr-range", 0.01, 0.01]
-    search = ["search", "maml", *network, "--meta-lr-range", 0.0001, 0.1, "--trials", 5, "--iterations", 6, "--out", out]
+    search = [
+        "search",
+        "maml",
+        *network,
+        "--meta-lr-range",
+        0.0001,
+        0.1,
+        "--trials",
+        5,
+        "--iterations",
+        6,
+        "--out",
+        out,
+    ]
     status, text, err = metaheed(*search)
     assert status == 0
     failed = [row for row in rows(out) if row["state"] == "failed"]
@@ -491,7 +519,10 @@ def test_a_network_of_ours_on_worker_processes(metaheed: Run, tmp_path: Path) ->
         (["search", "maml", "--fast-lr", "0.1"], "--fast-lr is searched: bound it by --fast-lr-range LOW HIGH"),
         (["search", "ta-maml", "--attention_lr=0.1"], "--attention-lr is searched"),
         (["search", "maml", "--trials", "0"], "--trials is 0, but it must be at least 1"),
-        (["search", "maml", "--meta-lr-range", "0.1", "0.01"], "must be two finite numbers above 0, the lower one first"),
+        (
+            ["search", "maml", "--meta-lr-range", "0.1", "0.01"],
+            "must be two finite numbers above 0, the lower one first",
+        ),
         (["search", "maml", "--fast-lr-range", "0", "0.01"], "must be two finite numbers above 0"),
         (["search", "maml", "--halving-factor", "1"], "--halving-factor is 1, but it must be at least 2"),
         (["search", "maml", "--pruner", "halving", "--iterations", "500"], "nothing can be judged before the end"),

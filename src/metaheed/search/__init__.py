@@ -23,7 +23,6 @@ many waits below no --trials, and is trained if that is raised.
 """
 
 import contextlib
-
 import signal
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -46,9 +45,7 @@ from metaheed.training import Reporter, Silent
 __all__ = ["Summary", "read_search", "search"]
 
 
-def search(
-    config: RunConfig, settings: SearchConfig, reporters: Callable[[], Reporter] = Silent
-) -> Summary:
+def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Reporter] = Silent) -> Summary:
     """Work on a study until all its trials are finished, beginning it or going on with it.
 
     Args:
@@ -146,5 +143,3 @@ def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
     for split, shape in (("train", data.train_shape), ("val", data.test_shape), ("test", data.test_shape)):
         Episodes(dataset, split, *shape, training.seed)
     build_learner(config.learner, data.ways, dataset.image_shape, training.seed)
-
-

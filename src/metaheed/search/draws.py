@@ -82,4 +82,3 @@ def make_pruner(config: RunConfig, settings: SearchConfig) -> optuna.pruners.Bas
 def first_rung(config: RunConfig, settings: SearchConfig) -> int:
     """Iterations to the first rung of successive halving."""
     return settings.halving_start or max(1, config.training.iterations // 10)
-

@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from metaheed import __version__, recipes
-from metaheed.config import RunConfig, SearchConfig
+from metaheed.config import SearchConfig
 from metaheed.figures import importance_figure, parallel_figure
 from metaheed.runs import RunFolder, write_whole
 from metaheed.search.draws import configured, used
@@ -144,4 +144,3 @@ def _drop_checkpoints(folder: RunFolder) -> None:
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not there, or something of the user's is in it
         folder.checkpoints.rmdir()
-

@@ -33,7 +33,6 @@ def how_to_go_on(out: Path) -> str:
     return f"the same command goes on, and so does 'metaheed search --resume {out}'"
 
 
-
 class Presence:
     """This process's file among workers/, locked until it ends, however it ends."""
 
@@ -308,5 +307,3 @@ class _Beat:
                 self._end.wait(self._shared.settings.lost_after / _BEATS)
         finally:
             storage.remove_session()
-
-
