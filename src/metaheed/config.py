@@ -663,7 +663,8 @@ class EvaluationConfig:
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """Which configurations are tried, and where the study is kept. The ranges are those of every algorithm: what one
-    does not have is drawn for it and not used, so that the same seed draws all algorithms the same."""
+    does not have is drawn for it and not used, so that the same seed draws all algorithms the same. They stand for
+    --fast-lr, --meta-lr, --attention-lr and --equity-lambda, which cannot be given."""
 
     trials: int = 30
     """Configurations in all, those of all workers together; may be raised later."""

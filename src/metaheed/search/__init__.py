@@ -23,6 +23,7 @@ many waits below no --trials, and is trained if that is raised.
 """
 
 import contextlib
+import shutil
 import signal
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -32,7 +33,7 @@ import sqlalchemy
 
 from metaheed.config import RunConfig, SearchConfig, TrainingConfig
 from metaheed.data import Episodes, check_name, load_dataset
-from metaheed.errors import ConfigError, Interrupted, RunError
+from metaheed.errors import ConfigError, DataError, Interrupted, RunError
 from metaheed.learners import build_learner, find_backbone
 from metaheed.process import pick_device
 from metaheed.search.database import FAILURES, reason, shown_as, sqlite_file
@@ -73,13 +74,18 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
             except KeyboardInterrupt:
                 raise Interrupted(f"stopped; {how_to_go_on(out)}", signal.SIGINT) from None
             return write_results(shared)
+    except (ConfigError, DataError):
+        begun = [*out.glob("trials/*/config.yaml"), *[*out.glob("workers/*")][1:]]
+        if out in made and settings.storage is None and not begun:
+            shutil.rmtree(out)  # what no trial can be trained with leaves no study that refuses the next
+        raise
     except FAILURES as error:
         raise RunError(
             f"the database {shown_as(settings.storage, out)} failed ({reason(error)}); {how_to_go_on(out)}"
         ) from error
     finally:
-        with contextlib.suppress(OSError):  # not empty: the study is there
-            for path in made:
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty: the study is there; or removed above
                 path.rmdir()
 
 

@@ -202,7 +202,9 @@ class Worker:
             recorded = found.training.device
             here = str(pick_device(recorded, fall_back=True)) == recorded
             device = None if here else base.training.device
-            resume(folder.path, None, base.episodes.data_root, device, report)
+            chunk = base.training.chunk_size  # the remedy where memory ran out
+            changed = chunk if chunk != found.training.chunk_size else None
+            resume(folder.path, None, base.episodes.data_root, device, report, chunk_size=changed)
         else:
             train(config, report)
         checkpoint, _ = folder.read_checkpoint()
