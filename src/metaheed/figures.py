@@ -97,7 +97,7 @@ def parallel_figure(
         best: index of the best trial.
         out: the PNG to write.
     """
-    figure = Figure(figsize=(2.2 + 1.9 * len(axes), 4.6), layout="constrained")
+    figure = Figure(figsize=(max(5.4, 2.2 + 1.9 * len(axes)), 4.6), layout="constrained")
     plane = figure.subplots()
     whole = [100 * value for value in values if value is not None]
     low, high = min(whole), max(whole)
@@ -106,7 +106,7 @@ def parallel_figure(
     for index in sorted(range(len(rows)), key=lambda i: (i == best, values[i] or 0.0)):
         value = values[index]
         if value is None:
-            plane.plot(range(len(axes)), places[index], ":", color="#999999", lw=1)
+            plane.plot(range(len(axes)), places[index], "x:", color="#999999", lw=1, ms=4)
             continue
         height = (100 * value - low) / (high - low)
         colour = "#cc3311" if index == best else colormaps["viridis"](0.9 * height)
@@ -123,7 +123,8 @@ def parallel_figure(
     plane.axis("off")
     dotted = sum(value is None for value in values)
     rest = f"; {dotted} dotted: not trained to their end" if dotted else ""
-    figure.suptitle(f"{len(rows)} trials, the best in red{rest}", fontsize=10)
+    trials = "1 trial" if len(rows) == 1 else f"{len(rows)} trials, the best in red"
+    figure.suptitle(trials + rest, fontsize=10)
     _save(figure, out)
 
 
