@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
     ("errors", "files"),
-    ("types", "config"),
+    ("types", "config", "paper"),
     ("data", "learners"),
     ("outer",),
     ("process", "runs", "recipes"),
