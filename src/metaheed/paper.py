@@ -75,6 +75,12 @@ COUNTERPART = {
 NATURAL = ("miniimagenet", "tieredimagenet")
 ANALOGOUS = ("cifar-fs", "fc100")
 """Data sets that the tables lack: smaller images, with the same classes' numbers and settings."""
+IMAGE_SHAPES = {
+    **dict.fromkeys(NATURAL, (3, 84, 84)),
+    **dict.fromkeys(ANALOGOUS, (3, 32, 32)),
+    "omniglot": (1, 28, 28),
+}
+"""Data set -> (channels, height, width) of its images."""
 _NATURAL_SETTINGS = ((5, 1), (5, 5), (10, 1), (10, 5))
 _COLUMNS = tuple(Setting(data, *setting) for data in NATURAL for setting in _NATURAL_SETTINGS)
 _OMNIGLOT = (Setting("omniglot", 20, 1), Setting("omniglot", 20, 5))

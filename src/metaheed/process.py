@@ -3,8 +3,11 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -74,6 +77,33 @@ def float32_products(tf32: bool) -> Iterator[None]:
     finally:
         for part, name, value in before:
             setattr(part, name, value)
+
+
+@contextlib.contextmanager
+def signals_received(hangup: bool = False) -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM, and SIGHUP too where asked for, instead of dying of them; a second one interrupts at once.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread only
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hangup and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

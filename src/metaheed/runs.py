@@ -130,6 +130,14 @@ class RunFolder:
             # The file stays when the lock goes: were it deleted, two processes could lock two files of that name.
             yield
 
+    def is_held(self) -> bool:
+        """Whether a living process holds the folder at this moment."""
+        try:
+            with self.lock_file.open("r+") as file:
+                return not try_lock(file)
+        except FileNotFoundError:
+            return False
+
     def read_config(self) -> RunConfig:
         """The run's config.
 
