@@ -16,10 +16,10 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
     ("errors", "files"),
-    ("types", "config"),
+    ("types", "config", "paper"),
     ("data", "learners"),
     ("outer",),
-    ("process", "runs"),
+    ("process", "runs", "recipes"),
     ("evaluation",),
     ("training", "figures"),
     ("progress",),

@@ -239,6 +239,8 @@ def _dispatch(arguments: list[str]) -> int:
         return _resume(_parse(Resume, "train", arguments))
     if arguments[:1] == ["train"]:
         named = arguments[1:2]
+        if any(a.split("=")[0] == "--recipe" for a in arguments):
+            return _train(_of_recipe(arguments))
         if named == ["custom"]:
             return _train(_custom(arguments))
         if named and not named[0].startswith("-") and named[0] not in ALGORITHMS:
@@ -268,6 +270,8 @@ _USAGE = """metaheed: few-shot meta-learning with task attention
   metaheed train ALGORITHM [options]    train a new run
   metaheed train custom --learner L --rule R [options]
                                         any learner with any batch rule
+  metaheed train --recipe FILE [options]
+                                        what a recipe says, but for the options given
   metaheed train --resume RUN           continue one; needs nothing else
   metaheed evaluate RUN [options]       judge it on frozen test tasks
   metaheed compare RUN... --against RUN...
@@ -282,7 +286,8 @@ Each command has --help.""".format(algorithms=", ".join(sorted(ALGORITHMS)))
 
 _TRAIN = (
     "Train a new run. To continue one: metaheed train --resume RUN. "
-    "Any learner with any batch rule: metaheed train custom --learner L --rule R"
+    "Any learner with any batch rule: metaheed train custom --learner L --rule R. "
+    "From a recipe: metaheed train --recipe FILE"
 )
 
 
@@ -344,6 +349,27 @@ def _custom(arguments: list[str]) -> RunConfig:
         ["custom", *rest],
         f"Train a new run of the learner {chosen.learner} under the rule {chosen.rule}.",
         default=default,
+    )
+    return config
+
+
+def _of_recipe(arguments: list[str]) -> RunConfig:
+    """`train --recipe FILE` and the options that override it."""
+    from metaheed import recipes
+
+    own = argparse.ArgumentParser(prog="metaheed train", add_help=False, allow_abbrev=False)
+    own.add_argument("--recipe", type=Path)
+    chosen, rest = own.parse_known_args(arguments[1:])
+    named = [a for a in rest[:1] if not a.startswith("-")]
+    if named:
+        raise ConfigError(f"--recipe {chosen.recipe} says which algorithm to train: leave {named[0]!r} out")
+    recipe = recipes.read(chosen.recipe)
+    config: RunConfig = _parse(
+        RunConfig,
+        f"train --recipe {chosen.recipe}",
+        ["train", *rest],
+        f"Train a new run of {recipe.name} as {chosen.recipe} says, but for the options given.",
+        default=recipe.config,
     )
     return config
 
