@@ -48,12 +48,13 @@ from metaheed.outer import (
 )
 from metaheed.process import (
     cpu_threads,
+    describe_processor,
     float32_products,
     is_out_of_memory,
     memory_explained,
+    peak_memory,
     pick_device,
     signals_received,
-)
 from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
 from metaheed.types import Episode, Params
 
@@ -155,7 +156,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
                 logs = (folder.metrics_file, folder.tasks_file)
                 if not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
                     made_here = (folder.config_file, folder.lock_file, folder.replayed_file, folder.classes_file)
-                    for file in (*made_here, *logs):
+                    for file in (*made_here, *logs, folder.timing_file):
                         file.unlink(missing_ok=True)
                 raise
     finally:
@@ -527,12 +528,14 @@ def _loop(
     )
     metrics = JsonLines(folder.metrics_file, progress.metrics_bytes)
     tasks = JsonLines(folder.tasks_file, progress.tasks_bytes)
+    clock = _Clock(session, folder, progress.iteration)
     events = _Events(session.config, folder, progress.iteration)
 
     def save() -> None:
         nonlocal progress
         progress = progress._replace(metrics_bytes=metrics.sync(), tasks_bytes=tasks.sync())
         folder.write_checkpoint(Checkpoint(progress, steps.state, best, session.dataset.image_shape, session.pixels))
+        clock.write(progress.iteration)
 
     def check_stop(_: int = 0) -> None:
         if received:
@@ -565,10 +568,11 @@ def _loop(
             every = (training.val_every, training.checkpoint_every)
             ahead = min(training.iterations - done, *(interval - done % interval for interval in every))
             try:
-                for record in steps.advance(done, min(ahead, steps.block), lambda: bool(received)):
-                    progress = progress._replace(iteration=progress.iteration + 1)
-                    loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
-                    reporter.step(progress.iteration, loss, accuracy)
+                with clock:
+                    for record in steps.advance(done, min(ahead, steps.block), lambda: bool(received)):
+                        progress = progress._replace(iteration=progress.iteration + 1)
+                        loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
+                        reporter.step(progress.iteration, loss, accuracy)
             except NonFiniteError as error:
                 raise NonFiniteError(f"iteration {progress.iteration + 1}: {error}. {_REMEDY}") from error
             if progress.iteration > done and progress.iteration % training.checkpoint_every == 0:
@@ -585,6 +589,7 @@ def _loop(
         events.close()
         metrics.close()
         tasks.close()
+        clock.close()
 
 
 def _log(
@@ -652,3 +657,38 @@ class _Events:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+class _Clock:
+    """timing.jsonl: seconds in iterations, those in validations and checkpoints left out, and memory."""
+
+    def __init__(self, session: _Session, folder: RunFolder, iteration: int) -> None:
+        file, training = folder.timing_file, session.config.training
+        # Lines of iterations that are done again stay: they were measured. A run from the start begins a new file.
+        self._lines = JsonLines(file, file.stat().st_size if iteration and file.exists() else 0)
+        self._written, self._seconds, self._began = iteration, 0.0, 0.0
+        self._device = session.device
+        self._where = {
+            "device": str(session.device),
+            "processor": describe_processor(session.device),
+            "threads": training.threads,
+            "execution": training.execution,
+        }
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds += time.perf_counter() - self._began
+
+    def write(self, iteration: int) -> None:
+        """Say what the iterations since the last line took."""
+        steps = iteration - self._written
+        if steps:
+            seconds = float(f"{self._seconds:.6g}")
+            taken = {"iteration": iteration, "iterations": steps, "seconds": seconds}
+            self._lines.write({**taken, "peak_bytes": peak_memory(self._device), **self._where})
+        self._written, self._seconds = iteration, 0.0
+
+    def close(self) -> None:
+        self._lines.close()
