@@ -55,6 +55,7 @@ from metaheed.process import (
     peak_memory,
     pick_device,
     signals_received,
+)
 from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
 from metaheed.types import Episode, Params
 
