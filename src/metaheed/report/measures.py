@@ -111,6 +111,8 @@ class AttentionLog(NamedTuple):
     """Input -> its correlation with the weights."""
     tasks: int
     """B."""
+    batches: int
+    """Of how many batches."""
 
 
 def attention_log(file: Path) -> AttentionLog:
@@ -149,7 +151,7 @@ def attention_log(file: Path) -> AttentionLog:
         )
         for name in INPUTS
     }
-    return AttentionLog(*bands, correlations, B)
+    return AttentionLog(*bands, correlations, B, len(iterations))
 
 
 def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -163,9 +165,9 @@ def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def batch_correlations(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(n, B) each -> (n,): Pearson's correlation within each batch; NaN where a side is constant or not finite."""
-    x, w = (side - side.mean(axis=1, keepdims=True) for side in (values, weights))
     constant = (np.ptp(values, axis=1) == 0) | (np.ptp(weights, axis=1) == 0)
     with np.errstate(divide="ignore", invalid="ignore"):
+        x, w = (side - side.mean(axis=1, keepdims=True) for side in (values, weights))
         r = (x * w).sum(axis=1) / np.sqrt((x**2).sum(axis=1) * (w**2).sum(axis=1))
     r[constant | ~np.isfinite(r)] = np.nan
     return np.asarray(r)
