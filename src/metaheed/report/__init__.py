@@ -64,15 +64,15 @@ def report(
             cannot be written.
     """
     config = config or ReportConfig()
-    out = out.resolve()
-    _check_replaceable(out)
+    place = out.resolve()
+    _check_replaceable(place)
     found = find(runs)
     arms, doubled = group(found.runs)
     if not any(arm.results for arm in arms):
         reasons = [*((run.name, run.problem or "") for run in found.runs), *found.unreadable]
         shown = "; ".join(f"{name}: {reason}" for name, reason in reasons[:3])
         raise RunError(f"none of the {count(len(reasons), 'run')} that were found is finished and judged ({shown})")
-    with _beside(out) as part:
+    with _beside(place) as part:
         logs, notes = _attention_logs(arms, say)
         pictures = [*all_figures(arms, logs, *_toy(found, config, say))]
         content = _report(found, arms, doubled, logs, notes, pictures, config)
