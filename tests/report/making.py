@@ -19,7 +19,7 @@ def make_config(algorithm: str = "maml", seed: int = 0, data: str = "cifar-fs", 
     if algorithm in ALGORITHMS:
         config = default_config(algorithm)
     else:
-        rule = next(r for r in RULES if algorithm.startswith(f"{r}-"))
+        rule = max((r for r in RULES if algorithm.startswith(f"{r}-")), key=len)
         config = default_pair(algorithm.removeprefix(f"{rule}-"), rule)
     config = replace(
         config,

@@ -1,12 +1,10 @@
 """Which runs belong together, which are paired, and what is said of the others."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from metaheed.config import MAMLConfig
 from metaheed.errors import RunError
 from metaheed.report.arms import Arm, attention_pairs, control_pairs, group, metalstm_pairs
 from metaheed.report.reading import Found, find
@@ -30,9 +28,9 @@ def test_options_of_the_rule_are_arms_of_their_own(tmp_path: Path) -> None:
     make_run(tmp_path / "reuse", "ta-maml", rule={"attention_reuse_probe": True})
     make_run(tmp_path / "omit", "ta-maml", rule={"attention_omit": "grad_norm"})
     found = {arm.label: arm for arm in arms_of(tmp_path)}
-    assert list(found) == ["TA-MAML", "TA-MAML (attention-omit grad_norm)", "TA-MAML (attention-reuse-probe)"]
+    assert list(found) == ["TA-MAML", "TA-MAML (attention-reuse-probe)", "TA-MAML (attention-omit grad_norm)"]
     assert [arm.plain_rule for arm in found.values()] == [True, False, False]
-    assert [arm.tasks_per_iteration for arm in found.values()] == [8, 8, 4]
+    assert [arm.tasks_per_iteration for arm in found.values()] == [8, 4, 8]
 
 
 def test_labels_name_what_tells_arms_apart(tmp_path: Path) -> None:
@@ -295,5 +293,3 @@ def test_names_are_one_harmless_line(tmp_path: Path) -> None:
     path = make_run(tmp_path / "a\nb\x1b[31m\u202ec")
     (run,) = find([path]).runs
     assert run.name == str(tmp_path / "a�b�[31m�c")
-    assert json.loads((path / "result.json").read_text())["accuracy"] == 0.5
-    assert MAMLConfig().fast_lr == 0.1, "what the labels above were written with"

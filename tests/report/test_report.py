@@ -112,7 +112,7 @@ def test_the_papers_tables_with_missing_cells(tmp_path: Path) -> None:
         make_run(tmp_path / "in" / f"m{seed}", "metalstm++", seed, shifted(seed / 10), data="miniimagenet")
     # Neither is a cell of the table: an option of the rule, and training on other ways.
     make_run(tmp_path / "in" / "reuse", "ta-maml", data="miniimagenet", rule={"attention_reuse_probe": True})
-    make_run(tmp_path / "in" / "ways", "maml", data="miniimagenet", episodes={"ways": 10, "test_ways": 5})
+    make_run(tmp_path / "in" / "ways", "maml", data="miniimagenet", episodes={"ways": 10, "test_ways": 5}, result={"ways": 5})
     report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
     page = page_of(tmp_path / "out")
     for table in (1, 2):
@@ -165,12 +165,12 @@ def test_iterations_to_an_accuracy(tmp_path: Path, metaheed: Run) -> None:
     make_run(tmp_path / "in" / "m1", "maml", 1, validations={k: v - 0.02 for k, v in slow.items()}, **steps)
     make_run(tmp_path / "in" / "t", "ta-maml", 0, validations=quick, tasks=attention_lines(8), **steps)
     arguments = ["report", tmp_path / "in", "--out", tmp_path / "out", "--no-toy"]
-    assert metaheed(*arguments, "--thresholds", 38, 48.5)[0] == 0
+    assert metaheed(*arguments, "--thresholds", 37.5, 48.5)[0] == 0
     page = page_of(tmp_path / "out")
-    by_arm = {(row[1], row[2]): row[3:] for row in page.rows if len(row) == 9 and row[1] in ("38.00", "48.50")}
+    by_arm = {(row[1], row[2]): row[3:] for row in page.rows if len(row) == 9 and row[1] in ("37.50", "48.50")}
     assert by_arm == {
-        ("38.00", "MAML"): ["6", "6", "1.00", "24", "1.00", "2 of 2, median 6"],
-        ("38.00", "TA-MAML"): ["4", "4", "0.67", "32", "1.33", "1 of 1, median 4"],
+        ("37.50", "MAML"): ["6", "6", "1.00", "24", "1.00", "2 of 2, median 6"],
+        ("37.50", "TA-MAML"): ["4", "4", "0.67", "32", "1.33", "1 of 1, median 4"],
         ("48.50", "MAML"): ["8", "8", "1.00", "32", "1.00", "1 of 2, median 8"],
         ("48.50", "TA-MAML"): ["not reached", "—", "—", "—", "—", "0 of 1"],
     }
@@ -261,7 +261,7 @@ def test_the_toy_is_computed_where_there_is_none(tmp_path: Path, monkeypatch: py
 
 
 def test_nothing_from_a_file_is_markup(tmp_path: Path) -> None:
-    evil = '<img src=x onerror=alert(1)> "&amp; `x` | [a](http://e) $\\frac$ {{ 7*7 }} \x1b'
+    evil = '<img src=x onerror=alert(1)> "&amp; `x` | [a](x:y) $\\frac$ {{ 7*7 }} \x1b'
     data = "<script>alert(1)</script> $x_"
     folder = tmp_path / evil
     make_run(folder / "maml", data=data)
@@ -283,10 +283,12 @@ def test_nothing_from_a_file_is_markup(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.md").read_text()
     assert "<script" not in text
     assert "<img" not in text
+    assert "[a](" not in text
+    columns = 0
     for line in text.splitlines():
-        if line.startswith("| "):
-            assert len(re.findall(r"(?<!\\)\|", line)) in {6, 3, 4, 5, 7, 8, 9, 10, 11, 12, 13}
-    assert "](http" not in text.replace("\\]", "")
+        found = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert 0 in (columns, found) or columns == found, line
+        columns = found
     for path in (tmp_path / "out" / "figures").iterdir():
         assert re.fullmatch(r"figure\d-[A-Za-z0-9-]+\.(png|svg)", path.name)
         if path.suffix == ".svg":
@@ -345,7 +347,7 @@ def test_whole_or_not_at_all(study: Path, tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(RunError, match="No space left"):
             report([study], out, ReportConfig(toy=False))
     assert contents(tmp_path / "out") == before
-    assert not [p for p in tmp_path.rglob("*") if p.is_file() and p.parent.parent == tmp_path / "new"]
+    assert not [*(tmp_path / "new").iterdir()]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 

@@ -193,7 +193,7 @@ def cost_table(arms: Sequence[Arm]) -> Table:
     rows = []
     for arm in arms:
         plain_arm = unattended(arm, arms)
-        theirs = {} if plain_arm is None or plain_arm is arm else _costs(plain_arm)
+        theirs = {} if plain_arm is None else _costs(plain_arm)
         for where, (seconds, peaks) in (_costs(arm) or {MISSING: _NOT_RECORDED}).items():
             base = theirs.get(where, _NOT_RECORDED)
             rows.append(
