@@ -260,8 +260,12 @@ def _rule_label(arm: Arm, rule: str) -> str:
     return algorithm_label(replace(arm.config, rule=RULES[rule]()))
 
 
-def _partner(arm: Arm, candidates: Sequence[Arm]) -> tuple[Comparison | str, list[tuple[str, str]]]:
-    """The comparison, or why there is none: in a word, or for each candidate."""
+Outcome = tuple[Comparison | str, list[tuple[str, str]]]
+"""A comparison; or why there is none, in a word or for each candidate's label."""
+
+
+def _partner(arm: Arm, candidates: Sequence[Arm]) -> Outcome:
+    """The arm beside the candidate that is nearest."""
     if not arm.results:
         return "it is not judged", []
     if not candidates:
@@ -302,7 +306,7 @@ def protocol_mismatches(arm: Arm, other: Arm) -> list[str]:
     return found
 
 
-def pair(arm: Arm, other: Arm) -> tuple[Comparison | str, list[tuple[str, str]]]:
+def pair(arm: Arm, other: Arm) -> Outcome:
     """The paired difference of two arms without mismatches, over the seeds that both have."""
     common = sorted({*arm.results} & {*other.results})
     notes = []
@@ -364,7 +368,8 @@ def control_pairs(arms: Sequence[Arm]) -> Pairs:
     missing: list[NotCompared] = []
     for arm, control in _with_controls(arms):
         reasons = mismatches(arm, control) if arm.results else ["it is not judged"]
-        found, more = ("", [(control.label, "; ".join(reasons))]) if reasons else pair(arm, control)
+        nothing: Outcome = ("", [(control.label, "; ".join(reasons))])
+        found, more = nothing if reasons else pair(arm, control)
         if isinstance(found, Comparison):
             compared.append(found)
         else:

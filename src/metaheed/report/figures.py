@@ -9,7 +9,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,7 +81,7 @@ def all_figures(arms: Sequence[Arm], logs: Logs, toy: Toy | None, toy_from: str)
         if toy is not None:
             yield _toy_figure(toy, toy_from)
         settings = dict.fromkeys(arm.setting for arm in arms)
-        for number, draw in (("3", _accuracy), ("4", _weights), ("5", _attention)):
+        for number, draw in _DRAWN:
             for setting in settings:
                 of_setting = [arm for arm in arms if arm.setting == setting]
                 drawn = draw(setting, of_setting, logs)
@@ -161,13 +161,10 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
                     steps = [v.iteration for v in run.validations]
                     axes.plot(steps, [100 * v.accuracy for v in run.validations], color=colour, lw=0.6, alpha=0.35)
             mean = mean_curve([run.validations for run in arm.runs])
-            every = max(1, len(mean.values) // 12)
             style = "-" if arm.rule != "attended" else "--"
             label = f"{arm.label}, {_seeds(len(arm.runs))}"
-            axes.plot(
-                *(mean.iterations, 100 * mean.values, style),
-                **{"color": colour, "lw": 1.8, "marker": marker, "ms": 4, "markevery": every, "label": label},
-            )
+            (line,) = axes.plot(mean.iterations, 100 * mean.values, style, color=colour, lw=1.8, label=label)
+            line.set(marker=marker, markersize=4, markevery=max(1, len(mean.values) // 12))
         tasks = sorted({arm.config.training.val_tasks for arm, _, _ in members})
         axes.set(
             title=_learner_title(members[0][0]),
@@ -294,6 +291,13 @@ def _correlations(axes: Axes, members: Sequence[tuple[Arm, str, str]], logs: Log
     _legend(axes)
 
 
+_DRAWN: tuple[tuple[str, Callable[[Setting, Sequence[Arm], Logs], Drawn | None]], ...] = (
+    ("3", _accuracy),
+    ("4", _weights),
+    ("5", _attention),
+)
+
+
 def read_toy(file: Path) -> Toy:
     """What `metaheed toy` wrote: optima, and for each algorithm its points, path length and displacement.
 
@@ -309,7 +313,7 @@ def read_toy(file: Path) -> Toy:
         optima = _points(found["optima"])
         if not paths or len(paths) > len(COLOURS):
             raise ValueError(f"{len(paths)} algorithms")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise RunError(f"{file} is not what 'metaheed toy' writes: {error!r}") from error
     return Toy(optima, paths, numbers)
 

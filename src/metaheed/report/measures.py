@@ -224,6 +224,8 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
             if B != (tasks or B) or B == 0:
                 raise ValueError(f"batches of {tasks} and of {B} tasks")
             tasks = B
+            if not 0 < line["iteration"] <= 10**9:
+                raise ValueError(f"iteration {line['iteration']!r}")
             iterations.append(int(line["iteration"]))
             for name in names:
                 columns[name].append([math.nan if v is None else v for v in line[name]])
@@ -234,5 +236,5 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
                     rows.clear()
         if iterations:
             yield packed()
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RunError(f"{file} is damaged: {error!r}") from error
