@@ -9,7 +9,8 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ _RC = {
 _WIDTH, _HEIGHT = 4.6, 3.2  # inches of a panel
 _DPI = 130
 _COLUMNS = 2
-_MARKERS = "osD^vP*"
+_MARKERS = "osD^vP*X"  # one more than colours, so that the pairs of both repeat late
 
 Logs = Mapping[int, Sequence[AttentionLog]]
 """id of an attended arm -> what its runs' weights did, one a seed."""
@@ -136,9 +137,15 @@ def _legend(axes: Axes) -> None:
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), borderaxespad=0)
 
 
-def _height(most_entries: int) -> float:
-    """Of a panel with so many lines in the legend below it."""
-    return _HEIGHT + 0.19 * most_entries
+def _wrapped(label: str) -> str:
+    """A label of a legend, on lines that a panel is wide enough for."""
+    return "\n".join(textwrap.wrap(label, 60))
+
+
+def _height(members: Iterable[Sequence[tuple[Arm, str, str]]], entries: int, more: int = 0) -> float:
+    """Of panels with a legend below them: so many entries an arm, and some more."""
+    lines = (sum(entries * len(textwrap.wrap(arm.label + " " * 20 + ".", 60)) for arm, _, _ in m) for m in members)
+    return _HEIGHT + 0.17 * (max(lines) + more)
 
 
 def _seeds(number: int) -> str:
@@ -153,7 +160,7 @@ def _learner_title(arm: Arm) -> str:
 def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
     """Figure 3."""
     learners = _by_learner(arms)
-    figure, panels = _panels(len(learners), _height(max(map(len, learners.values()))))
+    figure, panels = _panels(len(learners), _height(learners.values(), 1))
     for axes, members in zip(panels, learners.values(), strict=True):
         for arm, colour, marker in members:
             if len(arm.runs) > 1:
@@ -162,7 +169,7 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
                     axes.plot(steps, [100 * v.accuracy for v in run.validations], color=colour, lw=0.6, alpha=0.35)
             mean = mean_curve([run.validations for run in arm.runs])
             style = "-" if arm.rule != "attended" else "--"
-            label = f"{arm.label}, {_seeds(len(arm.runs))}"
+            label = _wrapped(f"{arm.label}, {_seeds(len(arm.runs))}")
             (line,) = axes.plot(mean.iterations, 100 * mean.values, style, color=colour, lw=1.8, label=label)
             line.set(marker=marker, markersize=4, markevery=max(1, len(mean.values) // 12))
         tasks = sorted({arm.config.training.val_tasks for arm, _, _ in members})
@@ -173,7 +180,7 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
         )
         _legend(axes)
     caption = (
-        "Mean accuracy on the frozen validation tasks, the same for all runs. Thick: mean over seeds, at the iterations "
+        "Mean accuracy on the frozen validation tasks, the same for every seed. Thick: mean over seeds, at the iterations "
         "that all of them have (dashed under attention); thin: each seed. Tasks seen an iteration differ, see Cost."
     )
     ends = []
@@ -202,14 +209,14 @@ def _weights(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None:
     learners = _attended(arms, logs)
     if not learners:
         return None
-    figure, panels = _panels(len(learners), _height(1 + 2 * max(map(len, learners.values()))))
+    figure, panels = _panels(len(learners), _height(learners.values(), 2, 1))
     said = []
     for axes, members in zip(panels, learners.values(), strict=True):
         for arm, colour, _ in members:
             of_runs = logs[id(arm)]
             largest, smallest = (mean_band([getattr(log, name) for log in of_runs]) for name in ("largest", "smallest"))
-            _draw_band(axes, largest, colour, "-", f"{arm.label}: largest, {_seeds(len(of_runs))}")
-            _draw_band(axes, smallest, colour, ":", f"{arm.label}: smallest, {_seeds(len(of_runs))}")
+            _draw_band(axes, largest, colour, "-", _wrapped(f"{arm.label}: largest, {_seeds(len(of_runs))}"))
+            _draw_band(axes, smallest, colour, ":", _wrapped(f"{arm.label}: smallest, {_seeds(len(of_runs))}"))
             said.append(f"{arm.label} ends between {smallest.mean[-1]:.3f} and {largest.mean[-1]:.3f}")
         _mark_sizes(axes, [1 / log.tasks for arm, _, _ in members for log in logs[id(arm)]], "1/B, every task alike")
         axes.set(title=_learner_title(members[0][0]), xlabel="iteration", ylabel="weight of a task", ylim=(0, None))
@@ -232,7 +239,7 @@ def _attention(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | Non
     learners = _attended(arms, logs)
     if not learners:
         return None
-    height = _height(2 * max(map(len, learners.values())))
+    height = _height(learners.values(), 2)
     figure = Figure(figsize=(2 * _WIDTH, height * len(learners)), layout="constrained")
     grid = figure.subplots(len(learners), 2, squeeze=False)
     said = []
@@ -244,7 +251,8 @@ def _attention(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | Non
                 for log in of_runs:
                     right.plot(log.rank.iterations, log.rank.mean, color=colour, lw=0.5, alpha=0.3)
             mean = mean_band([log.rank for log in of_runs])
-            right.plot(mean.iterations, mean.mean, color=colour, lw=1.7, label=f"{arm.label}, {_seeds(len(of_runs))}")
+            label = _wrapped(f"{arm.label}, {_seeds(len(of_runs))}")
+            right.plot(mean.iterations, mean.mean, color=colour, lw=1.7, label=label)
             said.append(f"with {arm.label} the task with the largest loss ends at mean rank {mean.mean[-1]:.2f}")
         sizes = [log.tasks for arm, _, _ in members for log in logs[id(arm)]]
         _mark_sizes(right, [(B + 1) / 2 for B in sizes], "(B + 1)/2, weights blind to the loss")
@@ -278,7 +286,7 @@ def _correlations(axes: Axes, members: Sequence[tuple[Arm, str, str]], logs: Log
         known = np.isfinite(values)
         means = np.where(known, values, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
         there = known.any(axis=0)
-        label = f"{arm.label}: {words}, {_seeds(len(values))}"
+        label = _wrapped(f"{arm.label}: {words}, {_seeds(len(values))}")
         axes.plot(means[there], at[there], ls="", marker=marker, ms=6, mfc=face, mec=colour, mew=1.3, label=label)
     axes.axvline(0, color="#555555", lw=1)
     axes.set_yticks(range(len(INPUTS)), [*INPUTS.values()])
