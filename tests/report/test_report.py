@@ -92,7 +92,7 @@ def test_differences_p_values_and_labels(study: Path, metaheed: Run, tmp_path: P
     # One of two tests of its table: TAML has one seed, and so none. 0.1885 is its own p, and Holm's of one test.
     assert row == [
         *("cifar-fs 5-way 1-shot", "TA-MAML", "MAML", "53.00 against 50.00", "3", "+3.00", "6.57"),
-        *("0.188", "0.188", "1.13", "8 against 4", ""),
+        *("0.188", "0.188", "1.13", "8 against 4", "—", ""),
     ]
     (row,) = rows_with(page, "TAML", "MAML", "-5.00")
     assert row[4:10] == ["1", "-5.00", "— (one seed)", "—", "—", "1.13 (test tasks only, one training seed)"]
@@ -132,6 +132,15 @@ def test_the_papers_tables_with_missing_cells(tmp_path: Path) -> None:
     assert "1 of 56 cells are filled" in text
     assert "cannot be 95% intervals" in text
     assert "Figure 1: not drawn" in text
+
+
+def test_the_papers_differences_beside_ours(tmp_path: Path) -> None:
+    for algorithm in ("maml", "ta-maml", "taml"):
+        make_run(tmp_path / "in" / algorithm, algorithm, data="miniimagenet")
+    make_run(tmp_path / "in" / "reuse", "ta-maml", data="miniimagenet", rule={"attention_reuse_probe": True})
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    found = {row[1]: row[11] for row in page_of(tmp_path / "out").rows if len(row) == 13 and row[2] == "MAML"}
+    assert found == {"TA-MAML": "+2.26", "TAML": "+0.16", "TA-MAML (attention-reuse-probe)": "—"}
 
 
 def test_mismatches_are_named_on_the_page(tmp_path: Path) -> None:

@@ -122,11 +122,12 @@ def _report(
                 "Differences",
                 (
                     accuracy_table(arms),
-                    difference_table("A step on the meta-batch", "MetaLSTM++ against MetaLSTM (Table 1's).", table1),
+                    difference_table("A step on the meta-batch", "MetaLSTM++ against MetaLSTM (Table 1's).", table1, beside_the_paper=True),
                     difference_table(
                         "Attention and TAML",
                         "Each against the same learner under the uniform rule (Table 2's comparison, any learner).",
                         attention,
+                        beside_the_paper=True,
                     ),
                     difference_table(
                         "Controls",

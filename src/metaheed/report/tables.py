@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from metaheed.evaluation import t_interval
-from metaheed.paper import ITERATIONS, LABELS, Setting
+from metaheed.paper import ITERATIONS, LABELS, Cell, Setting, accuracy
 from metaheed.paper import TABLES as PAPER_TABLES
 from metaheed.report.arms import Arm, Comparison, NotCompared, Pairs, protocol_mismatches, title
 from metaheed.report.measures import INPUTS, AttentionLog, first_reaching, holm, mean_curve
@@ -132,8 +132,14 @@ def accuracy_table(arms: Sequence[Arm]) -> Table:
     )
 
 
-def difference_table(name: str, about: str, pairs: Pairs) -> Table:
-    """A family of paired differences; its p-values are adjusted together."""
+def difference_table(name: str, about: str, pairs: Pairs, beside_the_paper: bool = False) -> Table:
+    """A family of paired differences; its p-values are adjusted together.
+
+    Args:
+        name, about: its title, and what its caption begins with.
+        pairs: the family.
+        beside_the_paper: with the same difference of the paper's numbers, where it has them.
+    """
     tested = [c for c in pairs.compared if c.difference.p_value is not None]
     adjusted = holm([c.difference.p_value for c in tested if c.difference.p_value is not None])
     by_pair = {id(c): p for c, p in zip(tested, adjusted, strict=True)}
@@ -143,15 +149,21 @@ def difference_table(name: str, about: str, pairs: Pairs) -> Table:
         f"the {count(len(tested), 'test')} of this table. Beside them the interval over test tasks, these training runs "
         "taken as given: it says nothing about another training run."
     )
-    return Table(
-        name,
-        caption,
-        (
-            *("setting", "arm", "against", "accuracy", "seeds", "difference", "± 95%, training seeds", "p", "p (Holm)"),
-            *("± 95%, test tasks only", "tasks seen an iteration", "notes"),
-        ),
-        tuple(_difference_row(c, by_pair.get(id(c))) for c in pairs.compared),
+    columns = (
+        *("setting", "arm", "against", "accuracy", "seeds", "difference", "± 95%, training seeds", "p", "p (Holm)"),
+        *("± 95%, test tasks only", "tasks seen an iteration", "notes"),
     )
+    rows = [_difference_row(c, by_pair.get(id(c))) for c in pairs.compared]
+    if beside_the_paper:
+        columns = (*columns[:-1], "difference in the paper", "notes")
+        rows = [(*row[:-1], _paper_difference(c), row[-1]) for row, c in zip(rows, pairs.compared, strict=True)]
+    return Table(name, caption, columns, tuple(rows))
+
+
+def _paper_difference(comparison: Comparison) -> str:
+    arm, against = comparison.arm, comparison.against
+    ours, theirs = (accuracy(Cell(*a.setting, a.algorithm)) for a in (arm, against))
+    return f"{ours - theirs:+.2f}" if ours is not None and theirs is not None and arm.plain_rule else MISSING
 
 
 def _difference_row(comparison: Comparison, adjusted: float | None) -> tuple[str, ...]:
