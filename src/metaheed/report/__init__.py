@@ -109,12 +109,12 @@ def _report(
     return Report(
         "Task attention: results",
         (
-            f"{count(judged, 'judged run')} of {count(total, 'run folder')}, {count(len(arms), 'arm')} (runs of one config "
-            f"but for the seed) in {count(len(settings), 'setting')}, {count(len(seeds), 'training seed')}. Written by "
-            f"metaheed {metaheed.__version__}.",
-            "The unit of every comparison is the training seed. An interval over test tasks alone is labelled so: it does "
-            "not cover another training run. Nothing is paired that was not trained and tested alike; what could not be "
-            "paired is listed with the reason.",
+            f" "
+            f" "
+            f" metaheed {metaheed.__version__}.",
+            " "
+            " "
+            " paired is listed with the reason.",
         ),
         (
             Section("The paper's tables", (paper_table("table1", arms), paper_table("table2", arms))),
@@ -131,8 +131,8 @@ def _report(
                     ),
                     difference_table(
                         "Controls",
-                        "Attention against its controls, and these against the uniform rule. Attention without probe reuse "
-                        "sees 2B tasks an iteration: uniform over 2B is its counterpart at equal tasks seen.",
+                        " "
+                        " sees 2B tasks an iteration: uniform over 2B is its counterpart at equal tasks seen.",
                         controls,
                     ),
                     not_compared_table([*table1.missing, *attention.missing, *controls.missing]),
@@ -198,7 +198,8 @@ def _toy(found: Found, config: ReportConfig, say: Callable[[str], None]) -> tupl
     say("computing the toy of figure 1, which takes half a minute")
     followed = {name: follow(rule(), ToyConfig(), factor) for name, (rule, factor) in RULES.items()}
     numbers = {name: (t.path_length, t.displacement) for name, t in followed.items()}
-    return Toy([*OPTIMA], {name: t.points for name, t in followed.items()}, numbers), "Computed with metaheed toy's defaults."
+    toy = Toy([*OPTIMA], {name: t.points for name, t in followed.items()}, numbers)
+    return toy, "Computed with the defaults of metaheed toy."
 
 
 def _check_replaceable(out: Path) -> None:
@@ -211,7 +212,8 @@ def _check_replaceable(out: Path) -> None:
     foreign = [path for path in sorted(out.iterdir()) if path.name not in own]
     figures = out / FIGURES
     if figures.is_dir() and not figures.is_symlink():
-        foreign += [p for p in sorted(figures.iterdir()) if not (p.name.startswith("figure") and p.suffix in (".png", ".svg"))]
+        drawn = [p for p in figures.iterdir() if p.name.startswith("figure") and p.suffix in (".png", ".svg")]
+        foreign += sorted({*figures.iterdir()} - {*drawn})
     if foreign:
         raise RunError(
             f"{out} holds {foreign[0].relative_to(out)}, which is no part of a report: it would be lost, so choose "

@@ -1,7 +1,7 @@
-"""The paper's figures 1, 3, 4 and 5 of the runs at hand, one file a setting: PNG and SVG with the same bytes every time.
+"""The paper's figures 1, 3, 4 and 5 of the runs at hand, one file a setting: PNG and SVG, the same bytes every time.
 
-A colour is an arm, the same one in all figures of a setting; a panel is a learner. Thick lines are means over seeds, thin
-ones single seeds.
+A colour is an arm, the same one in all figures of a setting; a panel is a learner. Thick lines are means over seeds,
+thin ones single seeds.
 """
 
 import io
@@ -180,8 +180,8 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
         )
         _legend(axes)
     caption = (
-        "Mean accuracy on the frozen validation tasks, the same for every seed. Thick: mean over seeds, at the iterations "
-        "that all of them have (dashed under attention); thin: each seed. Tasks seen an iteration differ, see Cost."
+        " "
+        " that all of them have (dashed under attention); thin: each seed. Tasks seen an iteration differ, see Cost."
     )
     ends = []
     for arm in arms:
@@ -222,9 +222,9 @@ def _weights(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None:
         axes.set(title=_learner_title(members[0][0]), xlabel="iteration", ylabel="weight of a task", ylim=(0, None))
         _legend(axes)
     caption = (
-        "The largest and the smallest weight of each meta-batch: mean over up to 200 stretches of the run and over seeds, "
-        "and between the 5th and the 95th percentile of a stretch's batches (the band). Weights of a batch sum to 1, so "
-        "their mean is 1/B."
+        " "
+        " "
+        " their mean is 1/B."
     )
     return figure, "Largest and smallest attention weight", caption, f"Line plot of weights. {'; '.join(said)}."
 
@@ -267,8 +267,8 @@ def _attention(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | Non
         "(a) Pearson's correlation of each input of attention with the weights. Filled: over the tasks of each batch, "
         "averaged over batches (those in which input or weights are the same for all tasks are skipped, and counted in "
         "the table); hollow: over the tasks of all batches together. Large: mean over seeds; small: each seed. (b) The "
-        "rank by weight of the task with the largest loss after adaptation in its batch, in means over up to 200 stretches "
-        "of the run; thick: mean over seeds."
+        " "
+        " of the run; thick: mean over seeds."
     )
     return figure, "What attention attends to", caption, f"Dot plot of correlations; line plot of ranks: {'; '.join(said)}."
 
@@ -340,8 +340,8 @@ def _toy_figure(toy: Toy, toy_from: str) -> Picture:
         for name, (length, displacement) in toy.numbers.items()
     )
     caption = (
-        "Two meta-parameters of a toy through every outer step: a step after every task (MetaLSTM) and one on the whole "
-        f"meta-batch (MetaLSTM++). {lengths}. {toy_from}"
+        f" "
+        f" meta-batch (MetaLSTM++). {lengths}. {toy_from}"
     )
     words = "Meta-parameters of MetaLSTM and MetaLSTM++"
     return Picture("figure1-toy", f"Figure 1. {words}", caption, f"Two paths in the plane. {lengths}.", *_bytes(figure))

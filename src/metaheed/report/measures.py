@@ -26,8 +26,8 @@ _AT_ONCE = 1000  # batches: bounds memory
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values, in the order given: the k-th smallest of m is taken m − k + 1 times, is at most 1
-    and at least as large as the one before it.
+    """Holm's (1979) adjusted p-values, in the order given: the k-th smallest of m is taken m − k + 1 times, is at most
+    1 and at least as large as the one before it.
     """
     m, largest = len(p_values), 0.0
     adjusted = [0.0] * m

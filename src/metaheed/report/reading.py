@@ -1,7 +1,7 @@
 """Finding run folders, and reading of each what the tables need. No checkpoints, no data.
 
-config.yaml, metrics.jsonl and result.json are read here, and timing.jsonl where there is one. tasks.jsonl, the large one,
-is streamed by `measures` for the runs that need it. All of it may be a stranger's: nothing is taken for granted.
+config.yaml, metrics.jsonl and result.json are read here, and timing.jsonl where there is one. tasks.jsonl, the large
+one, is streamed by `measures` for the runs that need it. All of it may be a stranger's: nothing is taken for granted.
 """
 
 import math
