@@ -109,12 +109,12 @@ def _report(
     return Report(
         "Task attention: results",
         (
-            f" "
-            f" "
-            f" metaheed {metaheed.__version__}.",
-            " "
-            " "
-            " paired is listed with the reason.",
+            f"{count(judged, 'judged run')} of {count(total, 'run folder')}, {count(len(arms), 'arm')} (runs of one "
+            f"config but for the seed) in {count(len(settings), 'setting')}, {count(len(seeds), 'training seed')}. "
+            f"Written by metaheed {metaheed.__version__}.",
+            "The unit of every comparison is the training seed. An interval over test tasks alone is labelled so: it "
+            "does not cover another training run. Nothing is paired that was not trained and tested alike; what could "
+            "not be paired is listed with the reason.",
         ),
         (
             Section("The paper's tables", (paper_table("table1", arms), paper_table("table2", arms))),
@@ -131,8 +131,8 @@ def _report(
                     ),
                     difference_table(
                         "Controls",
-                        " "
-                        " sees 2B tasks an iteration: uniform over 2B is its counterpart at equal tasks seen.",
+                        "Attention against its controls, and these against the uniform rule. Attention without probe "
+                        "reuse sees 2B tasks an iteration: uniform over 2B is its counterpart at equal tasks seen.",
                         controls,
                     ),
                     not_compared_table([*table1.missing, *attention.missing, *controls.missing]),

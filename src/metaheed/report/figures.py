@@ -180,15 +180,17 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
         )
         _legend(axes)
     caption = (
-        " "
-        " that all of them have (dashed under attention); thin: each seed. Tasks seen an iteration differ, see Cost."
+        "Mean accuracy on the frozen validation tasks, the same for every seed. Thick: mean over seeds, at the "
+        "iterations that all of them have (dashed under attention); thin: each seed. Tasks seen an "
+        "iteration differ: see Cost."
     )
     ends = []
     for arm in arms:
         mean = mean_curve([run.validations for run in arm.runs])
         if len(mean.values):
             ends.append(f"{arm.label} ends at {100 * mean.values[-1]:.1f}%")
-    return figure, "Validation accuracy", caption, f"Line plot of validation accuracy against iteration. {'; '.join(ends)}."
+    seen = f"Line plot of validation accuracy against iteration. {'; '.join(ends)}."
+    return figure, "Validation accuracy", caption, seen
 
 
 def _attended(arms: Sequence[Arm], logs: Logs) -> dict[str, list[tuple[Arm, str, str]]]:
@@ -222,9 +224,9 @@ def _weights(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None:
         axes.set(title=_learner_title(members[0][0]), xlabel="iteration", ylabel="weight of a task", ylim=(0, None))
         _legend(axes)
     caption = (
-        " "
-        " "
-        " their mean is 1/B."
+        "The largest and the smallest weight of each meta-batch: mean over up to 200 stretches of the run and over "
+        "seeds, and between the 5th and the 95th percentile of a stretch's batches (the band). Weights of a batch sum "
+        "to 1, so their mean is 1/B."
     )
     return figure, "Largest and smallest attention weight", caption, f"Line plot of weights. {'; '.join(said)}."
 
@@ -267,10 +269,11 @@ def _attention(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | Non
         "(a) Pearson's correlation of each input of attention with the weights. Filled: over the tasks of each batch, "
         "averaged over batches (those in which input or weights are the same for all tasks are skipped, and counted in "
         "the table); hollow: over the tasks of all batches together. Large: mean over seeds; small: each seed. (b) The "
-        " "
-        " of the run; thick: mean over seeds."
+        "rank by weight of the task with the largest loss after adaptation in its batch, in means over up to 200 "
+        "stretches of the run; thick: mean over seeds."
     )
-    return figure, "What attention attends to", caption, f"Dot plot of correlations; line plot of ranks: {'; '.join(said)}."
+    seen = f"Dot plot of correlations; line plot of ranks: {'; '.join(said)}."
+    return figure, "What attention attends to", caption, seen
 
 
 def _correlations(axes: Axes, members: Sequence[tuple[Arm, str, str]], logs: Logs) -> None:
@@ -314,10 +317,9 @@ def read_toy(file: Path) -> Toy:
     """
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        paths = {plain(str(k)): _points(v["points"]) for k, v in found.items() if k != "optima"}
-        numbers = {
-            plain(str(k)): (float(v["path_length"]), float(v["displacement"])) for k, v in found.items() if k != "optima"
-        }
+        runs = {plain(str(name)): value for name, value in found.items() if name != "optima"}
+        paths = {name: _points(value["points"]) for name, value in runs.items()}
+        numbers = {n: (float(value["path_length"]), float(value["displacement"])) for n, value in runs.items()}
         optima = _points(found["optima"])
         if not paths or len(paths) > len(COLOURS):
             raise ValueError(f"{len(paths)} algorithms")
@@ -340,8 +342,8 @@ def _toy_figure(toy: Toy, toy_from: str) -> Picture:
         for name, (length, displacement) in toy.numbers.items()
     )
     caption = (
-        f" "
-        f" meta-batch (MetaLSTM++). {lengths}. {toy_from}"
+        "Two meta-parameters of a toy through every outer step: a step after every task (MetaLSTM) and one on the "
+        f"whole meta-batch (MetaLSTM++). {lengths}. {toy_from}"
     )
     words = "Meta-parameters of MetaLSTM and MetaLSTM++"
     return Picture("figure1-toy", f"Figure 1. {words}", caption, f"Two paths in the plane. {lengths}.", *_bytes(figure))

@@ -121,9 +121,9 @@ def accuracy_table(arms: Sequence[Arm]) -> Table:
         )
     return Table(
         "Test accuracy of every arm",
-        " "
-        " "
-        " would lie; the one over test tasks is each run's own 1.96·s/√n (smallest – largest over seeds).",
+        "Accuracy in % after adaptation, transductive: batch norm sees all query images of a task. An arm is the runs "
+        "of one config, one a seed. Of the two intervals only the one over training seeds says where another training "
+        "run would lie; the one over test tasks is each run's own 1.96·s/√n (smallest – largest over seeds).",
         (
             *("setting", "arm", "iterations", "seeds", "mean", "± 95%, training seeds", "± 95%, test tasks only"),
             *("test tasks", "each seed"),
@@ -145,9 +145,9 @@ def difference_table(name: str, about: str, pairs: Pairs, beside_the_paper: bool
     by_pair = {id(c): p for c, p in zip(tested, adjusted, strict=True)}
     caption = (
         f"{about} Differences in percentage points, paired on the same test tasks at equal seeds. The training seed is "
-        f" "
-        " "
-        " taken as given: it says nothing about another training run."
+        "the unit: a t-interval over the per-seed differences, and the paired t-test's two-sided p. Holm: adjusted "
+        f"over the {count(len(tested), 'test')} of this table. Beside them the interval over test tasks, these "
+        "training runs taken as given: it says nothing about another training run."
     )
     columns: tuple[str, ...] = (
         *("setting", "arm", "against", "accuracy", "seeds", "difference", "± 95%, training seeds", "p", "p (Holm)"),
@@ -193,8 +193,8 @@ def not_compared_table(missing: Sequence[NotCompared]) -> Table:
     rows = dict.fromkeys((title(m.setting), m.label, m.against, m.reason) for m in missing)
     return Table(
         "Not compared",
-        " "
-        " training, validation and test, network, T, B and iterations agree.",
+        "Pairs that these runs would suggest, and what stands against them. Nothing is paired unless data set, tasks "
+        "of training, validation and test, network, T, B and iterations agree.",
         ("setting", "arm", "against", "not compared because"),
         tuple(rows),
     )
@@ -222,11 +222,11 @@ def cost_table(arms: Sequence[Arm]) -> Table:
             )
     return Table(
         "Cost",
-        " "
-        " "
-        " allocated); under the execution 'processes' the sum over workers, what they share being counted in each. The "
-        " "
-        " write timing.jsonl show as not recorded.",
+        "Seconds of an outer iteration, validation and checkpoints left out: each run's median over the stretches "
+        "between its checkpoints, then the median over seeds (smallest – largest). Memory: the most that was resident "
+        "(on CUDA: allocated); under the execution 'processes' the sum over workers, what they share being counted in "
+        "each. The ratios are to the same learner under the uniform rule, computed in the same place. Runs by versions "
+        "that did not write timing.jsonl show as not recorded.",
         (
             *("setting", "arm", "tasks seen an iteration", "outer steps an iteration", "tasks seen in all"),
             *("seconds an iteration", "ratio", "peak memory, MiB", "ratio", "computed on"),
@@ -302,8 +302,8 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
     return Table(
         "Iterations to a given accuracy",
         "The first validation at which the mean curve over seeds is at the accuracy or above (so no finer than one "
-        " "
-        " the same learner under the uniform rule took: at equal updates and at equal tasks seen. "
+        "validation to the next), what that is in outer steps and in training tasks seen, and each as a multiple of "
+        "what the same learner under the uniform rule took: at equal updates and at equal tasks seen. "
         + (
             "The accuracies were asked for."
             if thresholds
