@@ -269,7 +269,7 @@ def _attention(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | Non
         "(a) Pearson's correlation of each input of attention with the weights. Filled: over the tasks of each batch, "
         "averaged over batches (those in which input or weights are the same for all tasks are skipped, and counted in "
         "the table); hollow: over the tasks of all batches together. Large: mean over seeds; small: each seed. (b) The "
-        "rank by weight of the task with the largest loss after adaptation in its batch, in means over up to 200 "
+        "rank by weight of the task with the largest loss after adaptation in its batch, in means over up to 50 "
         "stretches of the run; thick: mean over seeds."
     )
     seen = f"Dot plot of correlations; line plot of ranks: {'; '.join(said)}."

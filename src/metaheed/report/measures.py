@@ -21,7 +21,9 @@ INPUTS = {
     "loss_ratio": "loss after / before",
 }
 """Attention's four inputs and what a reader calls them."""
-_BINS = 200  # points of a curve: a figure has no more pixels to show
+_POINTS = 200  # of a curve: a figure has no more pixels to show
+_RANK_POINTS = 50  # of a rank, which jumps from batch to batch
+_STRETCH = 20  # batches in a stretch at least, where there are enough for ten
 _AT_ONCE = 1000  # batches: bounds memory
 
 
@@ -70,9 +72,10 @@ class Band(NamedTuple):
     """The 95th."""
 
 
-def band(iterations: np.ndarray, values: np.ndarray) -> Band:
-    """Summarise a value a batch in at most 200 stretches of equal length."""
-    stretches = np.array_split(np.arange(len(values)), min(_BINS, len(values)))
+def band(iterations: np.ndarray, values: np.ndarray, most: int = _POINTS) -> Band:
+    """Summarise a value a batch in stretches of equal length, `most` at most."""
+    n = len(values)
+    stretches = np.array_split(np.arange(n), min(most, max(n // _STRETCH, min(n, 10))))
     parts = [values[s] for s in stretches]
     low, high = (np.array([np.percentile(part, q) for part in parts]) for q in (5, 95))
     middle = np.array([iterations[s].mean() for s in stretches])
@@ -144,7 +147,8 @@ def attention_log(file: Path) -> AttentionLog:
     if not iterations:
         raise RunError(f"{file} is empty: it holds the weights of no batch")
     steps = np.array(iterations, dtype=np.float64)
-    bands = (band(steps, np.concatenate(parts)) for parts in (largest, smallest, rank))
+    bands = [band(steps, np.concatenate(parts)) for parts in (largest, smallest)]
+    bands.append(band(steps, np.concatenate(rank), _RANK_POINTS))
     correlations = {
         name: Correlation(
             sums[name] / counts[name] if counts[name] else math.nan, counts[name], skipped[name], pooled[name].value()
