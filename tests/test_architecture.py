@@ -24,6 +24,7 @@ LAYERS = (
     ("training", "figures"),
     ("progress",),
     ("demo", "toy"),
+    ("report",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

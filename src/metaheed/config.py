@@ -83,6 +83,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(_describe, _alternatives(hint)))
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[-1] is Ellipsis:
+        return f"values, each {_describe(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is tuple:
         kinds = typing.get_args(hint)
         number = "values" if kinds[-1] is Ellipsis else f"{len(kinds)} values"
@@ -711,6 +713,23 @@ class ToyConfig:
         _at_least(self, 2, "iterations")
         _at_least(self, 0, "seed", most=10**12)
         _positive(self, "meta_lr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What a report shows beside what it finds."""
+
+    thresholds: tuple[float, ...] = ()
+    """Validation accuracies in % for which it is shown how long each algorithm took to them; none: 5 points and 1 point
+    below the best of the counterpart without attention."""
+    toy: bool = True
+    """Draw figure 1; the toy is computed, in half a minute, where none of the folders holds one that 'metaheed toy'
+    wrote."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        inside = all(0 < threshold <= 100 for threshold in self.thresholds)
+        _require(inside, "thresholds", self.thresholds, "each must be a percentage above 0 and at most 100")
 
 
 LEARNERS: dict[str, type[LearnerConfig]] = {

@@ -260,8 +260,12 @@ def _rule_label(arm: Arm, rule: str) -> str:
     return algorithm_label(replace(arm.config, rule=RULES[rule]()))
 
 
-def _partner(arm: Arm, candidates: Sequence[Arm]) -> tuple[Comparison | str, list[tuple[str, str]]]:
-    """The comparison, or why there is none: in a word, or for each candidate."""
+Outcome = tuple[Comparison | str, list[tuple[str, str]]]
+"""A comparison; or why there is none, in a word or for each candidate's label."""
+
+
+def _partner(arm: Arm, candidates: Sequence[Arm]) -> Outcome:
+    """The arm beside the candidate that is nearest."""
     if not arm.results:
         return "it is not judged", []
     if not candidates:
@@ -278,25 +282,31 @@ def _partner(arm: Arm, candidates: Sequence[Arm]) -> tuple[Comparison | str, lis
 
 
 def mismatches(arm: Arm, other: Arm) -> list[str]:
-    """What forbids to pair two arms of a setting and learner."""
+    """What forbids to pair two arms of a setting and learner, the first of which is judged."""
     if not other.results:
         return ["it is not judged"]
+    found = protocol_mismatches(arm, other)
+    for what, a, b in zip(Judged._fields, arm.judged or (), other.judged or (), strict=True):
+        if a != b:
+            words = {"tasks": "test tasks", "checkpoint": "checkpoint judged"}
+            found.append(plain(f"{words[what]}: {a} against {b}") if what in words else "other test episodes")
+    if not {*arm.results} & {*other.results}:
+        found.append(f"no seed in common: {_seeds(arm.results)} against {_seeds(other.results)}")
+    return found
+
+
+def protocol_mismatches(arm: Arm, other: Arm) -> list[str]:
+    """In what two arms of a learner differ beside the rule and what is tuned."""
     found = []
     for name in {**arm.settings, **other.settings}:
         ours, theirs = arm.settings.get(name), other.settings.get(name)
         if ours != theirs and not name.startswith("rule.") and name not in _RATES:
             option = name.partition(".")[2].replace("_", "-")
             found.append(plain(f"{option} is {_value(ours)} against {_value(theirs)}"))
-    for what, a, b in zip(Judged._fields, arm.judged or (), other.judged or (), strict=True):
-        if a != b:
-            words = {"episodes_sha256": "other test episodes", "tasks": "test tasks", "checkpoint": "checkpoint judged"}
-            found.append(words[what] if what == "episodes_sha256" else plain(f"{words[what]}: {a} against {b}"))
-    if not {*arm.results} & {*other.results}:
-        found.append(f"no seed in common: {_seeds(arm.results)} against {_seeds(other.results)}")
     return found
 
 
-def pair(arm: Arm, other: Arm) -> tuple[Comparison | str, list[tuple[str, str]]]:
+def pair(arm: Arm, other: Arm) -> Outcome:
     """The paired difference of two arms without mismatches, over the seeds that both have."""
     common = sorted({*arm.results} & {*other.results})
     notes = []
@@ -358,7 +368,8 @@ def control_pairs(arms: Sequence[Arm]) -> Pairs:
     missing: list[NotCompared] = []
     for arm, control in _with_controls(arms):
         reasons = mismatches(arm, control) if arm.results else ["it is not judged"]
-        found, more = ("", [(control.label, "; ".join(reasons))]) if reasons else pair(arm, control)
+        nothing: Outcome = ("", [(control.label, "; ".join(reasons))])
+        found, more = nothing if reasons else pair(arm, control)
         if isinstance(found, Comparison):
             compared.append(found)
         else:

@@ -21,13 +21,15 @@ INPUTS = {
     "loss_ratio": "loss after / before",
 }
 """Attention's four inputs and what a reader calls them."""
-_BINS = 200  # points of a curve: a figure has no more pixels to show
+_POINTS = 200  # of a curve: a figure has no more pixels to show
+_RANK_POINTS = 50  # of a rank, which jumps from batch to batch
+_STRETCH = 20  # batches in a stretch at least, where there are enough for ten
 _AT_ONCE = 1000  # batches: bounds memory
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values, in the order given: the k-th smallest of m is taken m − k + 1 times, is at most 1
-    and at least as large as the one before it.
+    """Holm's (1979) adjusted p-values, in the order given: the k-th smallest of m is taken m − k + 1 times, is at most
+    1 and at least as large as the one before it.
     """
     m, largest = len(p_values), 0.0
     adjusted = [0.0] * m
@@ -70,9 +72,10 @@ class Band(NamedTuple):
     """The 95th."""
 
 
-def band(iterations: np.ndarray, values: np.ndarray) -> Band:
-    """Summarise a value a batch in at most 200 stretches of equal length."""
-    stretches = np.array_split(np.arange(len(values)), min(_BINS, len(values)))
+def band(iterations: np.ndarray, values: np.ndarray, most: int = _POINTS) -> Band:
+    """Summarise a value a batch in stretches of equal length, `most` at most."""
+    n = len(values)
+    stretches = np.array_split(np.arange(n), min(most, max(n // _STRETCH, min(n, 10))))
     parts = [values[s] for s in stretches]
     low, high = (np.array([np.percentile(part, q) for part in parts]) for q in (5, 95))
     middle = np.array([iterations[s].mean() for s in stretches])
@@ -111,6 +114,8 @@ class AttentionLog(NamedTuple):
     """Input -> its correlation with the weights."""
     tasks: int
     """B."""
+    batches: int
+    """Of how many batches."""
 
 
 def attention_log(file: Path) -> AttentionLog:
@@ -142,14 +147,15 @@ def attention_log(file: Path) -> AttentionLog:
     if not iterations:
         raise RunError(f"{file} is empty: it holds the weights of no batch")
     steps = np.array(iterations, dtype=np.float64)
-    bands = (band(steps, np.concatenate(parts)) for parts in (largest, smallest, rank))
+    bands = [band(steps, np.concatenate(parts)) for parts in (largest, smallest)]
+    bands.append(band(steps, np.concatenate(rank), _RANK_POINTS))
     correlations = {
         name: Correlation(
             sums[name] / counts[name] if counts[name] else math.nan, counts[name], skipped[name], pooled[name].value()
         )
         for name in INPUTS
     }
-    return AttentionLog(*bands, correlations, B)
+    return AttentionLog(*bands, correlations, B, len(iterations))
 
 
 def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -163,9 +169,9 @@ def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def batch_correlations(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(n, B) each -> (n,): Pearson's correlation within each batch; NaN where a side is constant or not finite."""
-    x, w = (side - side.mean(axis=1, keepdims=True) for side in (values, weights))
     constant = (np.ptp(values, axis=1) == 0) | (np.ptp(weights, axis=1) == 0)
     with np.errstate(divide="ignore", invalid="ignore"):
+        x, w = (side - side.mean(axis=1, keepdims=True) for side in (values, weights))
         r = (x * w).sum(axis=1) / np.sqrt((x**2).sum(axis=1) * (w**2).sum(axis=1))
     r[constant | ~np.isfinite(r)] = np.nan
     return np.asarray(r)
@@ -222,6 +228,8 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
             if B != (tasks or B) or B == 0:
                 raise ValueError(f"batches of {tasks} and of {B} tasks")
             tasks = B
+            if not 0 < line["iteration"] <= 10**9:
+                raise ValueError(f"iteration {line['iteration']!r}")
             iterations.append(int(line["iteration"]))
             for name in names:
                 columns[name].append([math.nan if v is None else v for v in line[name]])
@@ -232,5 +240,5 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
                     rows.clear()
         if iterations:
             yield packed()
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise RunError(f"{file} is damaged: {error!r}") from error

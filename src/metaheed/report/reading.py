@@ -1,7 +1,7 @@
 """Finding run folders, and reading of each what the tables need. No checkpoints, no data.
 
-config.yaml, metrics.jsonl and result.json are read here, and timing.jsonl where there is one. tasks.jsonl, the large one,
-is streamed by `measures` for the runs that need it. All of it may be a stranger's: nothing is taken for granted.
+config.yaml, metrics.jsonl and result.json are read here, and timing.jsonl where there is one. tasks.jsonl, the large
+one, is streamed by `measures` for the runs that need it. All of it may be a stranger's: nothing is taken for granted.
 """
 
 import math
@@ -20,6 +20,7 @@ from metaheed.paper import Setting
 from metaheed.runs import RunFolder, stream_lines
 
 TOY_FILE = "toy.json"
+_MOST = 10**9  # iterations that a config can ask for
 
 
 class Validation(NamedTuple):
@@ -91,7 +92,7 @@ class Run:
     def finished(self) -> bool:
         """Whether all iterations are done and the last state was validated."""
         total = self.config.training.iterations
-        return self.iterations >= total and bool(self.validations) and self.validations[-1].iteration >= total
+        return self.iterations == total and bool(self.validations) and self.validations[-1].iteration >= total
 
     @property
     def setting(self) -> Setting:
@@ -172,6 +173,8 @@ def read_run(path: Path) -> Run:
     problem: str | None = None
     if iterations < total:
         problem = f"unfinished: {iterations:,} of {total:,} iterations"
+    elif iterations > total:
+        problem = f"its log has {iterations:,} iterations, its config {total:,}"
     elif not run.finished:
         problem = "unfinished: not validated after its last iteration"
     elif not folder.result_file.exists():
@@ -187,7 +190,7 @@ def _read_metrics(file: Path) -> tuple[int, tuple[Validation, ...]]:
     done, validations = 0, []
     for line in stream_lines(file):
         iteration, accuracy = line.get("iteration"), line.get("validation_accuracy")
-        if not isinstance(iteration, int):
+        if not isinstance(iteration, int) or not 0 < iteration <= _MOST:
             raise RunError(f"{file} has a line whose iteration is {iteration!r}")
         if accuracy is None:
             done = max(done, iteration)
@@ -233,13 +236,14 @@ def _read_result(path: Path, run: Run) -> tuple[Result | None, str | None]:
 
 
 def _read_cost(file: Path) -> Cost | None:
-    """Of the place where most iterations were computed; lines that a cut-off process left torn are passed over."""
+    """What the iterations took in the place where most of them were computed."""
     if not file.exists():
         return None
     lines: list[dict[str, Any]] = []
     try:
         for line in stream_lines(file):
-            if isinstance(line.get("iterations"), int) and isinstance(line.get("seconds"), float | int):
+            iterations, seconds = line.get("iterations"), line.get("seconds")
+            if isinstance(iterations, int) and 0 < iterations <= _MOST and isinstance(seconds, float):
                 lines.append(line)
     except RunError as error:
         raise RunError(f"{error}. Delete that file: only the cost of the run is in it") from error
@@ -255,8 +259,6 @@ def _read_cost(file: Path) -> Cost | None:
     for line in lines:
         count[where(line)] += line["iterations"]
     most = max(sorted(count), key=count.__getitem__)
-    there = [line for line in lines if where(line) == most and line["iterations"] > 0]
-    if not there:
-        return None
-    peaks = [line["peak_bytes"] for line in there if isinstance(line.get("peak_bytes"), int)]
+    there = [line for line in lines if where(line) == most]
+    peaks = [peak for line in there if isinstance(peak := line.get("peak_bytes"), int) and 0 < peak < 2**60]
     return Cost(statistics.median(line["seconds"] / line["iterations"] for line in there), max(peaks, default=None), most)
