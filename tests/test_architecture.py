@@ -25,6 +25,7 @@ LAYERS = (
     ("progress",),
     ("demo", "toy"),
     ("report",),
+    ("reproduce",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -86,9 +86,7 @@ def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is tuple and typing.get_args(hint)[-1] is Ellipsis:
         return f"values, each {_describe(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is tuple:
-        kinds = typing.get_args(hint)
-        number = "values" if kinds[-1] is Ellipsis else f"{len(kinds)} values"
-        return f"{number}, each {_describe(kinds[0])}"
+        return f"{len(typing.get_args(hint))} values, each {_describe(typing.get_args(hint)[0])}"
     plain = {int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "none"}
     return plain.get(hint) or str(hint.__name__.lower())
 

@@ -107,7 +107,8 @@ class Follower:
         whole, _, _ = lines.rpartition(b"\n")
         self._read += len(whole) + bool(whole)
         for line in whole.splitlines():
-            with contextlib.suppress(ValueError):
+            # A line that was begun before the log was cut back, and read on after, is none.
+            with contextlib.suppress(ValueError, KeyError, TypeError):
                 values: dict[str, Any] = json.loads(line)
                 self.iteration = values["iteration"]
                 self.validation = values.get("validation_accuracy", self.validation)
