@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from metaheed import recipes
 from metaheed.config import ReproduceConfig, default_config
@@ -19,6 +20,7 @@ from metaheed.errors import ConfigError
 from metaheed.figures import read_lines
 from metaheed.paper import TABLES
 from metaheed.recipes import Recipe
+from metaheed.reproduce import make_places
 from metaheed.reproduce.crew import Follower, Log, lock
 from metaheed.reproduce.estimate import cost_key, spread_over
 from metaheed.reproduce.plan import Place, Run, ToyJob, make_jobs
@@ -41,7 +43,7 @@ def write(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
         config = replace(
             config,
             episodes=replace(config.episodes, queries=3),
-            learner=replace(config.learner, backbone="tests.networks:Tiny", adaptation_steps=1, **learner),  # type: ignore[arg-type]
+            learner=replace(config.learner, backbone="tests.networks:Tiny", adaptation_steps=1, **learner),  # type: ignore[call-arg,arg-type]
             outer=replace(config.outer, meta_batch_size=2),
             training=replace(config.training, iterations=6, val_every=4, val_tasks=4),
         )
@@ -216,7 +218,9 @@ def test_data_that_is_not_there_is_named_before_anything_begins(
 def test_a_dry_run_needs_no_data(metaheed: Metaheed) -> None:
     status, out, err = metaheed("reproduce", "table1", "--only", "omniglot", "metalstm", "20way5shot", "--dry-run")
     assert status == 0, err
-    assert re.search(r"omniglot-20way5shot-metalstm-seed0 +missing +[\d.]+ (h|days).*\(its data set is not there\)", out)
+    assert re.search(
+        r"omniglot-20way5shot-metalstm-seed0 +missing +[\d.]+ (h|days).*\(its data set is not there\)", out
+    )
     assert "1 untuned" in out or "Recipes: 1 runs" in out
     assert "data download omniglot" in out
 
@@ -314,18 +318,15 @@ def test_commands_carry_where_to_compute(write: Write, in_folder: Path) -> None:
 
 
 def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    from metaheed import reproduce
-
-    monkeypatch.setattr(reproduce.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    cuda = reproduce.torch.cuda
-    monkeypatch.setattr(cuda, "is_available", lambda: False)
-    places = reproduce.make_places
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    places = make_places
     assert places(ReproduceConfig(), 20) == [Place("cpu", 1)] * 8
     assert places(ReproduceConfig(), 3) == [Place("cpu", 2)] * 3
     assert places(ReproduceConfig(threads=4), 20) == [Place("cpu", 4)] * 2
     assert places(ReproduceConfig(jobs=3), 20) == [Place("cpu", 2)] * 3
-    monkeypatch.setattr(cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert [p.device for p in places(ReproduceConfig(), 20)] == ["cuda:0", "cuda:1"]
     assert [p.device for p in places(ReproduceConfig(jobs=3), 20)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert [p.device for p in places(ReproduceConfig(device="cuda:1"), 20)] == ["cuda:1"]
@@ -335,18 +336,19 @@ def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_log_that_is_cut_back_is_followed(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     follower = Follower(file)
-    follower.look()
-    assert follower.iteration is None
+
+    def seen() -> tuple[int | None, float | None]:
+        follower.look()
+        return follower.iteration, follower.validation
+
+    assert seen() == (None, None)
     file.write_text('{"iteration": 1, "loss": 1}\n{"iteration": 1, "validation_accuracy": 0.25}\n{"itera')
-    follower.look()
-    assert (follower.iteration, follower.validation) == (1, 0.25)
+    assert seen() == (1, 0.25)
     with file.open("a") as more:
         more.write('tion": 2, "loss": 1}\n')
-    follower.look()
-    assert (follower.iteration, follower.validation) == (2, 0.25)
+    assert seen() == (2, 0.25)
     file.write_text('{"iteration": 1, "loss": 1}\n')
-    follower.look()
-    assert follower.iteration == 1
+    assert seen() == (1, 0.25)
 
 
 @pytest.mark.parametrize(

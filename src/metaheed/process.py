@@ -83,7 +83,7 @@ def float32_products(tf32: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_received(hangup: bool = False) -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM, and SIGHUP too where asked for, instead of dying of them; a second one interrupts at once.
+    """Collect SIGINT and SIGTERM instead of dying of them, and SIGHUP where asked for; a second one interrupts at once.
 
     A SIGHUP that is ignored, as under nohup, stays so.
     """

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -265,6 +265,10 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             )
         if checkpoint is not None and _finished(checkpoint.progress, config):
             folder.write_best(checkpoint)
+            written = folder.read_config()
+            if written.training.iterations != config.training.iterations:  # lowered to what is done
+                lowered = replace(written.training, iterations=config.training.iterations)
+                folder.write_config(replace(written, training=lowered))
             reporter.message(f"{folder.path} is finished: all {config.training.iterations} iterations are done")
             return
         data = config.episodes
@@ -513,9 +517,7 @@ class _StopRequested(Exception):  # noqa: N818  # a request, not an error
     pass
 
 
-def _loop(
-    session: _Session, folder: RunFolder, start: Checkpoint, reporter: Reporter, received: list[int]
-) -> None:
+def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Reporter, received: list[int]) -> None:
     training = session.config.training
     progress, best = start.progress, start.best
     steps = build_steps(

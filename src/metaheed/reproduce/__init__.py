@@ -19,7 +19,7 @@ from metaheed import recipes
 from metaheed.config import ReportConfig, ReproduceConfig
 from metaheed.data import find_shape
 from metaheed.data.download import BY_HAND, PUBLISHED
-from metaheed.errors import DataError, MissingDataError, MetaheedError, RunError
+from metaheed.errors import DataError, MetaheedError, MissingDataError, RunError
 from metaheed.evaluation import read_result
 from metaheed.process import pick_device, signals_received
 from metaheed.progress import make_board

@@ -132,10 +132,10 @@ class _Work:
             _Elsewhere: another process trains it.
         """
         standing = self.job.look()
+        if standing.held:
+            raise _Elsewhere
         if standing.done:
             return False
-        if standing.held and not standing.trained:
-            raise _Elsewhere
         stage = self.job.next(standing, self.place)
         if self.stage is not None and self.stage.what == stage.what:
             raise MetaheedError(f"{stage.what} ended, but it is still to be done")

@@ -1,10 +1,10 @@
 """Which runs an experiment consists of, how each one stands in the output folder, and the command that takes it on.
 
-    OUT/NAME-seedS/       the run folder of recipe NAME
-    OUT/recipes/          the recipes as they were used
-    OUT/logs/             what each run's commands printed
-    OUT/locks/            held by the process that takes care of a run
-    OUT/toy/              of the figures
+OUT/NAME-seedS/       the run folder of recipe NAME
+OUT/recipes/          the recipes as they were used
+OUT/logs/             what each run's commands printed
+OUT/locks/            held by the process that takes care of a run
+OUT/toy/              of the figures
 """
 
 import sys
@@ -49,7 +49,7 @@ class Standing(NamedTuple):
     @property
     def done(self) -> bool:
         """Whether nothing is left to do."""
-        return self.trained and self.judged
+        return self.trained and self.judged and not self.held
 
     def __str__(self) -> str:
         if self.done:
@@ -124,7 +124,8 @@ class Run:
         checkpoint, _ = folder.read_checkpoint()
         progress = Progress() if checkpoint is None else checkpoint.progress
         iterations = max(self.iterations, progress.iteration)
-        trained = iterations <= progress.iteration and iterations <= progress.validated
+        # The config must say so, too: a run that is lowered to what it has done is finished by resuming it.
+        trained = iterations == config.training.iterations and iterations <= progress.validated
         return Standing(progress.iteration, iterations, trained, trained and self._judged(config, progress), held)
 
     def next(self, standing: Standing, place: Place) -> Stage:
