@@ -266,7 +266,10 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         if checkpoint is not None and _finished(checkpoint.progress, config):
             folder.write_best(checkpoint)
             written = folder.read_config()
-            if written.training.iterations != config.training.iterations:  # lowered to what is done
+            if written.training.iterations != config.training.iterations:
+                # Lowered to what the checkpoint has: what was logged after it was is of no run any more.
+                JsonLines(folder.metrics_file, checkpoint.progress.metrics_bytes).close()
+                JsonLines(folder.tasks_file, checkpoint.progress.tasks_bytes).close()
                 lowered = replace(written.training, iterations=config.training.iterations)
                 folder.write_config(replace(written, training=lowered))
             reporter.message(f"{folder.path} is finished: all {config.training.iterations} iterations are done")
