@@ -52,11 +52,12 @@ def estimate(
     logged, kept = _read_logged(out, where), _read_kept(out)
     found: dict[str, Estimate] = {}
     unknown: dict[str, str] = {}  # key -> why
+    sources = dict.fromkeys(kept, "kept")
     for job, standing in jobs:
         if standing.done:
             continue
         if not isinstance(job, Run):
-            found[job.name] = Estimate(None, "seconds")
+            found[job.name] = Estimate(None, "about half a minute")
             continue
         shape = _shape(job)
         if shape is None:
@@ -64,19 +65,18 @@ def estimate(
             continue
         config = job.recipe.config
         key = cost_key(config, shape, where)
-        speed, source = kept.get(key), "kept"
-        if speed is None and key not in unknown:
+        if key not in kept and key not in unknown:
             tell(f"measuring {config.algorithm}, {config.episodes.ways}-way {config.episodes.shots}-shot, {shape}")
             placed = replace(config.training, device=place.device, threads=place.threads)
             try:
-                speed, source = measure_speed(replace(config, training=placed), shape), "measured"
-                kept[key] = speed
+                kept[key], sources[key] = measure_speed(replace(config, training=placed), shape), "measured"
                 _write_kept(out, kept)
             except MetaheedError as error:
                 unknown[key] = str(error)
-        if speed is None:
+        if key in unknown:
             found[job.name] = Estimate(None, unknown[key])
             continue
+        speed, source = kept[key], sources[key]
         if key in logged:
             speed, source = speed._replace(iteration=logged[key]), "logged"
         found[job.name] = Estimate(_seconds(job, standing, speed), source)
