@@ -22,7 +22,7 @@ LAYERS = (
     ("process", "runs", "recipes"),
     ("evaluation",),
     ("training", "figures"),
-    ("progress",),
+    ("progress", "search"),
     ("demo", "toy"),
     ("report",),
     ("reproduce",),
@@ -91,6 +91,7 @@ def test_constructors_read_their_defaults_from_config() -> None:
     rule = inspect.signature(attended).parameters
     assert rule["jacobian"].default == defaults.attention_jacobian
     assert rule["reuse_probe"].default == defaults.attention_reuse_probe
+    assert rule["release_leak"].default == defaults.faithful_to_release
     assert set(LEARNER_CLASSES) == set(config.LEARNERS.values())
 
 

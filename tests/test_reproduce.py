@@ -401,3 +401,11 @@ def test_rates_and_images_do_not_decide_what_a_step_costs() -> None:
         cost_key(config, shape, "there"),
     ):
         assert different != cost_key(config, shape, where)
+
+
+def test_help(metaheed: Metaheed) -> None:
+    status, out, _ = metaheed("reproduce", "--help")
+    assert status == 0
+    assert "usage: metaheed reproduce" in out
+    for option in ("--only", "--seeds", "--iterations", "--jobs", "--dry-run", "--recipes"):
+        assert option in out

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from metaheed.config import CHUNKED, RunConfig, TrainingConfig
-from metaheed.errors import ConfigError, OutOfMemoryError
+from metaheed.errors import ConfigError, OutOfMemoryError, WorkerError
 from metaheed.outer import tasks_at_once
 
 
@@ -111,6 +111,8 @@ def signals_received(hangup: bool = False) -> Iterator[list[int]]:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether PyTorch, or a library below it, raised this for want of memory on a device or the host."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    if isinstance(error, WorkerError):
+        return error.status == -signal.SIGKILL  # as Linux ends a process when memory runs out
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
