@@ -218,7 +218,9 @@ def test_unfinished_and_unjudged_runs(tmp_path: Path) -> None:
     make_run(tmp_path / "unjudged", seed=1, accuracies=None)
     assert only(find([tmp_path / "unjudged"])) == "not judged: run 'metaheed evaluate' on it"
     make_run(tmp_path / "stale", seed=2, result={"iteration": 2})
-    assert "judged at iteration 2, but its best checkpoint is now of iteration 4" in str(only(find([tmp_path / "stale"])))
+    assert "judged at iteration 2, but its best checkpoint is now of iteration 4" in str(
+        only(find([tmp_path / "stale"]))
+    )
     make_run(tmp_path / "another", seed=3, result={"seed": 4})
     assert only(find([tmp_path / "another"])) == "its result.json is of maml with seed 4"
     make_run(tmp_path / "val", seed=4, result={"split": "val"})

@@ -103,9 +103,7 @@ def _report(
     attended = [(arm, logs[id(arm)]) for arm in arms if logs.get(id(arm))]
     unfinished = [run for run in found.runs if not run.finished]
     drawn = {number: [p for p in pictures if p.name.startswith(f"figure{number}")] for number in "1345"}
-    absent = [
-        Note(f"Figure {number}: {MISSING_FIGURES[number]}") for number, there in drawn.items() if not there
-    ]
+    absent = [Note(f"Figure {number}: {MISSING_FIGURES[number]}") for number, there in drawn.items() if not there]
     return Report(
         "Task attention: results",
         (
@@ -122,7 +120,12 @@ def _report(
                 "Differences",
                 (
                     accuracy_table(arms),
-                    difference_table("A step on the meta-batch", "MetaLSTM++ against MetaLSTM (Table 1's).", table1, beside_the_paper=True),
+                    difference_table(
+                        "A step on the meta-batch",
+                        "MetaLSTM++ against MetaLSTM (Table 1's).",
+                        table1,
+                        beside_the_paper=True,
+                    ),
                     difference_table(
                         "Attention and TAML",
                         "Each against the same learner under the uniform rule (Table 2's comparison, any learner).",
@@ -239,4 +242,6 @@ def _beside(out: Path) -> Iterator[Path]:
                     old.rename(out)
                 raise
     except OSError as error:
-        raise RunError(f"cannot write {error.filename or out}: {error.strerror or error}. Choose another --out") from error
+        raise RunError(
+            f"cannot write {error.filename or out}: {error.strerror or error}. Choose another --out"
+        ) from error

@@ -38,7 +38,11 @@ _LEARNER_LABELS = {
     **{"maml": "MAML", "anil": "ANIL", "boil": "BOIL", "metasgd": "MetaSGD", "metalstm": "MetaLSTM"},
     "protonet": "ProtoNet",
 }
-CONTROLS = {"uniform-2b": "uniform over 2B tasks", "loss-softmax": "softmax of the loss", "replayed": "replayed and permuted"}
+CONTROLS = {
+    "uniform-2b": "uniform over 2B tasks",
+    "loss-softmax": "softmax of the loss",
+    "replayed": "replayed and permuted",
+}
 """Rule -> what it controls attention for."""
 
 
@@ -175,7 +179,9 @@ def group(runs: Iterable[Run]) -> tuple[list[Arm], list[tuple[str, str]]]:
             for run in [*part, *(unjudged if index == 0 else [])]:
                 first = by_seed.setdefault(run.seed, run)
                 if first is not run:
-                    doubled.append((run.name, f"a second run of that config with seed {run.seed}; {first.name} is used"))
+                    doubled.append(
+                        (run.name, f"a second run of that config with seed {run.seed}; {first.name} is used")
+                    )
             ordered = tuple(by_seed[seed] for seed in sorted(by_seed))
             config = ordered[0].config
             arms.append(Arm(ordered[0].setting, ordered, settings_of(config), judged, _label(config)))
@@ -252,7 +258,9 @@ def counterparts(arms: Sequence[Arm], wanted: Callable[[Arm], str | None]) -> Pa
             compared.append(found)
         else:
             name = _rule_label(arm, rule)
-            missing += [NotCompared(arm.setting, arm.label, label, reason) for label, reason in reasons or [(name, found)]]
+            missing += [
+                NotCompared(arm.setting, arm.label, label, reason) for label, reason in reasons or [(name, found)]
+            ]
     return Pairs(tuple(compared), tuple(missing))
 
 
@@ -318,9 +326,7 @@ def pair(arm: Arm, other: Arm) -> Outcome:
         option = name.partition(".")[2].replace("_", "-")
         notes.append(f"{option} is {_value(arm.settings[name])} against {_value(other.settings[name])}")
     try:
-        difference = compare(
-            [arm.results[seed].path for seed in common], [other.results[seed].path for seed in common]
-        )
+        difference = compare([arm.results[seed].path for seed in common], [other.results[seed].path for seed in common])
     except RunError as error:
         return "", [(other.label, plain(str(error)))]
     return Comparison(arm, other, difference, tuple(notes)), []
@@ -352,9 +358,7 @@ def metalstm_pairs(arms: Sequence[Arm]) -> Pairs:
 
 def attention_pairs(arms: Sequence[Arm]) -> Pairs:
     """Table 2's: attention and TAML, of any learner, against the same learner under the uniform rule."""
-    return counterparts(
-        arms, lambda arm: _paper_rule(arm) or "uniform" if arm.rule in ("attended", "equity") else None
-    )
+    return counterparts(arms, lambda arm: _paper_rule(arm) or "uniform" if arm.rule in ("attended", "equity") else None)
 
 
 def _paper_rule(arm: Arm) -> str | None:

@@ -27,7 +27,7 @@ from metaheed.report.arms import Arm, algorithm_label, title
 from metaheed.report.measures import INPUTS, AttentionLog, Band, mean_band, mean_curve
 from metaheed.report.reading import plain
 
-_RC = {
+_RC: Any = {
     "svg.hashsalt": "metaheed",  # identifiers in the file are random without it
     "text.parse_math": False,  # a stranger's $ is a $
     "text.usetex": False,
@@ -196,7 +196,8 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
 def _attended(arms: Sequence[Arm], logs: Logs) -> dict[str, list[tuple[Arm, str, str]]]:
     """As `_by_learner`, of the attended arms only, each with the colour that it has among all."""
     found = {
-        learner: [member for member in members if logs.get(id(member[0]))] for learner, members in _by_learner(arms).items()
+        learner: [member for member in members if logs.get(id(member[0]))]
+        for learner, members in _by_learner(arms).items()
     }
     return {learner: members for learner, members in found.items() if members}
 

@@ -155,7 +155,7 @@ def attention_log(file: Path) -> AttentionLog:
         )
         for name in INPUTS
     }
-    return AttentionLog(*bands, correlations, B, len(iterations))
+    return AttentionLog(bands[0], bands[1], bands[2], correlations, B, len(iterations))
 
 
 def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -225,7 +225,7 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
     try:
         for line in stream_lines(file):
             B = len(line["weights"])
-            if B != (tasks or B) or B == 0:
+            if B == 0 or tasks not in (0, B):
                 raise ValueError(f"batches of {tasks} and of {B} tasks")
             tasks = B
             if not 0 < line["iteration"] <= 10**9:
