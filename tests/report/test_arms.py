@@ -39,9 +39,9 @@ def test_labels_name_what_tells_arms_apart(tmp_path: Path) -> None:
     make_run(tmp_path / "fast", learner={"fast_lr": 0.4}, training={"iterations": 6})
     labels = {arm.label for arm in arms_of(tmp_path)}
     assert labels == {
-        "MAML [fast-lr 0.1, iterations 4]",
-        "MAML [fast-lr 0.1, iterations 6]",
-        "MAML [fast-lr 0.4, iterations 6]",
+        "MAML [iterations 4, fast-lr 0.1]",
+        "MAML [iterations 6, fast-lr 0.1]",
+        "MAML [iterations 6, fast-lr 0.4]",
     }
 
 

@@ -234,6 +234,7 @@ def _told_apart(arms: Sequence[Arm]) -> list[Arm]:
     for arm in arms:
         others = alike[arm.setting, arm.label]
         names = [name for name in arm.settings if len({repr(other.settings.get(name)) for other in others}) > 1]
+        names.sort(key=lambda name: name != "training.iterations")  # what one asks first
         added = [_said(name, arm.settings[name]) for name in names]
         if arm.judged is not None and len({other.judged for other in others if other.settings == arm.settings}) > 1:
             j = arm.judged
