@@ -262,6 +262,7 @@ def test_damaged_runs_are_named(file: str, content: str | None, message: str, tm
         ({"accuracies": [0.5, 1.5], "tasks": 2}, "from 0 to 1"),
         ({"accuracy": 0.9}, "tasks' mean is 0.5"),
         ({"ways": "5"}, "ways is '5'"),
+        ({"trained_on": ["cifar-fs"]}, "its trained_on is"),
     ],
 )
 def test_results_that_cannot_be(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -115,6 +115,7 @@ def test_band_by_hand() -> None:
         (json.dumps(batch(1, [1, 2], [0.5, 0.5])) + "\n" + json.dumps(batch(2, [1], [1])) + "\n", "of 2 and of 1"),
         (json.dumps({**batch(1, [1, 2], [0.5, 0.5]), "weights": ["a", 0.5]}) + "\n", "damaged"),
         (json.dumps(batch(1, [1, math.nan], [0.5, 0.5])) + "\n", "not a number"),
+        (json.dumps(batch(1, [1, 2], [0.5, 1.5])) + "\n", "not between 0 and 1"),
     ],
 )
 def test_damaged_logs_are_refused(content: str, reason: str, tmp_path: Path) -> None:
@@ -141,3 +142,10 @@ def test_curves_by_hand() -> None:
     assert first_reaching(curve, 0.31) == 4
     assert first_reaching(curve, 0.6) is None
     assert first_reaching(mean_curve([]), 0.1) is None
+
+
+def test_numbers_too_large_to_be_squared_have_no_correlation(tmp_path: Path) -> None:
+    write_lines(tmp_path / "t", [batch(1, [1, 2, 3], [0.2, 0.3, 0.5], grad_norm=[1e308, 1.0, -1e308])])
+    found = attention_log(tmp_path / "t").correlations["grad_norm"]
+    assert found.skipped == 1
+    assert math.isnan(found.pooled)
