@@ -172,8 +172,9 @@ def batch_correlations(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     with np.errstate(all="ignore"):
         constant = (np.ptp(values, axis=1) == 0) | (np.ptp(weights, axis=1) == 0)
         x, w = (side - side.mean(axis=1, keepdims=True) for side in (values, weights))
-        r = (x * w).sum(axis=1) / np.sqrt((x**2).sum(axis=1) * (w**2).sum(axis=1))
-    r[constant | ~np.isfinite(r)] = np.nan
+        spread = np.sqrt((x**2).sum(axis=1) * (w**2).sum(axis=1))
+        r = (x * w).sum(axis=1) / spread
+    r[constant | ~np.isfinite(r) | ~np.isfinite(spread)] = np.nan
     return np.asarray(r)
 
 
