@@ -72,7 +72,16 @@ def test_options_of_another_algorithm_are_not_swallowed(metaheed: Run) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train"], ["train", "ta-maml"], ["evaluate"], ["compare"], ["report"], ["demo"], ["data", "download"], ["data", "episodes"]],
+    [
+        ["train"],
+        ["train", "ta-maml"],
+        ["evaluate"],
+        ["compare"],
+        ["report"],
+        ["demo"],
+        ["data", "download"],
+        ["data", "episodes"],
+    ],
 )
 def test_help(arguments: list[str], metaheed: Run) -> None:
     status, out, _ = metaheed(*arguments, "--help")

@@ -425,6 +425,8 @@ def read_result(path: Path, data: str | None = None) -> dict[str, Any]:
         for name in _RESULT_FIELDS:
             if name in result and not isinstance(result[name], _RESULT_FIELDS[name]):
                 raise ValueError(f"its {name} is {result[name]!r}")
+        if not isinstance(result.get("trained_on", ""), str):
+            raise ValueError(f"its trained_on is {result['trained_on']!r}")
         if not missing:
             accuracies = np.array(result["accuracies"], dtype=np.float64)
             if accuracies.shape != (result["tasks"],):

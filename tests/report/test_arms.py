@@ -39,9 +39,9 @@ def test_labels_name_what_tells_arms_apart(tmp_path: Path) -> None:
     make_run(tmp_path / "fast", learner={"fast_lr": 0.4}, training={"iterations": 6})
     labels = {arm.label for arm in arms_of(tmp_path)}
     assert labels == {
-        "MAML [fast-lr 0.1, iterations 4]",
-        "MAML [fast-lr 0.1, iterations 6]",
-        "MAML [fast-lr 0.4, iterations 6]",
+        "MAML [iterations 4, fast-lr 0.1]",
+        "MAML [iterations 6, fast-lr 0.1]",
+        "MAML [iterations 6, fast-lr 0.4]",
     }
 
 
@@ -218,7 +218,9 @@ def test_unfinished_and_unjudged_runs(tmp_path: Path) -> None:
     make_run(tmp_path / "unjudged", seed=1, accuracies=None)
     assert only(find([tmp_path / "unjudged"])) == "not judged: run 'metaheed evaluate' on it"
     make_run(tmp_path / "stale", seed=2, result={"iteration": 2})
-    assert "judged at iteration 2, but its best checkpoint is now of iteration 4" in str(only(find([tmp_path / "stale"])))
+    assert "judged at iteration 2, but its best checkpoint is now of iteration 4" in str(
+        only(find([tmp_path / "stale"]))
+    )
     make_run(tmp_path / "another", seed=3, result={"seed": 4})
     assert only(find([tmp_path / "another"])) == "its result.json is of maml with seed 4"
     make_run(tmp_path / "val", seed=4, result={"split": "val"})
@@ -260,6 +262,7 @@ def test_damaged_runs_are_named(file: str, content: str | None, message: str, tm
         ({"accuracies": [0.5, 1.5], "tasks": 2}, "from 0 to 1"),
         ({"accuracy": 0.9}, "tasks' mean is 0.5"),
         ({"ways": "5"}, "ways is '5'"),
+        ({"trained_on": ["cifar-fs"]}, "its trained_on is"),
     ],
 )
 def test_results_that_cannot_be(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -66,7 +66,8 @@ def test_attention_log_by_hand(tmp_path: Path) -> None:
     loss, norm, accuracy, ratio = (
         log.correlations[n] for n in ("query_loss", "grad_norm", "query_accuracy", "loss_ratio")
     )
-    assert (loss.per_batch, loss.batches, loss.skipped) == (pytest.approx(0), 2, 0)
+    assert (loss.batches, loss.skipped) == (2, 0)
+    assert loss.per_batch == pytest.approx(0)
     assert loss.pooled == pytest.approx(0)
     assert norm.per_batch == norm.pooled == pytest.approx(-1)
     assert (accuracy.batches, accuracy.skipped) == (0, 2)
@@ -112,8 +113,9 @@ def test_band_by_hand() -> None:
         ("[]\n", "is no object"),
         (json.dumps(batch(1, [1, 2], [0.5, 0.5], grad_norm=[1])) + "\n", "different lengths"),
         (json.dumps(batch(1, [1, 2], [0.5, 0.5])) + "\n" + json.dumps(batch(2, [1], [1])) + "\n", "of 2 and of 1"),
-        (json.dumps(batch(1, [1, 2], ["a", 0.5])) + "\n", "damaged"),
+        (json.dumps({**batch(1, [1, 2], [0.5, 0.5]), "weights": ["a", 0.5]}) + "\n", "damaged"),
         (json.dumps(batch(1, [1, math.nan], [0.5, 0.5])) + "\n", "not a number"),
+        (json.dumps(batch(1, [1, 2], [0.5, 1.5])) + "\n", "not between 0 and 1"),
     ],
 )
 def test_damaged_logs_are_refused(content: str, reason: str, tmp_path: Path) -> None:
@@ -140,3 +142,10 @@ def test_curves_by_hand() -> None:
     assert first_reaching(curve, 0.31) == 4
     assert first_reaching(curve, 0.6) is None
     assert first_reaching(mean_curve([]), 0.1) is None
+
+
+def test_numbers_too_large_to_be_squared_have_no_correlation(tmp_path: Path) -> None:
+    write_lines(tmp_path / "t", [batch(1, [1, 2, 3], [0.2, 0.3, 0.5], grad_norm=[1e308, 1.0, -1e308])])
+    found = attention_log(tmp_path / "t").correlations["grad_norm"]
+    assert found.skipped == 1
+    assert math.isnan(found.pooled)

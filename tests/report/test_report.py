@@ -7,6 +7,7 @@ import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -67,7 +68,9 @@ def rows_with(page: Page, *cells: str) -> list[list[str]]:
 def attention_lines(count: int = 4) -> list[dict[str, object]]:
     weights = [0.1, 0.2, 0.3, 0.4]
     return [
-        batch(i, [1, 2, 3, 4], weights, initial_loss=[2.0] * 4, grad_norm=[4, 3, 2, 1], query_accuracy=[0.5, 0.4, 0.4, 0])
+        batch(
+            i, [1, 2, 3, 4], weights, initial_loss=[2.0] * 4, grad_norm=[4, 3, 2, 1], query_accuracy=[0.5, 0.4, 0.4, 0]
+        )
         for i in range(1, count + 1)
     ]
 
@@ -112,7 +115,9 @@ def test_the_papers_tables_with_missing_cells(tmp_path: Path) -> None:
         make_run(tmp_path / "in" / f"m{seed}", "metalstm++", seed, shifted(seed / 10), data="miniimagenet")
     # Neither is a cell of the table: an option of the rule, and training on other ways.
     make_run(tmp_path / "in" / "reuse", "ta-maml", data="miniimagenet", rule={"attention_reuse_probe": True})
-    make_run(tmp_path / "in" / "ways", "maml", data="miniimagenet", episodes={"ways": 10, "test_ways": 5}, result={"ways": 5})
+    make_run(
+        tmp_path / "in" / "ways", "maml", data="miniimagenet", episodes={"ways": 10, "test_ways": 5}, result={"ways": 5}
+    )
     report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
     page = page_of(tmp_path / "out")
     for table in (1, 2):
@@ -169,7 +174,7 @@ def test_one_run_is_enough(tmp_path: Path, metaheed: Run) -> None:
 def test_iterations_to_an_accuracy(tmp_path: Path, metaheed: Run) -> None:
     slow = {2: 0.2, 4: 0.30, 6: 0.40, 8: 0.50}
     quick = {2: 0.3, 4: 0.45, 6: 0.46, 8: 0.47}
-    steps = {"training": {"iterations": 8}}
+    steps: dict[str, Any] = {"training": {"iterations": 8}}
     make_run(tmp_path / "in" / "m0", "maml", 0, validations=slow, **steps)
     make_run(tmp_path / "in" / "m1", "maml", 1, validations={k: v - 0.02 for k, v in slow.items()}, **steps)
     make_run(tmp_path / "in" / "t", "ta-maml", 0, validations=quick, tasks=attention_lines(8), **steps)
@@ -185,7 +190,10 @@ def test_iterations_to_an_accuracy(tmp_path: Path, metaheed: Run) -> None:
     }
     # Without --thresholds: 5 points and 1 point below the best of MAML's mean curve, 0.49.
     assert metaheed(*arguments)[0] == 0
-    assert {row[1] for row in page_of(tmp_path / "out").rows if len(row) == 9 and row[2] == "TA-MAML"} == {"44.00", "48.00"}
+    assert {row[1] for row in page_of(tmp_path / "out").rows if len(row) == 9 and row[2] == "TA-MAML"} == {
+        "44.00",
+        "48.00",
+    }
     status, _, err = metaheed(*arguments, "--thresholds", 0)
     assert (status, "each must be a percentage above 0" in err) == (1, True)
 
@@ -230,7 +238,11 @@ def test_training_records_its_cost(metaheed: Run, tmp_path: Path) -> None:
 def test_correlations_and_figures(study: Path, tmp_path: Path) -> None:
     report([study], tmp_path / "out", ReportConfig(toy=False))
     page = page_of(tmp_path / "out")
-    for words, value in (("gradient norm", "-1.000"), ("loss after adaptation", "+1.000"), ("loss after / before", "+1.000")):
+    for words, value in (
+        ("gradient norm", "-1.000"),
+        ("loss after adaptation", "+1.000"),
+        ("loss after / before", "+1.000"),
+    ):
         (row,) = rows_with(page, "TA-MAML", words)
         assert row[3] == "3"
         assert row[4].startswith(value)
@@ -363,7 +375,7 @@ def test_whole_or_not_at_all(study: Path, tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_folder_of_something_else_is_not_replaced(study: Path, metaheed: Run, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
-    for out, name in ((study, "maml0"), (tmp_path / "mine", "thesis.tex")):
+    for out in (study, tmp_path / "mine"):
         status, _, err = metaheed("report", study, "--out", out, "--no-toy")
         assert status == 1
         assert "is no part of a report: it would be lost, so choose another --out" in err
@@ -407,7 +419,9 @@ def test_the_evidence_of_this_repository(tmp_path: Path) -> None:
     (row,) = rows_with(page, "cifar-fs 5-way 1-shot", "TA-MAML", "MAML", "+0.69")
     assert row[9] == "0.60 (test tasks only, one training seed)"
     assert f"{config['training']['iterations']:,}" == "2,000"
-    with Image.open(io.BytesIO((tmp_path / "out" / "figures" / "figure4-omniglot-5way1shot.png").read_bytes())) as image:
+    with Image.open(
+        io.BytesIO((tmp_path / "out" / "figures" / "figure4-omniglot-5way1shot.png").read_bytes())
+    ) as image:
         assert image.format == "PNG"
     sizes = [p.stat().st_size for p in (tmp_path / "out" / "figures").iterdir()]
     assert max(sizes) < 600_000

@@ -102,10 +102,10 @@ def _report(
     table1, attention, controls = metalstm_pairs(arms), attention_pairs(arms), control_pairs(arms)
     attended = [(arm, logs[id(arm)]) for arm in arms if logs.get(id(arm))]
     unfinished = [run for run in found.runs if not run.finished]
-    drawn = {number: [p for p in pictures if p.name.startswith(f"figure{number}")] for number in "1345"}
-    absent = [
-        Note(f"Figure {number}: {MISSING_FIGURES[number]}") for number, there in drawn.items() if not there
-    ]
+    figures: list[Picture | Note] = []
+    for number, absent in MISSING_FIGURES.items():
+        drawn = [picture for picture in pictures if picture.name.startswith(f"figure{number}")]
+        figures += drawn or [Note(f"Figure {number}: {absent}")]
     return Report(
         "Task attention: results",
         (
@@ -122,7 +122,12 @@ def _report(
                 "Differences",
                 (
                     accuracy_table(arms),
-                    difference_table("A step on the meta-batch", "MetaLSTM++ against MetaLSTM (Table 1's).", table1, beside_the_paper=True),
+                    difference_table(
+                        "A step on the meta-batch",
+                        "MetaLSTM++ against MetaLSTM (Table 1's).",
+                        table1,
+                        beside_the_paper=True,
+                    ),
                     difference_table(
                         "Attention and TAML",
                         "Each against the same learner under the uniform rule (Table 2's comparison, any learner).",
@@ -138,7 +143,7 @@ def _report(
                     not_compared_table([*table1.missing, *attention.missing, *controls.missing]),
                 ),
             ),
-            Section("Figures", (*pictures, *absent, *([correlation_table(attended)] if attended else []))),
+            Section("Figures", (*figures, *([correlation_table(attended)] if attended else []))),
             Section("Cost of attention", (cost_table(arms),)),
             Section("Iterations to an accuracy", (reach_table(arms, [t / 100 for t in config.thresholds]),)),
             Section(
@@ -239,4 +244,6 @@ def _beside(out: Path) -> Iterator[Path]:
                     old.rename(out)
                 raise
     except OSError as error:
-        raise RunError(f"cannot write {error.filename or out}: {error.strerror or error}. Choose another --out") from error
+        raise RunError(
+            f"cannot write {error.filename or out}: {error.strerror or error}. Choose another --out"
+        ) from error

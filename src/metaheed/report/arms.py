@@ -38,7 +38,11 @@ _LEARNER_LABELS = {
     **{"maml": "MAML", "anil": "ANIL", "boil": "BOIL", "metasgd": "MetaSGD", "metalstm": "MetaLSTM"},
     "protonet": "ProtoNet",
 }
-CONTROLS = {"uniform-2b": "uniform over 2B tasks", "loss-softmax": "softmax of the loss", "replayed": "replayed and permuted"}
+CONTROLS = {
+    "uniform-2b": "uniform over 2B tasks",
+    "loss-softmax": "softmax of the loss",
+    "replayed": "replayed and permuted",
+}
 """Rule -> what it controls attention for."""
 
 
@@ -175,7 +179,9 @@ def group(runs: Iterable[Run]) -> tuple[list[Arm], list[tuple[str, str]]]:
             for run in [*part, *(unjudged if index == 0 else [])]:
                 first = by_seed.setdefault(run.seed, run)
                 if first is not run:
-                    doubled.append((run.name, f"a second run of that config with seed {run.seed}; {first.name} is used"))
+                    doubled.append(
+                        (run.name, f"a second run of that config with seed {run.seed}; {first.name} is used")
+                    )
             ordered = tuple(by_seed[seed] for seed in sorted(by_seed))
             config = ordered[0].config
             arms.append(Arm(ordered[0].setting, ordered, settings_of(config), judged, _label(config)))
@@ -228,6 +234,7 @@ def _told_apart(arms: Sequence[Arm]) -> list[Arm]:
     for arm in arms:
         others = alike[arm.setting, arm.label]
         names = [name for name in arm.settings if len({repr(other.settings.get(name)) for other in others}) > 1]
+        names.sort(key=lambda name: name != "training.iterations")  # what one asks first
         added = [_said(name, arm.settings[name]) for name in names]
         if arm.judged is not None and len({other.judged for other in others if other.settings == arm.settings}) > 1:
             j = arm.judged
@@ -252,7 +259,9 @@ def counterparts(arms: Sequence[Arm], wanted: Callable[[Arm], str | None]) -> Pa
             compared.append(found)
         else:
             name = _rule_label(arm, rule)
-            missing += [NotCompared(arm.setting, arm.label, label, reason) for label, reason in reasons or [(name, found)]]
+            missing += [
+                NotCompared(arm.setting, arm.label, label, reason) for label, reason in reasons or [(name, found)]
+            ]
     return Pairs(tuple(compared), tuple(missing))
 
 
@@ -318,9 +327,7 @@ def pair(arm: Arm, other: Arm) -> Outcome:
         option = name.partition(".")[2].replace("_", "-")
         notes.append(f"{option} is {_value(arm.settings[name])} against {_value(other.settings[name])}")
     try:
-        difference = compare(
-            [arm.results[seed].path for seed in common], [other.results[seed].path for seed in common]
-        )
+        difference = compare([arm.results[seed].path for seed in common], [other.results[seed].path for seed in common])
     except RunError as error:
         return "", [(other.label, plain(str(error)))]
     return Comparison(arm, other, difference, tuple(notes)), []
@@ -352,9 +359,7 @@ def metalstm_pairs(arms: Sequence[Arm]) -> Pairs:
 
 def attention_pairs(arms: Sequence[Arm]) -> Pairs:
     """Table 2's: attention and TAML, of any learner, against the same learner under the uniform rule."""
-    return counterparts(
-        arms, lambda arm: _paper_rule(arm) or "uniform" if arm.rule in ("attended", "equity") else None
-    )
+    return counterparts(arms, lambda arm: _paper_rule(arm) or "uniform" if arm.rule in ("attended", "equity") else None)
 
 
 def _paper_rule(arm: Arm) -> str | None:

@@ -27,7 +27,7 @@ from metaheed.report.arms import Arm, algorithm_label, title
 from metaheed.report.measures import INPUTS, AttentionLog, Band, mean_band, mean_curve
 from metaheed.report.reading import plain
 
-_RC = {
+_RC: Any = {
     "svg.hashsalt": "metaheed",  # identifiers in the file are random without it
     "text.parse_math": False,  # a stranger's $ is a $
     "text.usetex": False,
@@ -134,7 +134,7 @@ def _by_learner(arms: Sequence[Arm]) -> dict[str, list[tuple[Arm, str, str]]]:
 
 
 def _legend(axes: Axes) -> None:
-    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), borderaxespad=0)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.19), borderaxespad=0)
 
 
 def _wrapped(label: str) -> str:
@@ -166,7 +166,7 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
             if len(arm.runs) > 1:
                 for run in arm.runs:
                     steps = [v.iteration for v in run.validations]
-                    axes.plot(steps, [100 * v.accuracy for v in run.validations], color=colour, lw=0.6, alpha=0.35)
+                    axes.plot(steps, [100 * v.accuracy for v in run.validations], color=colour, lw=0.7, alpha=0.45)
             mean = mean_curve([run.validations for run in arm.runs])
             style = "-" if arm.rule != "attended" else "--"
             label = _wrapped(f"{arm.label}, {_seeds(len(arm.runs))}")
@@ -196,7 +196,8 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
 def _attended(arms: Sequence[Arm], logs: Logs) -> dict[str, list[tuple[Arm, str, str]]]:
     """As `_by_learner`, of the attended arms only, each with the colour that it has among all."""
     found = {
-        learner: [member for member in members if logs.get(id(member[0]))] for learner, members in _by_learner(arms).items()
+        learner: [member for member in members if logs.get(id(member[0]))]
+        for learner, members in _by_learner(arms).items()
     }
     return {learner: members for learner, members in found.items() if members}
 
@@ -244,9 +245,12 @@ def _attention(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | Non
     height = _height(learners.values(), 2)
     figure = Figure(figsize=(2 * _WIDTH, height * len(learners)), layout="constrained")
     grid = figure.subplots(len(learners), 2, squeeze=False)
+    pairs = [log.correlations[n] for ms in learners.values() for m in ms for log in logs[id(m[0])] for n in INPUTS]
+    largest = max((abs(r) for c in pairs for r in (c.per_batch, c.pooled) if math.isfinite(r)), default=1.0)
+    limit = min(1.05, max(0.25, 1.15 * largest))
     said = []
     for (left, right), members in zip(grid, learners.values(), strict=True):
-        _correlations(left, members, logs)
+        _correlations(left, members, logs, limit)
         for arm, colour, _ in members:
             of_runs = logs[id(arm)]
             if len(of_runs) > 1:
@@ -276,7 +280,7 @@ def _attention(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | Non
     return figure, "What attention attends to", caption, seen
 
 
-def _correlations(axes: Axes, members: Sequence[tuple[Arm, str, str]], logs: Logs) -> None:
+def _correlations(axes: Axes, members: Sequence[tuple[Arm, str, str]], logs: Logs, limit: float) -> None:
     kinds = (("per_batch", "within batches"), ("pooled", "pooled"))
     rows = len(members) * len(kinds)
     for place, ((arm, colour, marker), (kind, words)) in enumerate(itertools.product(members, kinds)):
@@ -296,7 +300,7 @@ def _correlations(axes: Axes, members: Sequence[tuple[Arm, str, str]], logs: Log
     axes.set(
         title=f"(a) {_learner_title(members[0][0])}",
         xlabel="correlation with the weights",
-        xlim=(-1.05, 1.05),
+        xlim=(-limit, limit),
         ylim=(len(INPUTS) - 0.5, -0.5),
     )
     _legend(axes)

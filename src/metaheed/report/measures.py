@@ -155,7 +155,7 @@ def attention_log(file: Path) -> AttentionLog:
         )
         for name in INPUTS
     }
-    return AttentionLog(*bands, correlations, B, len(iterations))
+    return AttentionLog(bands[0], bands[1], bands[2], correlations, B, len(iterations))
 
 
 def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -169,11 +169,12 @@ def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 def batch_correlations(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """(n, B) each -> (n,): Pearson's correlation within each batch; NaN where a side is constant or not finite."""
-    constant = (np.ptp(values, axis=1) == 0) | (np.ptp(weights, axis=1) == 0)
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):
+        constant = (np.ptp(values, axis=1) == 0) | (np.ptp(weights, axis=1) == 0)
         x, w = (side - side.mean(axis=1, keepdims=True) for side in (values, weights))
-        r = (x * w).sum(axis=1) / np.sqrt((x**2).sum(axis=1) * (w**2).sum(axis=1))
-    r[constant | ~np.isfinite(r)] = np.nan
+        spread = np.sqrt((x**2).sum(axis=1) * (w**2).sum(axis=1))
+        r = (x * w).sum(axis=1) / spread
+    r[constant | ~np.isfinite(r) | ~np.isfinite(spread)] = np.nan
     return np.asarray(r)
 
 
@@ -191,16 +192,17 @@ class _Pooled:
         m = pairs.shape[1]
         if not m:
             return
-        mean = pairs.mean(axis=1)
-        centred, apart = pairs - mean[:, None], mean - self._mean
         total = self._count + m
-        self._moments += centred @ centred.T + np.outer(apart, apart) * (self._count * m / total)
-        self._mean += apart * (m / total)
+        with np.errstate(all="ignore"):  # what is too large to be squared has no correlation in the end
+            mean = pairs.mean(axis=1)
+            centred, apart = pairs - mean[:, None], mean - self._mean
+            self._moments += centred @ centred.T + np.outer(apart, apart) * (self._count * m / total)
+            self._mean += apart * (m / total)
         self._count = total
 
     def value(self) -> float:
         (xx, xy), (_, yy) = self._moments
-        return float(xy / math.sqrt(xx * yy)) if xx > 0 and yy > 0 else math.nan
+        return float(xy / (math.sqrt(xx) * math.sqrt(yy))) if 0 < xx < math.inf and 0 < yy < math.inf else math.nan
 
 
 def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.ndarray]]:
@@ -216,7 +218,9 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
             raise ValueError("its columns have different lengths")
         if not (np.isfinite(table["weights"]).all() and np.isfinite(table["query_loss"]).all()):
             raise ValueError("a weight or a loss is not a number")
-        with np.errstate(divide="ignore", invalid="ignore"):
+        if table["weights"].min() < 0 or table["weights"].max() > 1:
+            raise ValueError("a weight is not between 0 and 1")
+        with np.errstate(all="ignore"):
             ratio = table["query_loss"] / table.pop("initial_loss")
         inputs = {name: table[name] for name in INPUTS if name in table} | {"loss_ratio": ratio}
         return [*iterations], inputs, table["weights"]
@@ -225,7 +229,7 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
     try:
         for line in stream_lines(file):
             B = len(line["weights"])
-            if B != (tasks or B) or B == 0:
+            if B == 0 or tasks not in (0, B):
                 raise ValueError(f"batches of {tasks} and of {B} tasks")
             tasks = B
             if not 0 < line["iteration"] <= 10**9:

@@ -51,7 +51,11 @@ class Report:
 def to_html(report: Report) -> str:
     """The page, figures within."""
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
     )
     environment.filters["data_uri"] = _data_uri
     environment.filters["kind"] = lambda block: type(block).__name__

@@ -213,7 +213,9 @@ def _read_result(path: Path, run: Run) -> tuple[Result | None, str | None]:
         raise RunError(f"{path / 'result.json'}: its accuracies are not two or more numbers from 0 to 1")
     mean = math.fsum(accuracies) / len(accuracies)
     if abs(mean - found["accuracy"]) > 1e-5:  # each is rounded to a millionth
-        raise RunError(f"{path / 'result.json'}: its accuracy is {found['accuracy']}, but its tasks' mean is {mean:.6f}")
+        raise RunError(
+            f"{path / 'result.json'}: its accuracy is {found['accuracy']}, but its tasks' mean is {mean:.6f}"
+        )
     config = run.config
     if (found["seed"], found["algorithm"]) != (run.seed, config.algorithm):
         return None, f"its result.json is of {plain(found['algorithm'])} with seed {found['seed']}"
@@ -253,7 +255,9 @@ def _read_cost(file: Path) -> Cost | None:
     def where(line: dict[str, Any]) -> str:
         threads = line.get("threads")
         counted = f"{threads} thread{'s' * (threads != 1)}"
-        return plain(", ".join(str(p) for p in (line.get("device"), line.get("processor"), counted, line.get("execution"))))
+        return plain(
+            ", ".join(str(p) for p in (line.get("device"), line.get("processor"), counted, line.get("execution")))
+        )
 
     count: Counter[str] = Counter()
     for line in lines:
@@ -261,4 +265,6 @@ def _read_cost(file: Path) -> Cost | None:
     most = max(sorted(count), key=count.__getitem__)
     there = [line for line in lines if where(line) == most]
     peaks = [peak for line in there if isinstance(peak := line.get("peak_bytes"), int) and 0 < peak < 2**60]
-    return Cost(statistics.median(line["seconds"] / line["iterations"] for line in there), max(peaks, default=None), most)
+    return Cost(
+        statistics.median(line["seconds"] / line["iterations"] for line in there), max(peaks, default=None), most
+    )

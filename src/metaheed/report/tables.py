@@ -296,7 +296,8 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
                     (
                         *(title(arm.setting), percent(threshold), arm.label),
                         *_reached(arm, reached, first, reference),
-                        f"{len(there)} of {len(seeds)}" + (f", median {statistics.median(there):,.0f}" if there else ""),
+                        f"{len(there)} of {len(seeds)}"
+                        + (f", median {statistics.median(there):,.0f}" if there else ""),
                     )
                 )
     return Table(
@@ -311,7 +312,15 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
             "(where there is none: of the first arm)."
         ),
         (
-            *("setting", "validation accuracy, %", "arm", "iterations", "outer steps", "× (equal updates)", "tasks seen"),
+            *(
+                "setting",
+                "validation accuracy, %",
+                "arm",
+                "iterations",
+                "outer steps",
+                "× (equal updates)",
+                "tasks seen",
+            ),
             *("× (equal tasks)", "seeds that reached it"),
         ),
         tuple(rows),
@@ -436,5 +445,3 @@ def left_out_table(unfinished: Sequence[Run], others: Sequence[tuple[str, str]])
         ("folder", "left out because"),
         (*rows, *others),
     )
-
-
