@@ -16,7 +16,7 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
     ("errors", "files"),
-    ("types", "config"),
+    ("types", "config", "paper"),
     ("data", "learners"),
     ("outer",),
     ("process", "runs", "recipes"),
@@ -24,6 +24,8 @@ LAYERS = (
     ("training", "figures"),
     ("progress", "search"),
     ("demo", "toy"),
+    ("report",),
+    ("reproduce",),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -43,6 +43,8 @@ from tests.test_training import SMALL, environment
         (["evaluate", "nowhere"], "nowhere is not a run folder"),
         (["evaluate", "nowhere", "--tasks", "1"], "--tasks is 1, but it must be at least 2"),
         (["compare", "a", "--against", "b"], "a has no result.json"),
+        (["report", "nowhere", "--out", "r"], "nowhere is not a folder: name run folders"),
+        (["report", "nowhere", "--out", "r", "--thresholds", "101"], "each must be a percentage above 0"),
         (["compare", "a", "--against", "b", "--data", "omniglot"], "a is not a run folder"),
         (["data", "downlaod"], "unknown data command 'downlaod': did you mean 'download'"),
         (["data", "download", "omniglt"], "unknown data set to download 'omniglt': did you mean 'omniglot'"),
@@ -70,7 +72,16 @@ def test_options_of_another_algorithm_are_not_swallowed(metaheed: Run) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["train"], ["train", "ta-maml"], ["evaluate"], ["compare"], ["demo"], ["data", "download"], ["data", "episodes"]],
+    [
+        ["train"],
+        ["train", "ta-maml"],
+        ["evaluate"],
+        ["compare"],
+        ["report"],
+        ["demo"],
+        ["data", "download"],
+        ["data", "episodes"],
+    ],
 )
 def test_help(arguments: list[str], metaheed: Run) -> None:
     status, out, _ = metaheed(*arguments, "--help")

@@ -1,18 +1,21 @@
 """Recipe files: written, read back, trained from on the command line, and refused where they are wrong."""
 
+import importlib.util
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import yaml
 
 from metaheed import recipes
-from metaheed.config import ALGORITHMS, default_config
+from metaheed.config import ALGORITHMS, default_config, preset
 from metaheed.errors import ConfigError
+from metaheed.paper import Cell, all_cells
 from metaheed.recipes import Recipe
 from metaheed.runs import RunFolder
-from tests.conftest import Run
+from tests.conftest import ROOT, Run
 
 UNTUNED = {"kind": "untuned"}
 SEARCHED = {
@@ -120,3 +123,81 @@ def test_a_recipe_that_is_not_there(metaheed: Run) -> None:
 def test_an_accuracy_that_is_none_is_refused(accuracy: object) -> None:
     with pytest.raises(ConfigError, match="validation_accuracy"):
         Recipe(default_config("maml"), {**SEARCHED, "validation_accuracy": accuracy})
+
+
+# The paper's cells.
+
+TOOL = ROOT / "tools" / "recipes.py"
+
+
+@pytest.fixture
+def tool() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("tools_recipes", TOOL)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_the_committed_recipes_are_what_the_tool_writes(tool: ModuleType) -> None:
+    wanted = tool.files()
+    assert {*tool.FOLDER.rglob("*.yaml")} == {*wanted}, "python tools/recipes.py"
+    for path, content in wanted.items():
+        assert path.read_text(encoding="utf-8") == content, f"{path}: python tools/recipes.py"
+
+
+def test_every_cell_has_a_recipe_of_the_papers_setting(tool: ModuleType) -> None:
+    found = {path.stem: recipes.read(path) for path in tool.FOLDER.rglob("*.yaml")}
+    assert len(found) == len(all_cells())
+    for cell in all_cells():
+        recipe = found[f"{cell.data}-{cell.ways}way{cell.shots}shot-{cell.algorithm}"]
+        config, paper = recipe.config, preset(cell.data, cell.ways, cell.shots)
+        assert config.algorithm == cell.algorithm
+        assert config.episodes.train_shape == config.episodes.test_shape == (cell.ways, cell.shots, paper.queries)
+        assert config.outer.meta_batch_size == paper.meta_batch_size
+        assert config.learner.own_settings()["adaptation_steps"] == paper.adaptation_steps
+        assert config.training.iterations == 55_000
+        assert recipe == recipes.of_cell(cell), "what an installed package uses"
+
+
+def test_what_a_study_found_becomes_its_cells_recipe_and_stays_it(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "SHIPPED", tmp_path / "searched")
+    cell = Cell("cifar-fs", 5, 1, "ta-maml")
+    config = recipes.untuned(cell).config
+    best = replace(
+        config,
+        learner=replace(config.learner, fast_lr=0.25),  # type: ignore[call-arg]
+        rule=replace(config.rule, attention_lr=0.005),  # type: ignore[call-arg]
+        outer=replace(config.outer, meta_lr=0.002),
+        training=replace(config.training, iterations=5000, val_tasks=100, seed=3),
+    )
+    recipes.write(Recipe(best, SEARCHED), tmp_path / "best.yaml")
+    tool.adopt(tmp_path / "best.yaml")
+    adopted = recipes.of_cell(cell)
+    assert adopted.provenance == SEARCHED
+    assert adopted.config == replace(best, training=config.training), "searched values, the paper's training"
+    content = tool.files()[tool.FOLDER / "cifar-fs" / "cifar-fs-5way1shot-ta-maml.yaml"]
+    assert "searched here: the best of 30 trials of 5000 iterations (study small)" in content
+    assert sum("kind: searched" in text for text in tool.files().values()) == 1
+    assert recipes.of_cell(cell._replace(algorithm="maml")).provenance == UNTUNED
+
+
+@pytest.mark.parametrize("wrong", ["untuned", "no cell", "other T", "other Q"])
+def test_what_is_not_found_in_the_papers_setting_is_not_adopted(wrong: str) -> None:
+    config = recipes.untuned(Cell("fc100", 10, 1, "maml")).config
+    found, message = Recipe(config, SEARCHED), ""
+    if wrong == "untuned":
+        found, message = Recipe(config, UNTUNED), "is untuned, not searched"
+    if wrong == "no cell":
+        found, message = Recipe(default_config("maml"), SEARCHED), "glyphs-5way1shot-maml is no cell"
+    if wrong == "other T":
+        learner = replace(config.learner, adaptation_steps=3)  # type: ignore[call-arg]
+        found, message = Recipe(replace(config, learner=learner), SEARCHED), "learner.adaptation_steps 3, but .* is 5"
+    if wrong == "other Q":
+        episodes = replace(config.episodes, queries=5)
+        found, message = Recipe(replace(config, episodes=episodes), SEARCHED), "episodes.queries 5, but .* is 15"
+    with pytest.raises(ConfigError, match=message):
+        recipes.adopt(found)

@@ -15,19 +15,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.table import LABELS, fastest_peer, spread
 
 from metaheed.config import ALGORITHMS
-from metaheed.evaluation import compare, read_result
+from metaheed.evaluation import read_result
 from metaheed.figures import read_lines
+from metaheed.report.arms import attention_pairs, control_pairs, group, metalstm_pairs
+from metaheed.report.measures import holm
+from metaheed.report.reading import find
+from metaheed.report.tables import mean_accuracy, p_text, percent, points
 from metaheed.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: python tools/results_table.py -->\n", "<!-- end of results -->\n"
-COUNTERPART = {
-    **{"ta-maml": "maml", "taml": "maml", "ta-metasgd": "metasgd"},
-    **{"metalstm++": "metalstm", "ta-metalstm++": "metalstm++"},
-}
+STUDIES = ("cifar_fs", "first_runs")
+"""Folders of results/ whose runs the README shows."""
 HEADER = (
-    "| data | setting | algorithm | iterations | seeds | test accuracy, each seed | difference to its counterpart |\n"
-    "|---|---|---|---|---|---|---|\n"
+    "| evidence | data | setting | algorithm | iterations | seeds | test accuracy | difference to its counterparts |\n"
+    "|---|---|---|---|---|---|---|---|\n"
 )
 SPEED = (
     "| setting | our MAML, seconds a step | share of the limit | fastest peer | its time over ours "
@@ -36,28 +38,45 @@ SPEED = (
 CURVES = "\n| algorithm | validations | last validation | jitter of the validation curve |\n|---|---|---|---|\n"
 
 
-def table(study: Path) -> str:
-    """One row an algorithm, data set and setting; differences paired on the same test tasks."""
-    cells: dict[tuple[str, str, int], dict[str, dict[int, Path]]] = defaultdict(lambda: defaultdict(dict))
-    for path in sorted(p.parent for p in study.glob("*/result.json")):
-        result, config = read_result(path), RunFolder(path).read_config()
-        setting = f"{result['ways']}-way {result['shots']}-shot"
-        key = (result["data"], setting, config.training.iterations)
-        cells[key][result["algorithm"]][result["seed"]] = path
+def table(*studies: Path) -> str:
+    """One row an arm (runs of one config but for the seed), differences paired on the same test tasks; of those studies
+    that are there.
+    """
+    return HEADER + "".join(row for study in studies if study.exists() for row in _rows(study))
+
+
+def _rows(study: Path) -> list[str]:
+    found = find([study])
+    if found.unreadable:
+        raise SystemExit(f"{': '.join(found.unreadable[0])}")
+    arms, _ = group(found.runs)
+    against: dict[int, list[str]] = defaultdict(list)
+    for family in (metalstm_pairs(arms), attention_pairs(arms), control_pairs(arms)):
+        tested = [c for c in family.compared if c.difference.p_value is not None]
+        adjusted = iter(holm([c.difference.p_value for c in tested]))
+        for comparison in family.compared:
+            d = comparison.difference
+            p = "" if d.p_value is None else f"; p = {p_text(next(adjusted))} by Holm"
+            text = f"{points(d.mean)} ± {percent(d.half_width)} to {comparison.against.label} ({d.covers}{p})"
+            against[id(comparison.arm)].append(text.replace("p = <", "p <"))
     rows = []
-    for (data, setting, iterations), algorithms in sorted(cells.items(), reverse=True):
-        for algorithm, runs in sorted(algorithms.items(), key=lambda item: [*ALGORITHMS].index(item[0])):
-            results = [read_result(path) for _, path in sorted(runs.items())]
-            accuracy = ", ".join(f"{100 * r['accuracy']:.2f} ± {100 * r['half_width_95']:.2f}" for r in results)
-            difference = "—"
-            counterpart = COUNTERPART.get(algorithm, "")
-            other = algorithms.get(counterpart)
-            if other and set(other) == set(runs):
-                d = compare(list(runs.values()), list(other.values()))
-                difference = f"{100 * d.mean:+.2f} ± {100 * d.half_width:.2f} to {counterpart} ({d.covers})"
-            seeds = ", ".join(str(seed) for seed in sorted(runs))
-            rows.append(f"| {data} | {setting} | {algorithm} | {iterations} | {seeds} | {accuracy} | {difference} |\n")
-    return HEADER + "".join(rows)
+    for arm in arms:
+        results = [run.result for run in arm.results.values()]
+        accuracy = ", ".join(f"{percent(r.accuracy)} ± {percent(r.half_width)}" for r in results)
+        if len(results) > LISTED:
+            ends = percent(min(r.accuracy for r in results)), percent(max(r.accuracy for r in results))
+            accuracy = f"{mean_accuracy(arm)}, {' – '.join(ends)}"
+        cells = (
+            *(f"`results/{study.name}`", arm.setting.data, f"{arm.setting.ways}-way {arm.setting.shots}-shot"),
+            *(arm.label, str(arm.config.training.iterations), ", ".join(map(str, arm.results)), accuracy or "—"),
+            "<br>".join(against[id(arm)]) or "—",
+        )
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return rows
+
+
+LISTED = 3
+"""Up to so many seeds each is shown with its interval over test tasks; of more the mean over seeds with its own."""
 
 
 def curves(study: Path) -> str:
@@ -97,7 +116,7 @@ def speed(file: Path) -> str:
 
 
 TABLES = {
-    "README.md": lambda: table(ROOT / "results" / "first_runs"),
+    "README.md": lambda: table(*(ROOT / "results" / study for study in STUDIES)),
     "results/eight_algorithms/README.md": lambda: (
         table(ROOT / "results" / "eight_algorithms") + curves(ROOT / "results" / "eight_algorithms")
     ),

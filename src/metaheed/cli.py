@@ -25,6 +25,8 @@ from metaheed.config import (
     EvaluationConfig,
     ExecutionName,
     FreezeConfig,
+    ReportConfig,
+    ReproduceConfig,
     RunConfig,
     SearchConfig,
     ToyConfig,
@@ -113,6 +115,27 @@ class Compare:
     """Compare on this data set, on which all were evaluated; none: on the one they were trained on."""
     json: bool = False
     """Print the result as JSON."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Tables and figures of runs: one HTML page, the same as Markdown, figures as PNG and SVG. Needs no data."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, or folders that hold some at any depth; what 'metaheed toy' wrote, too."""
+    out: Path
+    """Folder to make. One that holds an earlier report, and nothing else, is replaced."""
+    showing: ReportConfig = field(default_factory=ReportConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Run what is missing of the paper's Table 1 or 2 or of its figures, go on with what was cut off, judge it all, and
+    write a report. The same command goes on after any interruption."""
+
+    experiment: tyro.conf.Positional[str]
+    """table1, table2 or figures."""
+    doing: ReproduceConfig = field(default_factory=ReproduceConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +307,8 @@ def _dispatch(arguments: list[str]) -> int:
     commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
         "evaluate": (Evaluate, _evaluate),
         "compare": (Compare, _compare),
+        "report": (Report, _report),
+        "reproduce": (Reproduce, _reproduce),
         "demo": (Demo, _demo),
         "toy": (Toy, _toy),
     }
@@ -313,6 +338,9 @@ _USAGE = """metaheed: few-shot meta-learning with task attention
   metaheed evaluate RUN [options]       judge it on frozen test tasks
   metaheed compare RUN... --against RUN...
                                         paired differences on the same tasks
+  metaheed report RUNS... --out DIR     tables and figures of runs as one page
+  metaheed reproduce table1|table2|figures
+                                        the paper's runs, those that are missing, and their report
   metaheed data COMMAND                 data sets: download, prepare, list, verify, show, split, episodes
   metaheed demo                         all of it on built-in data, in minutes
   metaheed toy                          MetaLSTM against MetaLSTM++ in two parameters, drawn
@@ -573,6 +601,31 @@ def _compare(command: Compare) -> int:
     if len(difference.per_seed) > 1:
         for seed, mean in difference.per_seed.items():
             print(f"  seed {seed}: {100 * mean:+.2f}")
+    return 0
+
+
+def _report(command: Report) -> int:
+    from metaheed.report import report
+
+    _tune_process()
+    page = report(command.runs, command.out, command.showing, say=lambda text: print(text, file=sys.stderr, flush=True))
+    print(f"report: {page}")
+    return 0
+
+
+def _reproduce(command: Reproduce) -> int:
+    from metaheed.reproduce import dry_run, reproduce
+
+    _tune_process()
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if command.doing.dry_run:
+        dry_run(command.experiment, command.doing, lambda text: print(text, flush=True), tell)
+        return 0
+    page = reproduce(command.experiment, command.doing, tell)
+    print(f"report: {page}")
     return 0
 
 

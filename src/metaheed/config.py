@@ -72,6 +72,8 @@ def _is(value: object, kind: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if typing.get_origin(kind) is tuple:
         kinds = typing.get_args(kind)
+        if kinds[-1] is Ellipsis:
+            return isinstance(value, tuple) and all(_is(v, kinds[0]) for v in value)
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(_is, value, kinds))
     return isinstance(value, kind)
 
@@ -81,6 +83,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(_describe, _alternatives(hint)))
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple and typing.get_args(hint)[-1] is Ellipsis:
+        return f"values, each {_describe(typing.get_args(hint)[0])}"
     if typing.get_origin(hint) is tuple:
         return f"{len(typing.get_args(hint))} values, each {_describe(typing.get_args(hint)[0])}"
     plain = {int: "a whole number", float: "a number", bool: "true or false", types.NoneType: "none"}
@@ -673,6 +677,47 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReproduceConfig:
+    """Which runs of an experiment are made, and how."""
+
+    only: tuple[str, ...] = ()
+    """Words that choose: data sets (miniimagenet, cifar-fs), settings (5way1shot), algorithms (ta-maml), toy (of the
+    figures), or whole recipes by name. Words of one kind add up, different kinds narrow each other. None: every cell on
+    the paper's own data sets; cifar-fs and fc100 must be named."""
+    seeds: tuple[int, ...] = (0,)
+    """Training seeds, a run each. With several the seed is the unit of every comparison."""
+    iterations: int | None = None
+    """Outer steps of every run; none: the recipe's (the paper's 55,000). Runs that have fewer are trained on."""
+    tasks: int = FreezeConfig.tasks
+    """Frozen test tasks that every run is judged on (the paper: 300)."""
+    out: Path = Path("runs/reproduce")
+    """Folder of the runs, their logs and the report."""
+    data_root: Path | None = None
+    """Folder that holds the data sets, as in training."""
+    recipes: Path | None = None
+    """A folder of recipes of one's own instead of the package's: all in it whose algorithm the experiment has."""
+    jobs: int | None = None
+    """Runs trained at a time; none: one a GPU, or as many as there are cores for --threads each."""
+    threads: int | None = None
+    """CPU threads of each run; none: the cores divided by --jobs, which without it is one run a core. A run that is
+    continued keeps its own."""
+    device: str = "auto"
+    """cpu, cuda:N, or auto: every GPU in turn where there are some (also: cuda), else the CPU."""
+    dry_run: bool = False
+    """Only list the runs, what each still needs, and for how long it would keep this machine busy."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        for seed in self.seeds:
+            _require(0 <= seed < 2**63, "seeds", seed, "a seed must be a whole number of at least 0, below 2**63")
+        _require(bool(self.seeds), "seeds", self.seeds, "there must be one")
+        _require(len({*self.seeds}) == len(self.seeds), "seeds", self.seeds, "each must be named once")
+        _at_least(self, 1, "iterations")
+        _at_least(self, 2, "tasks")
+        _at_least(self, 1, "jobs", "threads", most=10_000)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """Which configurations are tried, and where the study is kept. The ranges are those of every algorithm: what one
     does not have is drawn for it and not used, so that the same seed draws all algorithms the same. They stand for
@@ -753,6 +798,23 @@ class ToyConfig:
         _at_least(self, 2, "iterations")
         _at_least(self, 0, "seed", most=10**12)
         _positive(self, "meta_lr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportConfig:
+    """What a report shows beside what it finds."""
+
+    thresholds: tuple[float, ...] = ()
+    """Validation accuracies in % for which it is shown how long each algorithm took to them; none: 5 points and 1 point
+    below the best of the counterpart without attention."""
+    toy: bool = True
+    """Draw figure 1; the toy is computed, in half a minute, where none of the folders holds one that 'metaheed toy'
+    wrote."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        inside = all(0 < threshold <= 100 for threshold in self.thresholds)
+        _require(inside, "thresholds", self.thresholds, "each must be a percentage above 0 and at most 100")
 
 
 LEARNERS: dict[str, type[LearnerConfig]] = {

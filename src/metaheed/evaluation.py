@@ -272,6 +272,11 @@ class Difference(NamedTuple):
     """Mean over seeds and tasks of the runs."""
     accuracy_against: float
     """The same of the runs they are set against."""
+    tasks_half_width: float
+    """Half-width of the 95% interval over test tasks, these training runs taken as given: 1.96·s/√n over the per-task
+    differences, averaged over seeds. It says nothing about other training runs."""
+    p_value: float | None
+    """Two-sided, of the paired t-test with the seed as the unit; none: one seed, which cannot tell."""
 
 
 ONE_SEED = "covers test tasks only, one training seed"
@@ -332,6 +337,7 @@ def compare(runs: Sequence[Path], against: Sequence[Path], data: str | None = No
     else:
         mean, half_width = t_interval(list(per_seed.values()))
         covers = f"covers training seeds: t-interval over {len(per_seed)} per-seed differences"
+    _, tasks_half_width = interval(np.mean([*differences.values()], axis=0))
     return Difference(
         mean,
         half_width,
@@ -339,6 +345,8 @@ def compare(runs: Sequence[Path], against: Sequence[Path], data: str | None = No
         per_seed,
         float(np.mean([r["accuracy"] for _, r in left.values()])),
         float(np.mean([r["accuracy"] for _, r in right.values()])),
+        tasks_half_width,
+        t_test([*per_seed.values()]) if len(per_seed) > 1 else None,
     )
 
 
@@ -347,6 +355,16 @@ def t_interval(values: Sequence[float]) -> tuple[float, float]:
     n = len(values)
     array = np.asarray(values, dtype=np.float64)
     return float(array.mean()), t_quantile(0.975, n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
+
+
+def t_test(values: Sequence[float]) -> float:
+    """Two-sided p-value of Student's one-sample test that the mean is zero, n at least 2."""
+    n = len(values)
+    array = np.asarray(values, dtype=np.float64)
+    mean, error = abs(float(array.mean())), float(array.std(ddof=1)) / math.sqrt(n)
+    if error == 0:
+        return 0.0 if mean else 1.0
+    return 2 * (1 - t_cdf(mean / error, n - 1))
 
 
 def t_quantile(p: float, freedom: int) -> float:
@@ -407,6 +425,8 @@ def read_result(path: Path, data: str | None = None) -> dict[str, Any]:
         for name in _RESULT_FIELDS:
             if name in result and not isinstance(result[name], _RESULT_FIELDS[name]):
                 raise ValueError(f"its {name} is {result[name]!r}")
+        if not isinstance(result.get("trained_on", ""), str):
+            raise ValueError(f"its trained_on is {result['trained_on']!r}")
         if not missing:
             accuracies = np.array(result["accuracies"], dtype=np.float64)
             if accuracies.shape != (result["tasks"],):

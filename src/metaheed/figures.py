@@ -1,7 +1,6 @@
 """Figures of training runs and searches, drawn without a screen."""
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metaheed.errors import RunError
-from metaheed.runs import RunFolder, write_whole
+from metaheed.runs import RunFolder, stream_lines, write_whole
 
-_COLOURS = ("#4477aa", "#cc6677", "#228833", "#aa8800", "#66ccee", "#aa3377")
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""Okabe and Ito's, which people with any colour vision can tell apart; their yellow, too faint for lines, left out."""
 
 
 def training_figure(runs: Mapping[str, Path], out: Path) -> None:
@@ -29,7 +28,7 @@ def training_figure(runs: Mapping[str, Path], out: Path) -> None:
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (label, path), colour in zip(runs.items(), _COLOURS * (1 + len(runs) // len(_COLOURS)), strict=False):
+    for (label, path), colour in zip(runs.items(), COLOURS * (1 + len(runs) // len(COLOURS)), strict=False):
         folder = RunFolder(path)
         validations = [line for line in read_lines(folder.metrics_file) if "validation_accuracy" in line]
         iterations = [line["iteration"] for line in validations]
@@ -63,22 +62,29 @@ def trajectory_figure(
         optima: a point a task.
         out: the PNG to write.
     """
+    _save(draw_trajectories(trajectories, optima), out)
+
+
+def draw_trajectories(
+    trajectories: Mapping[str, Sequence[tuple[float, float]]], optima: Sequence[tuple[float, float]]
+) -> Figure:
+    """What `trajectory_figure` writes."""
     figure = Figure(figsize=(5 * len(trajectories), 4.6), layout="constrained")
     panels = figure.subplots(1, len(trajectories), sharex=True, sharey=True, squeeze=False)[0]
     centre = np.mean(optima, axis=0)
-    for axes, (label, points), colour in zip(panels, trajectories.items(), _COLOURS, strict=False):
+    for axes, (label, points), colour in zip(panels, trajectories.items(), COLOURS, strict=False):
         path = np.array(points)
         axes.plot(*path.T, "-", color=colour, lw=0.8, alpha=0.8)
         axes.plot(*path[0], "o", color="black", ms=6, label="start", zorder=3)
         axes.plot(*path[-1], "D", color=colour, mec="black", ms=7, label="end", zorder=3)
-        axes.plot(*np.array(optima).T, "*", color="#aa8800", ms=13, ls="", label="optimum of a task")
+        axes.plot(*np.array(optima).T, "*", color="#e69f00", ms=13, ls="", label="optimum of a task")
         axes.plot(*centre, "+", color="black", ms=12, mew=1.5, label="mean of the optima")
         axes.set(xlabel="first meta-parameter", title=f"{label}: {len(path) - 1} outer steps", aspect="equal")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("second meta-parameter")
     panels[-1].legend(frameon=False, fontsize=8)
-    _save(figure, out)
+    return figure
 
 
 def parallel_figure(
@@ -155,7 +161,7 @@ def importance_figure(importances: Mapping[str, float], trials: int, out: Path) 
     figure = Figure(figsize=(6, 1.6 + 0.5 * len(importances)), layout="constrained")
     plane = figure.subplots()
     ordered = sorted(importances.items(), key=lambda item: item[1])
-    bars = plane.barh([name for name, _ in ordered], [value for _, value in ordered], color=_COLOURS[0], height=0.6)
+    bars = plane.barh([name for name, _ in ordered], [value for _, value in ordered], color=COLOURS[0], height=0.6)
     plane.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
     plane.set(xlabel=f"importance (PED-ANOVA) over {trials} trials", xlim=(0, 1.08))
     plane.spines[["top", "right"]].set_visible(False)
@@ -174,10 +180,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         RunError: it is missing or damaged.
     """
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+    return [*stream_lines(path)]
 
 
 def _smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

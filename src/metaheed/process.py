@@ -3,9 +3,13 @@
 import contextlib
 import ctypes
 import os
+import platform
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -75,6 +79,33 @@ def float32_products(tf32: bool) -> Iterator[None]:
     finally:
         for part, name, value in before:
             setattr(part, name, value)
+
+
+@contextlib.contextmanager
+def signals_received(hangup: bool = False) -> Iterator[list[int]]:
+    """Collect SIGINT and SIGTERM instead of dying of them, and SIGHUP where asked for; a second one interrupts at once.
+
+    A SIGHUP that is ignored, as under nohup, stays so.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # Python delivers signals to the main thread only
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if hangup and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -168,3 +199,45 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # The mode also fills every new tensor against reads of uninitialised memory, which costs time and finds only bugs.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined,unused-ignore]
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most memory held so far, in bytes; none: this system does not say.
+
+    On CUDA the device's, by PyTorch's count. Else resident memory of this process and of its workers: the sum of each
+    one's peak, so that what they share is counted in each.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    processes = Path("/proc/self/task")
+    if not processes.exists():
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return own * (1 if platform.system() == "Darwin" else 1024)
+    total = _peak_resident("self")
+    for thread in processes.iterdir():
+        with contextlib.suppress(OSError):  # a thread, or a worker of it, that has just ended
+            total += sum(map(_peak_resident, (thread / "children").read_text().split()))
+    return total
+
+
+def _peak_resident(process: str) -> int:
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def describe_processor(device: torch.device) -> str:
+    """The name of what computes there: of the GPU, or of the CPU as far as the system tells."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

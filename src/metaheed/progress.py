@@ -193,6 +193,118 @@ class WorkLines:
         """Nothing to put away."""
 
 
+def make_board(jobs: int) -> "Board | BoardLines":
+    """Who tells of so many jobs, several at a time: live bars if standard error is a terminal, else lines."""
+    console = Console(stderr=True)
+    return Board(console, jobs) if console.is_terminal else BoardLines(jobs)
+
+
+class Board:
+    """A live bar for every job that is being worked on, and one that counts those that are done."""
+
+    def __init__(self, console: Console, jobs: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+        )
+        self._all = self._progress.add_task("runs done", total=jobs, note="")
+        self._tasks: dict[str, TaskID] = {}
+        self._paces: dict[str, _Pace] = {}
+        self._progress.start()
+
+    def begin(self, name: str, what: str, iteration: int, iterations: int) -> None:
+        """Show the job's bar, or let it begin anew."""
+        self.end(name)
+        self._tasks[name] = self._progress.add_task(name, total=iterations, completed=iteration, note=what)
+        self._paces[name] = _Pace(what, iteration, iterations)
+
+    def step(self, name: str, iteration: int, validation: float | None) -> None:
+        """Advance it."""
+        note = self._paces[name](iteration, validation)
+        self._progress.update(self._tasks[name], completed=iteration, note=note)
+
+    def end(self, name: str) -> None:
+        """Take its bar away."""
+        if name in self._tasks:
+            self._progress.remove_task(self._tasks.pop(name))
+
+    def count(self, done: int) -> None:
+        """Advance the bar of all."""
+        self._progress.update(self._all, completed=done)
+
+    def message(self, text: str) -> None:
+        """A line above the bars."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Leave the bars as they stand."""
+        self._progress.stop()
+
+
+class BoardLines:
+    """A line when a job begins a stage, and once a minute one for each."""
+
+    def __init__(self, jobs: int) -> None:
+        self._jobs, self._done = jobs, 0
+        self._paces: dict[str, _Pace] = {}
+        self._said: dict[str, float] = {}
+
+    def begin(self, name: str, what: str, iteration: int, iterations: int) -> None:
+        """Say it."""
+        self._paces[name], self._said[name] = _Pace(what, iteration, iterations), time.monotonic()
+        after = f" after iteration {iteration}" if what == "training" and iteration else ""
+        self.message(f"{name}: {what}{after}")
+
+    def step(self, name: str, iteration: int, validation: float | None) -> None:
+        """Say how it stands, now and then."""
+        note = self._paces[name](iteration, validation)
+        if time.monotonic() - self._said[name] >= 60:
+            self._said[name] = time.monotonic()
+            self.message(f"{name}: iteration {iteration}/{self._paces[name].iterations}  {note}")
+
+    def end(self, name: str) -> None:
+        """Nothing to put away."""
+
+    def count(self, done: int) -> None:
+        """Say how many are done."""
+        self.message(f"{done} of {self._jobs} done")
+
+    def message(self, text: str) -> None:
+        """Say it, if anybody is left to hear it."""
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Nothing to put away."""
+
+
+class _Pace:
+    """How fast a job in another process goes, from when it is first seen to go on."""
+
+    def __init__(self, what: str, iteration: int, iterations: int) -> None:
+        self.iterations, self._what, self._latest = iterations, what, iteration
+        self._rate: _Rate | None = None
+
+    def __call__(self, iteration: int, validation: float | None) -> str:
+        # A log that is cut back to its checkpoint goes backwards.
+        if iteration < self._latest or (self._rate is None and iteration > self._latest):
+            self._rate = _Rate()
+            self._rate.start(iteration)
+        self._latest = iteration
+        rate = 0.0 if self._rate is None else self._rate(iteration)
+        parts = [self._what]
+        if rate:
+            left = int((self.iterations - iteration) / rate)
+            parts.append(f"{rate:.2f} it/s  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+        if validation is not None:
+            parts.append(f"validation {validation:.2%}")
+        return "  ".join(parts)
+
+
 class Transfers:
     """How downloads go: a live bar on a terminal; elsewhere a line when one begins, and every ten seconds."""
 

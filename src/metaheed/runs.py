@@ -3,6 +3,7 @@
     config.yaml                    everything that decided the run; written first
     metrics.jsonl                  a line an iteration (loss, accuracy), and one a validation
     tasks.jsonl                    a line an iteration: attention's inputs and the weight of every task
+    timing.jsonl                   a line between two checkpoints: iterations, seconds, peak memory
     checkpoints/last.safetensors   the whole state, for exact resume; previous.safetensors is the one before
     checkpoints/best.safetensors   θ at the best validation accuracy, under the backbone's own names
     replayed.safetensors           the weights of another run, where the rule replays them
@@ -11,7 +12,7 @@
                                    result-on-DATA.json: on another data set)
     run.lock                       held by the process that trains
 
-Files hold iterations and never the clock, so that the same run leaves the same bytes.
+Files hold iterations and never the clock, timing.jsonl excepted, so that the same run leaves the same bytes.
 """
 
 import contextlib
@@ -86,6 +87,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.tasks_file = path / "tasks.jsonl"
+        self.timing_file = path / "timing.jsonl"
         self.result_file = self.result("test")
         self.replayed_file = path / "replayed.safetensors"
         self.classes_file = path / "classes.json"
@@ -129,6 +131,14 @@ class RunFolder:
                 file.flush()
             # The file stays when the lock goes: were it deleted, two processes could lock two files of that name.
             yield
+
+    def is_held(self) -> bool:
+        """Whether a living process holds the folder at this moment."""
+        try:
+            with self.lock_file.open("r+") as file:
+                return not try_lock(file)
+        except FileNotFoundError:
+            return False
 
     def read_config(self) -> RunConfig:
         """The run's config.
@@ -322,6 +332,25 @@ class JsonLines:
         """Close the file."""
         with _writing(self._path):
             self._file.close()
+
+
+def stream_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file, one after another; a last line without an end is still being written, and left out.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    return
+                value = json.loads(line)
+                if not isinstance(value, dict):
+                    raise ValueError(f"line {number} is no object")
+                yield value
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path} cannot be read: {error}") from error
 
 
 def load(run: str | Path, checkpoint: str = "best", ways: int | None = None) -> tuple[Learner, Params]:

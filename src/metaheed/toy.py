@@ -33,10 +33,11 @@ from metaheed.outer import (
 from metaheed.runs import write_whole
 from metaheed.types import Episode, Params
 
-_OPTIMA = ((2.0, 2.0), (-1.0, 2.5), (2.5, -1.0), (-1.5, -1.5))
+OPTIMA = ((2.0, 2.0), (-1.0, 2.5), (2.5, -1.0), (-1.5, -1.5))
+"""The best parameters of each task."""
 _START = (-2.5, 3.5)
 _EXAMPLES = 40  # of a support set and of a query set
-RULES: dict[str, tuple[Callable[[], Rule], int]] = {"MetaLSTM": (sequential, 1), "MetaLSTM++": (uniform, len(_OPTIMA))}
+RULES: dict[str, tuple[Callable[[], Rule], int]] = {"MetaLSTM": (sequential, 1), "MetaLSTM++": (uniform, len(OPTIMA))}
 """Algorithm -> its rule, and by how much its β is multiplied: one step on the mean of B gradients moves as far as B
 steps on one each when its rate is B times theirs."""
 
@@ -77,9 +78,9 @@ def toy(out: Path, config: ToyConfig) -> dict[str, Trajectory]:
         RunError: `out` cannot be written.
     """
     found = {name: follow(rule(), config, factor) for name, (rule, factor) in RULES.items()}
-    trajectory_figure({name: t.points for name, t in found.items()}, _OPTIMA, out / "trajectories.png")
+    trajectory_figure({name: t.points for name, t in found.items()}, OPTIMA, out / "trajectories.png")
     numbers = {name: t._asdict() for name, t in found.items()}
-    write_whole(out / "toy.json", (json.dumps({"optima": _OPTIMA, **numbers}) + "\n").encode())
+    write_whole(out / "toy.json", (json.dumps({"optima": OPTIMA, **numbers}) + "\n").encode())
     return found
 
 
@@ -109,7 +110,7 @@ def follow(rule: Rule, config: ToyConfig, factor: float = 1) -> Trajectory:
         reverse = Tools(gradients, _never, step, {t: Episode(*(part.flip(0) for part in tasks))}.__getitem__, _never)
         otherwise, _ = rule.step(state, t, reverse)
         state, _ = rule.step(state, t, tools)
-        biases.append(math.dist(_point(otherwise.meta), _OPTIMA[last]) - math.dist(points[-1], _OPTIMA[last]))
+        biases.append(math.dist(_point(otherwise.meta), OPTIMA[last]) - math.dist(points[-1], OPTIMA[last]))
     bias, half_width = interval(biases)
     return Trajectory(
         points,
@@ -123,7 +124,7 @@ def follow(rule: Rule, config: ToyConfig, factor: float = 1) -> Trajectory:
 def draw_batches(count: int, seed: int) -> list[tuple[Episode, int]]:
     """Meta-batches of every task once, in an order drawn anew and on fresh points; with each, which task came last."""
     generator = torch.Generator().manual_seed(seed)
-    optima = torch.tensor(_OPTIMA)  # (B, 2)
+    optima = torch.tensor(OPTIMA)  # (B, 2)
 
     def draw(order: Tensor) -> tuple[Tensor, Tensor]:
         x = torch.randn(len(optima), _EXAMPLES, 2, generator=generator)

@@ -5,19 +5,20 @@ the state of a run is its tensors and its iteration, and a run that was cut off 
 """
 
 import contextlib
+import itertools
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from metaheed.config import CHUNKED, AttendedConfig, ExecutionName, ReplayedConfig, RunConfig
-from metaheed.data import Dataset, Episodes, check_name, load_dataset
+from metaheed.data import Dataset, Episodes, Split, check_name, load_dataset
+from metaheed.data.images import make_split
 from metaheed.errors import (
     ConfigError,
     Interrupted,
@@ -46,7 +47,16 @@ from metaheed.outer import (
     task_gradient,
     workers_ended,
 )
-from metaheed.process import cpu_threads, float32_products, is_out_of_memory, memory_explained, pick_device
+from metaheed.process import (
+    cpu_threads,
+    describe_processor,
+    float32_products,
+    is_out_of_memory,
+    memory_explained,
+    peak_memory,
+    pick_device,
+    signals_received,
+)
 from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
 from metaheed.types import Episode, Params
 
@@ -148,7 +158,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
                 logs = (folder.metrics_file, folder.tasks_file)
                 if not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
                     made_here = (folder.config_file, folder.lock_file, folder.replayed_file, folder.classes_file)
-                    for file in (*made_here, *logs):
+                    for file in (*made_here, *logs, folder.timing_file):
                         file.unlink(missing_ok=True)
                 raise
     finally:
@@ -224,7 +234,6 @@ class _Session:
     """One process's work on a run."""
 
     config: RunConfig
-    folder: RunFolder
     learner: Learner
     rule: Rule
     tools: Tools
@@ -242,7 +251,7 @@ class _Session:
 
 def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
     training = config.training
-    with workers_ended(), cpu_threads(training), float32_products(training.tf32), _signals() as received:
+    with workers_ended(), cpu_threads(training), float32_products(training.tf32), signals_received() as received:
         folder.remove_leftovers()
         checkpoint, notices = folder.read_checkpoint()
         for notice in notices:
@@ -257,9 +266,20 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             )
         if checkpoint is not None and _finished(checkpoint.progress, config):
             folder.write_best(checkpoint)
+            written = folder.read_config()
+            if written.training.iterations != config.training.iterations:
+                # Lowered to what the checkpoint has: what was logged after it was is of no run any more.
+                JsonLines(folder.metrics_file, checkpoint.progress.metrics_bytes).close()
+                JsonLines(folder.tasks_file, checkpoint.progress.tasks_bytes).close()
+                lowered = replace(written.training, iterations=config.training.iterations)
+                folder.write_config(replace(written, training=lowered))
             reporter.message(f"{folder.path} is finished: all {config.training.iterations} iterations are done")
             return
-        session = _set_up(folder, config)
+        data = config.episodes
+        dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
+        dataset = _on_device(dataset, pick_device(training.device))
+        folder.record_classes(dataset)
+        session = _set_up(config, dataset, folder)
         if session.dataset.origin:
             reporter.message(f"data: {session.dataset.origin}")
         fresh = _fresh(session)
@@ -277,7 +297,85 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         B = config.outer.meta_batch_size
         reporter.message(describe_execution(training, session.device, B, session.streams.lie_on(session.device)))
         with memory_explained(config, session.device, B, lambda: session.task_bytes):
-            _loop(session, checkpoint, reporter, received)
+            _loop(session, folder, checkpoint, reporter, received)
+
+
+class Speed(NamedTuple):
+    """How long work takes, in seconds."""
+
+    iteration: float
+    """An outer step."""
+    task: float
+    """Adapting to a frozen task and judging it."""
+
+
+_ENOUGH = 0.5  # seconds of steps that are timed
+_BLOCK = 10  # steps at once, where they are made in blocks
+_FEW = 4  # tasks judged
+
+
+def measure_speed(config: RunConfig, image_shape: tuple[int, int, int]) -> Speed:
+    """What a run's outer steps and its judging take on this machine, on images of noise; nothing is read or written.
+
+    A first step that takes longer than half a second is the measure, what it sets up included; else it is left out, and
+    steps are made after it until they have taken as long.
+
+    Raises:
+        ConfigError: the setting, the network or the device cannot be used, or the rule replays another run.
+        OutOfMemoryError: the tasks computed at once do not fit.
+        NonFiniteError: on noise the first steps are not finite.
+    """
+    device = pick_device(config.training.device)
+    execution = _picked(config.training.execution, device, config)
+    training = replace(config.training, device=str(device), execution=execution, val_tasks=_FEW)
+    config = replace(config, training=training)
+    with workers_ended(), cpu_threads(training), float32_products(training.tf32):
+        session = _set_up(config, _on_device(_noise(config, image_shape), device), None)
+        with memory_explained(config, device, config.outer.meta_batch_size):
+            return Speed(_time_steps(session), _time_judging(session))
+
+
+def _noise(config: RunConfig, image_shape: tuple[int, int, int]) -> Dataset:
+    """Random images, of as many classes as the config's tasks need."""
+    generator = np.random.default_rng(0)
+
+    def split(name: str, ways: int, shots: int, queries: int) -> Split:
+        classes = [f"{name} {k}" for k in range(ways)]
+        shape = (shots + queries, *image_shape)
+        return make_split(name, classes, [generator.integers(0, 256, shape, np.uint8) for _ in classes])
+
+    splits = {"train": split("train", *config.episodes.train_shape)}
+    splits |= {name: split(name, *config.episodes.test_shape) for name in ("val", "test")}
+    return Dataset("noise", splits, (0.5,) * image_shape[0], (0.3,) * image_shape[0])
+
+
+def _time_steps(session: _Session) -> float:
+    training, device = session.config.training, session.device
+    state = _to(_fresh(session).state, device)
+    steps = build_steps(training, device, session.rule, session.tools, session.streams, state, lambda _: None)
+    done, counted, taken = 0, 0, 0.0
+    try:
+        for call in itertools.count():
+            began = time.perf_counter()
+            made = len(list(steps.advance(done, min(_BLOCK, steps.block), lambda: False)))
+            seconds = time.perf_counter() - began
+            done += made
+            # The first call sets up what the others use; on a device the second one captures the step.
+            if (call < 2) if device.type == "cuda" else (call == 0 and seconds < _ENOUGH):
+                continue
+            counted, taken = counted + made, taken + seconds
+            if taken >= _ENOUGH and counted:
+                break
+    finally:
+        steps.close()
+    return taken / counted
+
+
+def _time_judging(session: _Session) -> float:
+    meta = _to(_fresh(session).state, session.device).meta
+    began = time.perf_counter()
+    session.validation(meta, lambda _: None)
+    return (time.perf_counter() - began) / _FEW
 
 
 def _finished(progress: Progress, config: RunConfig) -> bool:
@@ -285,11 +383,8 @@ def _finished(progress: Progress, config: RunConfig) -> bool:
     return progress.iteration >= total and progress.validated >= total
 
 
-def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
+def _set_up(config: RunConfig, dataset: Dataset, folder: RunFolder | None) -> _Session:
     device = pick_device(config.training.device)
-    data = config.episodes
-    dataset = _on_device(load_dataset(data.data, data.data_root, data.image_size, data.split_seed), device)
-    folder.record_classes(dataset)
     # All episodes before the network, so that tasks the data cannot give are refused as such, test tasks included:
     # rather now than after a long training.
     shape, seed = config.episodes.train_shape, config.training.seed
@@ -321,9 +416,11 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
         return *interval(outcomes.accuracies), float(outcomes.losses.mean())
 
     # δ has a generator of its own, so that θ's start is the same under every rule.
-    logged = _logged_weights(folder, config) if isinstance(config.rule, ReplayedConfig) else None
+    logged = None
+    if folder is not None and isinstance(config.rule, ReplayedConfig):
+        logged = _logged_weights(folder, config)
     rule = build_rule(config, torch.Generator().manual_seed(seed + 1), logged)
-    return _Session(config, folder, learner, rule, tools, streams, validation, dataset, device)
+    return _Session(config, learner, rule, tools, streams, validation, dataset, device)
 
 
 def _on_device(dataset: Dataset, device: torch.device) -> Dataset:
@@ -422,8 +519,8 @@ class _StopRequested(Exception):  # noqa: N818  # a request, not an error
     pass
 
 
-def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: list[int]) -> None:
-    training, folder = session.config.training, session.folder
+def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Reporter, received: list[int]) -> None:
+    training = session.config.training
     progress, best = start.progress, start.best
     steps = build_steps(
         training,
@@ -436,12 +533,14 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
     )
     metrics = JsonLines(folder.metrics_file, progress.metrics_bytes)
     tasks = JsonLines(folder.tasks_file, progress.tasks_bytes)
+    clock = _Clock(session, folder, progress.iteration)
     events = _Events(session.config, folder, progress.iteration)
 
     def save() -> None:
         nonlocal progress
         progress = progress._replace(metrics_bytes=metrics.sync(), tasks_bytes=tasks.sync())
         folder.write_checkpoint(Checkpoint(progress, steps.state, best, session.dataset.image_shape, session.pixels))
+        clock.write(progress.iteration)
 
     def check_stop(_: int = 0) -> None:
         if received:
@@ -474,10 +573,11 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
             every = (training.val_every, training.checkpoint_every)
             ahead = min(training.iterations - done, *(interval - done % interval for interval in every))
             try:
-                for record in steps.advance(done, min(ahead, steps.block), lambda: bool(received)):
-                    progress = progress._replace(iteration=progress.iteration + 1)
-                    loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
-                    reporter.step(progress.iteration, loss, accuracy)
+                with clock:
+                    for record in steps.advance(done, min(ahead, steps.block), lambda: bool(received)):
+                        progress = progress._replace(iteration=progress.iteration + 1)
+                        loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
+                        reporter.step(progress.iteration, loss, accuracy)
             except NonFiniteError as error:
                 raise NonFiniteError(f"iteration {progress.iteration + 1}: {error}. {_REMEDY}") from error
             if progress.iteration > done and progress.iteration % training.checkpoint_every == 0:
@@ -494,6 +594,7 @@ def _loop(session: _Session, start: Checkpoint, reporter: Reporter, received: li
         events.close()
         metrics.close()
         tasks.close()
+        clock.close()
 
 
 def _log(
@@ -563,22 +664,36 @@ class _Events:
             self._writer.close()
 
 
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them; a second one interrupts at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received  # Python delivers signals to the main thread only
-        return
+class _Clock:
+    """timing.jsonl: seconds in iterations, those in validations and checkpoints left out, and memory."""
 
-    def handler(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
+    def __init__(self, session: _Session, folder: RunFolder, iteration: int) -> None:
+        file, training = folder.timing_file, session.config.training
+        # Lines of iterations that are done again stay: they were measured. A run from the start begins a new file.
+        self._lines = JsonLines(file, file.stat().st_size if iteration and file.exists() else 0)
+        self._written, self._seconds, self._began = iteration, 0.0, 0.0
+        self._device = session.device
+        self._where = {
+            "device": str(session.device),
+            "processor": describe_processor(session.device),
+            "threads": training.threads,
+            "execution": training.execution,
+        }
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds += time.perf_counter() - self._began
+
+    def write(self, iteration: int) -> None:
+        """Say what the iterations since the last line took."""
+        steps = iteration - self._written
+        if steps:
+            seconds = float(f"{self._seconds:.6g}")
+            taken = {"iteration": iteration, "iterations": steps, "seconds": seconds}
+            self._lines.write({**taken, "peak_bytes": peak_memory(self._device), **self._where})
+        self._written, self._seconds = iteration, 0.0
+
+    def close(self) -> None:
+        self._lines.close()

@@ -7,7 +7,7 @@ from metaheed.config import EpisodeConfig
 from metaheed.data import cifar, folder, glyphs, miniimagenet, omniglot, tieredimagenet
 from metaheed.data.episodes import Ahead, Episodes
 from metaheed.data.images import SPLITS, Dataset, Split
-from metaheed.data.sources import Request, Source, Watcher, in_memory
+from metaheed.data.sources import Request, Source, Watcher, check_memory, in_memory
 from metaheed.data.store import find_store, open_store, read_manifest
 from metaheed.errors import DataError, MissingDataError, unknown
 
@@ -21,6 +21,7 @@ __all__ = [
     "Source",
     "Split",
     "check_name",
+    "find_shape",
     "find_source",
     "load_dataset",
     "survey",
@@ -78,18 +79,38 @@ def load_dataset(
     """
     check_name(name)
     request = Request(root, image_size, split_seed)
-    size = (image_size or EpisodeConfig.folder_image_size) if name == "folder" else None
-    path = find_store(name, request, size)
+    path = _find_store(name, request)
+    return open_store(path, request) if path is not None else in_memory(find_source(name, request), watcher)
+
+
+def find_shape(
+    name: str, root: Path | None = None, image_size: int | None = None, split_seed: int | None = None
+) -> tuple[int, int, int]:
+    """The image shape of what `load_dataset` would load, found by reading names and labels only: quickly.
+
+    Raises:
+        As `load_dataset`, but for images that are damaged.
+    """
+    check_name(name)
+    request = Request(root, image_size, split_seed)
+    path = _find_store(name, request)
     if path is not None:
-        return open_store(path, request)
-    return in_memory(find_source(name, request), watcher)
+        return read_manifest(path).shape
+    source = find_source(name, request)
+    check_memory(source)
+    return source.splits["train"].shape
+
+
+def _find_store(name: str, request: Request) -> Path | None:
+    size = (request.image_size or EpisodeConfig.folder_image_size) if name == "folder" else None
+    return find_store(name, request, size)
 
 
 def survey(root: Path | None) -> Iterator[tuple[str, str, str]]:
     """Name, state and counts of every data set under a root."""
     for name in DATASETS:
         try:
-            path = find_store(name, Request(root), EpisodeConfig.folder_image_size if name == "folder" else None)
+            path = _find_store(name, Request(root))
             if path is not None:
                 counts = {split: counts for split, (_, counts, _) in read_manifest(path).splits.items()}
                 state = f"the store {path}"

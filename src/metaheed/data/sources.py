@@ -117,18 +117,23 @@ class Quiet:
         pass
 
 
-def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
-    """Read a whole source into memory.
-
-    Raises:
-        DataError: a file is damaged, or the whole is larger than MOST_IN_MEMORY.
-    """
+def check_memory(source: Source) -> None:
+    """Raise DataError if a source is larger than MOST_IN_MEMORY."""
     total = sum(split.bytes for split in source.splits.values())
     if total > MOST_IN_MEMORY:
         raise DataError(
             f"{source.name}: {source.layout} would take {gigabytes(total)} of memory: convert it once with "
             f"'metaheed data prepare {source.name} --from FOLDER', and train from what that writes"
         )
+
+
+def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
+    """Read a whole source into memory.
+
+    Raises:
+        DataError: a file is damaged, or the whole is larger than MOST_IN_MEMORY.
+    """
+    check_memory(source)
     watcher = watcher or Quiet()
     problems: list[str] = []
     splits = {}

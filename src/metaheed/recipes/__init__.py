@@ -14,9 +14,10 @@ from typing import Any
 
 import yaml
 
-from metaheed.config import RunConfig, from_dict, to_dict
+from metaheed.config import RunConfig, default_config, from_dict, to_dict
 from metaheed.errors import ConfigError
 from metaheed.files import write_synced
+from metaheed.paper import ITERATIONS, Cell, all_cells
 
 OF_A_RUN: dict[str, tuple[str, ...]] = {
     "episodes": ("data_root",),
@@ -125,6 +126,91 @@ def read(path: Path) -> Recipe:
         return Recipe(from_dict(values["config"]), values["provenance"])
     except (ValueError, TypeError) as error:
         raise ConfigError(f"recipe {path}: {error}") from error
+
+
+def read_folder(folder: Path) -> dict[str, Recipe]:
+    """The recipes in a folder and below it, by the names of their files without .yaml, in alphabetical order.
+
+    Raises:
+        ConfigError: there is none, two have the same name, or one is wrong (see `read`).
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*.yaml"), key=lambda p: (p.stem, str(p))):
+        if path.stem in found:
+            raise ConfigError(
+                f"{found[path.stem]} and {path} have the same name, and their runs would have, too: rename one"
+            )
+        found[path.stem] = path
+    if not found:
+        raise ConfigError(f"--recipes {folder} holds no recipe, which would be a file NAME.yaml")
+    return {name: read(path) for name, path in found.items()}
+
+
+# The paper's cells.
+
+
+SHIPPED = Path(__file__).parent / "searched"
+"""Where the searched recipes of the paper's cells lie, one file a cell; the others are made of the presets."""
+PAPERS_SEARCH: dict[str, tuple[str, ...]] = {
+    "learner": ("fast_lr",),
+    "rule": ("attention_lr", "equity_lambda"),
+    "outer": ("meta_lr",),
+}
+"""Group of the config -> what the paper searches in it, and so all that a searched recipe of a cell may change."""
+
+
+def untuned(cell: Cell) -> Recipe:
+    """A cell with the program's defaults at the paper's T, B, Q and number of iterations."""
+    config = default_config(cell.algorithm, cell.data, cell.ways, cell.shots)
+    training = replace(config.training, iterations=ITERATIONS)
+    return Recipe(replace(config, training=training), {"kind": "untuned"})
+
+
+def of_cell(cell: Cell) -> Recipe:
+    """The recipe of a cell: the searched one where there is one, else the untuned."""
+    recipe = untuned(cell)
+    file = SHIPPED / f"{recipe.name}.yaml"
+    return read(file) if file.exists() else recipe
+
+
+def adopt(found: Recipe) -> Recipe:
+    """What a study found for a cell of the paper, as that cell's recipe: what it searched, in the paper's setting.
+
+    Raises:
+        ConfigError: it was not searched, is of no cell, or differs from its cell's setting in more than the paper's
+            search decides (the training loop does not count: the cell's is taken).
+    """
+    if found.provenance["kind"] != "searched":
+        raise ConfigError(f"the recipe of {found.name} is {found.provenance['kind']}, not searched")
+    e = found.config.episodes
+    cell = Cell(e.data, e.ways, e.shots, found.config.algorithm)
+    if cell not in all_cells():
+        raise ConfigError(f"{found.name} is no cell of the paper's experiments")
+    base = untuned(cell).config
+    plain = {}
+    for group, names in PAPERS_SEARCH.items():
+        theirs = getattr(found.config, group)
+        chosen = {name: getattr(theirs, name) for name in names if hasattr(theirs, name)}
+        plain[group] = replace(getattr(base, group), **chosen)
+    adopted: RunConfig = replace(base, **plain)
+    differs = difference(replace(without_run(found.config), training=base.training), adopted)
+    if differs is not None:
+        what, value, papers = differs
+        raise ConfigError(f"the study of {found.name} has {what} {value!r}, but the paper's setting is {papers!r}")
+    return Recipe(adopted, found.provenance)
+
+
+def difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
+    """The first field in which two configs differ, as GROUP.FIELD, with both values; none: they are the same."""
+    flat = []
+    for config in (one, other):
+        groups = to_dict(config)
+        flat.append({f"{g}.{n}": v for g, part in groups.items() if isinstance(part, dict) for n, v in part.items()})
+    for name in {**flat[0], **flat[1]}:
+        values = [side.get(name, "absent") for side in flat]
+        if values[0] != values[1]:
+            return name, values[0], values[1]
+    return None
 
 
 def without_run(config: RunConfig) -> RunConfig:

@@ -1,0 +1,270 @@
+"""Finding run folders, and reading of each what the tables need. No checkpoints, no data.
+
+config.yaml, metrics.jsonl and result.json are read here, and timing.jsonl where there is one. tasks.jsonl, the large
+one, is streamed by `measures` for the runs that need it. All of it may be a stranger's: nothing is taken for granted.
+"""
+
+import math
+import os
+import statistics
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metaheed.config import RunConfig
+from metaheed.errors import RunError
+from metaheed.evaluation import read_result
+from metaheed.paper import Setting
+from metaheed.runs import RunFolder, stream_lines
+
+TOY_FILE = "toy.json"
+_MOST = 10**9  # iterations that a config can ask for
+
+
+class Validation(NamedTuple):
+    """One validation of a run."""
+
+    iteration: int
+    accuracy: float
+    """Mean over its tasks, in [0, 1]."""
+
+
+class Judged(NamedTuple):
+    """What a run was judged on; runs are compared where all of it is the same."""
+
+    episodes_sha256: str
+    tasks: int
+    checkpoint: str
+
+
+class Result(NamedTuple):
+    """A run's result.json."""
+
+    setting: Setting
+    """What it was judged on: --ways and --shots of the evaluation may be others than the training's."""
+    judged: Judged
+    accuracy: float
+    """Mean over test tasks, in [0, 1]."""
+    half_width: float
+    """Half-width of its 95% interval over test tasks."""
+
+
+class Cost(NamedTuple):
+    """What a run took where most of it was computed."""
+
+    seconds: float
+    """An iteration: median over the stretches between checkpoints."""
+    peak_bytes: int | None
+    """Most memory held; none: the system did not say."""
+    where: str
+    """Device, processor, threads and execution."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder that could be read."""
+
+    path: Path
+    config: RunConfig
+    iterations: int
+    """Done, as its log says."""
+    validations: tuple[Validation, ...]
+    result: Result | None
+    """None: not judged, or judged in another state than it is in now."""
+    cost: Cost | None
+    """None: not recorded."""
+    problem: str | None
+    """Why it is left out of the accuracies; none: it is not."""
+
+    @property
+    def name(self) -> str:
+        """The folder, as the page shows it."""
+        return plain(str(self.path))
+
+    @property
+    def seed(self) -> int:
+        """Its training seed."""
+        return self.config.training.seed
+
+    @property
+    def finished(self) -> bool:
+        """Whether all iterations are done and the last state was validated."""
+        total = self.config.training.iterations
+        return self.iterations == total and bool(self.validations) and self.validations[-1].iteration >= total
+
+    @property
+    def setting(self) -> Setting:
+        """What it was judged on, or would be."""
+        if self.result is not None:
+            return self.result.setting
+        e = self.config.episodes
+        return Setting(e.data, *e.test_shape[:2])
+
+
+class Found(NamedTuple):
+    """What lies in the folders that were named."""
+
+    runs: tuple[Run, ...]
+    unreadable: tuple[tuple[str, str], ...]
+    """Run folder, and why it cannot be read."""
+    toys: tuple[Path, ...]
+    """Files that `metaheed toy` wrote."""
+
+
+def plain(text: str) -> str:
+    """A stranger's text on one line, without characters that steer a terminal, an XML parser or the direction."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def find(paths: Sequence[Path]) -> Found:
+    """Read the run folders among these folders and, recursively, inside them. A folder named twice counts once.
+
+    Raises:
+        RunError: one is not a folder or cannot be looked into, or no run is found.
+    """
+    runs: list[Run] = []
+    unreadable: list[tuple[str, str]] = []
+    toys: list[Path] = []
+    seen: set[Path] = set()
+    for path in paths:
+        if not path.is_dir():
+            raise RunError(f"{path} is not a folder: name run folders, or folders that hold some")
+        for folder, files in _walk(path):
+            if folder.resolve() in seen:
+                continue
+            seen.add(folder.resolve())
+            if TOY_FILE in files:
+                toys.append(folder / TOY_FILE)
+            if "config.yaml" in files:
+                try:
+                    runs.append(read_run(folder))
+                except RunError as error:
+                    unreadable.append((plain(str(folder)), plain(str(error))))
+    if not runs and not unreadable:
+        raise RunError(f"no run folder (one with a config.yaml) is in {', '.join(map(str, paths))}: train one first")
+    return Found(tuple(runs), tuple(unreadable), tuple(toys))
+
+
+def _walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
+    def refuse(error: OSError) -> None:
+        raise RunError(f"{error.filename} cannot be looked into: {error.strerror}") from error
+
+    for folder, below, files in os.walk(path, onerror=refuse):
+        below.sort()
+        yield Path(folder), files
+        if "config.yaml" in files:
+            below.clear()  # what is inside a run is that run's
+
+
+def read_run(path: Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        RunError: its config, log or result cannot be read. A run that is merely unfinished or not judged has a
+            `problem` instead.
+    """
+    folder = RunFolder(path)
+    config = folder.read_config()
+    iterations, validations = _read_metrics(folder.metrics_file)
+    run = Run(path, config, iterations, validations, None, _read_cost(folder.timing_file), None)
+    total = config.training.iterations
+    problem: str | None = None
+    if iterations < total:
+        problem = f"unfinished: {iterations:,} of {total:,} iterations"
+    elif iterations > total:
+        problem = f"its log has {iterations:,} iterations, its config {total:,}"
+    elif not run.finished:
+        problem = "unfinished: not validated after its last iteration"
+    elif not folder.result_file.exists():
+        problem = "not judged: run 'metaheed evaluate' on it"
+    else:
+        result, problem = _read_result(path, run)
+        if problem is None:
+            return Run(path, config, iterations, validations, result, run.cost, None)
+    return Run(path, config, iterations, validations, None, run.cost, problem)
+
+
+def _read_metrics(file: Path) -> tuple[int, tuple[Validation, ...]]:
+    done, validations = 0, []
+    for line in stream_lines(file):
+        iteration, accuracy = line.get("iteration"), line.get("validation_accuracy")
+        if not isinstance(iteration, int) or not 0 < iteration <= _MOST:
+            raise RunError(f"{file} has a line whose iteration is {iteration!r}")
+        if accuracy is None:
+            done = max(done, iteration)
+        elif isinstance(accuracy, float | int) and 0 <= accuracy <= 1:
+            validations.append(Validation(iteration, float(accuracy)))
+        else:
+            raise RunError(f"{file}: the validation after iteration {iteration} has accuracy {accuracy!r}")
+    return done, tuple(validations)
+
+
+def _read_result(path: Path, run: Run) -> tuple[Result | None, str | None]:
+    """A run's result, or why it is not the run's as it stands."""
+    found = read_result(path)
+    expected = {"data": str, "split": str, "ways": int, "shots": int, "iteration": int, "half_width_95": float}
+    for name, kind in expected.items():
+        if not isinstance(found.get(name), kind):
+            raise RunError(f"{path / 'result.json'}: {name} is {found.get(name)!r}: judge the run again")
+    accuracies = found["accuracies"]
+    if not all(isinstance(a, float | int) and 0 <= a <= 1 for a in accuracies) or len(accuracies) < 2:
+        raise RunError(f"{path / 'result.json'}: its accuracies are not two or more numbers from 0 to 1")
+    mean = math.fsum(accuracies) / len(accuracies)
+    if abs(mean - found["accuracy"]) > 1e-5:  # each is rounded to a millionth
+        raise RunError(
+            f"{path / 'result.json'}: its accuracy is {found['accuracy']}, but its tasks' mean is {mean:.6f}"
+        )
+    config = run.config
+    if (found["seed"], found["algorithm"]) != (run.seed, config.algorithm):
+        return None, f"its result.json is of {plain(found['algorithm'])} with seed {found['seed']}"
+    if found["split"] != "test":
+        return None, f"its result.json is of the split {plain(found['split'])}"
+    if found["data"] != config.episodes.data:
+        return None, f"its result.json is of the data set {plain(found['data'])}"
+    now = run.iterations
+    if found["checkpoint"] == "best":
+        # The first of the best, as training keeps it.
+        now = max(run.validations, key=lambda v: v.accuracy).iteration
+    if found["iteration"] != now:
+        return None, (
+            f"judged at iteration {found['iteration']:,}, but its {plain(found['checkpoint'])} checkpoint is now of "
+            f"iteration {now:,}: judge it again"
+        )
+    setting = Setting(found["data"], found["ways"], found["shots"])
+    judged = Judged(found["episodes_sha256"], found["tasks"], found["checkpoint"])
+    return Result(setting, judged, found["accuracy"], found["half_width_95"]), None
+
+
+def _read_cost(file: Path) -> Cost | None:
+    """What the iterations took in the place where most of them were computed."""
+    if not file.exists():
+        return None
+    lines: list[dict[str, Any]] = []
+    try:
+        for line in stream_lines(file):
+            iterations, seconds = line.get("iterations"), line.get("seconds")
+            if isinstance(iterations, int) and 0 < iterations <= _MOST and isinstance(seconds, float):
+                lines.append(line)
+    except RunError as error:
+        raise RunError(f"{error}. Delete that file: only the cost of the run is in it") from error
+    if not lines:
+        return None
+
+    def where(line: dict[str, Any]) -> str:
+        threads = line.get("threads")
+        counted = f"{threads} thread{'s' * (threads != 1)}"
+        return plain(
+            ", ".join(str(p) for p in (line.get("device"), line.get("processor"), counted, line.get("execution")))
+        )
+
+    count: Counter[str] = Counter()
+    for line in lines:
+        count[where(line)] += line["iterations"]
+    most = max(sorted(count), key=count.__getitem__)
+    there = [line for line in lines if where(line) == most]
+    peaks = [peak for line in there if isinstance(peak := line.get("peak_bytes"), int) and 0 < peak < 2**60]
+    return Cost(
+        statistics.median(line["seconds"] / line["iterations"] for line in there), max(peaks, default=None), most
+    )

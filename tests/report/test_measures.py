@@ -1,0 +1,151 @@
+"""Statistics by hand, and against worked examples."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from metaheed.errors import RunError
+from metaheed.evaluation import t_test
+from metaheed.report.measures import attention_log, band, batch_correlations, first_reaching, holm, mean_curve, ranks
+from metaheed.report.reading import Validation
+from tests.report.making import batch, write_lines
+
+
+def test_holm() -> None:
+    # The worked example of Wikipedia's "Holm-Bonferroni method": H4 and H1 are rejected at 0.05.
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    # R's manual way: p.adjust(c(0.01, 0.02, 0.03, 0.04, 0.05), "holm").
+    assert holm([0.01, 0.02, 0.03, 0.04, 0.05]) == pytest.approx([0.05, 0.08, 0.09, 0.09, 0.09])
+    assert holm([0.7, 0.6]) == [1.0, 1.0]
+    assert holm([0.2]) == [0.2]
+    assert holm([]) == []
+
+
+def test_t_test() -> None:
+    # Two degrees of freedom have a closed form: P(|T| > t) = 1 − t/√(2 + t²).
+    t = 0.03 / (math.sqrt(0.0007) / math.sqrt(3))
+    assert t_test([0.01, 0.02, 0.06]) == pytest.approx(1 - t / math.sqrt(2 + t * t))
+    # One has another: 1 − (2/π) arctan t.
+    assert t_test([0.0, 0.02]) == pytest.approx(1 - 2 / math.pi * math.atan(1))
+    # Student's own sleep data: t = −4.0621 with 9 degrees of freedom, p = 0.002833.
+    extra = [1.2, 2.4, 1.3, 1.3, 0.0, 1.0, 1.8, 0.8, 4.6, 1.4]
+    assert t_test(extra) == pytest.approx(0.002833, abs=5e-7)
+    assert t_test([-e for e in extra]) == pytest.approx(t_test(extra))
+    assert t_test([0.0, 0.0, 0.0]) == 1.0
+
+
+def test_correlations_within_batches_by_hand() -> None:
+    values = np.array([[1, 2, 3, 4], [4, 3, 2, 1], [5, 5, 5, 5], [1, 2, 2, 3]], dtype=float)
+    weights = np.array([[0.1, 0.2, 0.3, 0.4]] * 3 + [[0.25] * 4])
+    r = batch_correlations(values, weights)
+    assert r[:2] == pytest.approx([1, -1])
+    assert np.isnan(r[2:]).all(), "constant inputs, constant weights"
+
+
+def test_ranks_by_hand() -> None:
+    losses = np.array([[1.0, 3, 2], [1, 3, 2], [1, 3, 2], [1, 3, 2]])
+    weights = np.array([[0.2, 0.5, 0.3], [0.5, 0.2, 0.3], [1 / 3] * 3, [0.2, 0.4, 0.4]])
+    assert ranks(losses, weights).tolist() == [1, 3, 2, 1.5]
+
+
+def test_attention_log_by_hand(tmp_path: Path) -> None:
+    rising = [0.1, 0.2, 0.3, 0.4]
+    lines = [
+        batch(1, [1, 2, 3, 4], rising, grad_norm=[4, 3, 2, 1], initial_loss=[2, 2, 2, 2]),
+        batch(2, [4, 3, 2, 1], rising, grad_norm=[4, 3, 2, 1], initial_loss=[None] * 4),
+    ]
+    write_lines(tmp_path / "tasks.jsonl", lines)
+    log = attention_log(tmp_path / "tasks.jsonl")
+    assert (log.tasks, log.batches) == (4, 2)
+    assert log.largest.mean.tolist() == [0.4, 0.4]
+    assert log.smallest.mean.tolist() == [0.1, 0.1]
+    assert log.rank.mean.tolist() == [1, 4]
+    loss, norm, accuracy, ratio = (
+        log.correlations[n] for n in ("query_loss", "grad_norm", "query_accuracy", "loss_ratio")
+    )
+    assert (loss.batches, loss.skipped) == (2, 0)
+    assert loss.per_batch == pytest.approx(0)
+    assert loss.pooled == pytest.approx(0)
+    assert norm.per_batch == norm.pooled == pytest.approx(-1)
+    assert (accuracy.batches, accuracy.skipped) == (0, 2)
+    assert math.isnan(accuracy.per_batch)
+    assert math.isnan(accuracy.pooled)
+    assert (ratio.batches, ratio.skipped) == (1, 1), "the loss before adaptation of one batch was not logged"
+    assert ratio.per_batch == ratio.pooled == pytest.approx(1)
+
+
+def test_attention_log_of_many_batches(tmp_path: Path) -> None:
+    """More than are read at once: pooled moments are merged, curves have few points."""
+    generator = np.random.default_rng(0)
+    losses = generator.gamma(2.0, size=(2345, 3)) + 1e3  # an offset on which naive sums of squares lose digits
+    weights = generator.dirichlet([1, 1, 1], size=2345) * 0.5 + losses / losses.sum(axis=1, keepdims=True) * 0.5
+    write_lines(tmp_path / "t", [batch(i + 1, losses[i], weights[i]) for i in range(len(losses))])
+    log = attention_log(tmp_path / "t")
+    expected = np.mean([np.corrcoef(x, w)[0, 1] for x, w in zip(losses, weights, strict=True)])
+    assert log.correlations["query_loss"].per_batch == pytest.approx(expected)
+    assert log.correlations["query_loss"].pooled == pytest.approx(np.corrcoef(losses.ravel(), weights.ravel())[0, 1])
+    assert (len(log.largest.mean), len(log.rank.mean)) == (117, 50)
+    assert log.largest.mean.mean() == pytest.approx(weights.max(axis=1).mean(), rel=1e-2)
+    assert (log.largest.low <= log.largest.mean).all()
+    assert (log.largest.mean <= log.largest.high).all()
+
+
+def test_band_by_hand() -> None:
+    summary = band(np.arange(1.0, 401), np.arange(400.0))
+    assert len(summary.mean) == 20
+    assert summary.iterations[:2].tolist() == [10.5, 30.5]
+    assert summary.mean[:2].tolist() == [9.5, 29.5]
+    assert summary.low[0] == pytest.approx(0.95)
+    assert summary.high[0] == pytest.approx(18.05)
+    assert len(band(np.arange(55_000.0), np.zeros(55_000)).mean) == 200
+    assert len(band(np.arange(7.0), np.zeros(7)).mean) == 7
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "is empty"),
+        ('{"iteration": 1}\n', "weights"),
+        ("{}}\n", "cannot be read"),
+        ("[]\n", "is no object"),
+        (json.dumps(batch(1, [1, 2], [0.5, 0.5], grad_norm=[1])) + "\n", "different lengths"),
+        (json.dumps(batch(1, [1, 2], [0.5, 0.5])) + "\n" + json.dumps(batch(2, [1], [1])) + "\n", "of 2 and of 1"),
+        (json.dumps({**batch(1, [1, 2], [0.5, 0.5]), "weights": ["a", 0.5]}) + "\n", "damaged"),
+        (json.dumps(batch(1, [1, math.nan], [0.5, 0.5])) + "\n", "not a number"),
+        (json.dumps(batch(1, [1, 2], [0.5, 1.5])) + "\n", "not between 0 and 1"),
+    ],
+)
+def test_damaged_logs_are_refused(content: str, reason: str, tmp_path: Path) -> None:
+    (tmp_path / "tasks.jsonl").write_text(content)
+    with pytest.raises(RunError, match=reason) as caught:
+        attention_log(tmp_path / "tasks.jsonl")
+    assert "tasks.jsonl" in str(caught.value)
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    write_lines(tmp_path / "tasks.jsonl", [batch(1, [1, 2], [0.5, 0.5])])
+    with (tmp_path / "tasks.jsonl").open("a") as file:
+        file.write('{"iteration": 2, "query_l')
+    assert attention_log(tmp_path / "tasks.jsonl").batches == 1
+
+
+def test_curves_by_hand() -> None:
+    one = [Validation(2, 0.2), Validation(4, 0.6), Validation(6, 0.5)]
+    other = [Validation(2, 0.4), Validation(4, 0.4)]
+    curve = mean_curve([one, other])
+    assert curve.iterations.tolist() == [2, 4]
+    assert curve.values == pytest.approx([0.3, 0.5])
+    assert first_reaching(curve, 0.3) == 2
+    assert first_reaching(curve, 0.31) == 4
+    assert first_reaching(curve, 0.6) is None
+    assert first_reaching(mean_curve([]), 0.1) is None
+
+
+def test_numbers_too_large_to_be_squared_have_no_correlation(tmp_path: Path) -> None:
+    write_lines(tmp_path / "t", [batch(1, [1, 2, 3], [0.2, 0.3, 0.5], grad_norm=[1e308, 1.0, -1e308])])
+    found = attention_log(tmp_path / "t").correlations["grad_norm"]
+    assert found.skipped == 1
+    assert math.isnan(found.pooled)

@@ -1,0 +1,441 @@
+"""The page, its Markdown and its figures, through the command line as a user makes them."""
+
+import html
+import io
+import json
+import re
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
+
+import metaheed.report as package
+from metaheed.config import ReportConfig
+from metaheed.errors import RunError
+from metaheed.report import report
+from tests.conftest import ROOT, Run
+from tests.report.making import batch, make_run, shifted, write_lines
+from tests.test_training import SMALL
+
+EMPTY = {"area", "base", "br", "col", "hr", "img", "input", "link", "meta"}
+
+
+class Page(HTMLParser):
+    """Checks that elements are closed in their order; collects tags, attributes, tables and text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str]] = []
+        self.rows: list[list[str]] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        if tag not in EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "th"} & {*self.open}:
+            self.rows[-1][-1] += data
+
+
+def page_of(out: Path) -> Page:
+    text = (out / "report.html").read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>")
+    return Page(text)
+
+
+def rows_with(page: Page, *cells: str) -> list[list[str]]:
+    return [row for row in page.rows if set(cells) <= set(row)]
+
+
+def attention_lines(count: int = 4) -> list[dict[str, object]]:
+    weights = [0.1, 0.2, 0.3, 0.4]
+    return [
+        batch(
+            i, [1, 2, 3, 4], weights, initial_loss=[2.0] * 4, grad_norm=[4, 3, 2, 1], query_accuracy=[0.5, 0.4, 0.4, 0]
+        )
+        for i in range(1, count + 1)
+    ]
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """MAML, TA-MAML and the 2B control with three seeds, TAML with one."""
+    folder = tmp_path / "study"
+    for seed, shift in enumerate((0.01, 0.02, 0.06)):
+        make_run(folder / f"maml{seed}", "maml", seed)
+        make_run(folder / f"ta{seed}", "ta-maml", seed, shifted(shift), tasks=attention_lines())
+        make_run(folder / f"2b{seed}", "uniform-2b-maml", seed, shifted(0.1 + shift / 100))
+    make_run(folder / "taml", "taml", 0, shifted(-0.05))
+    return folder
+
+
+def test_differences_p_values_and_labels(study: Path, metaheed: Run, tmp_path: Path) -> None:
+    status, out, _ = metaheed("report", study, "--out", tmp_path / "r", "--no-toy")
+    assert (status, out) == (0, f"report: {tmp_path / 'r' / 'report.html'}\n")
+    page = page_of(tmp_path / "r")
+    (row,) = rows_with(page, "TA-MAML", "MAML", "+3.00")
+    # One of two tests of its table: TAML has one seed, and so none. 0.1885 is its own p, and Holm's of one test.
+    assert row == [
+        *("cifar-fs 5-way 1-shot", "TA-MAML", "MAML", "53.00 against 50.00", "3", "+3.00", "6.57"),
+        *("0.188", "0.188", "1.13", "8 against 4", "—", ""),
+    ]
+    (row,) = rows_with(page, "TAML", "MAML", "-5.00")
+    assert row[4:10] == ["1", "-5.00", "— (one seed)", "—", "—", "1.13 (test tasks only, one training seed)"]
+    (row,) = rows_with(page, "TA-MAML", "MAML, uniform over 2B tasks", "-7.03")
+    assert row[10] == "8 against 8 (equal)"
+    # Two tests in the family of controls: the smaller p is doubled.
+    (other,) = rows_with(page, "MAML, uniform over 2B tasks", "MAML", "+10.03")
+    assert (other[7], other[8]) == ("< 0.001", "< 0.001")
+    text = (tmp_path / "r" / "report.md").read_text()
+    assert "test tasks only, one training seed" in text
+    assert "Holm: adjusted over the 1 test of this table" in text
+    assert "Holm: adjusted over the 2 tests of this table" in text
+
+
+def test_the_papers_tables_with_missing_cells(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        make_run(tmp_path / "in" / f"m{seed}", "metalstm++", seed, shifted(seed / 10), data="miniimagenet")
+    # Neither is a cell of the table: an option of the rule, and training on other ways.
+    make_run(tmp_path / "in" / "reuse", "ta-maml", data="miniimagenet", rule={"attention_reuse_probe": True})
+    make_run(
+        tmp_path / "in" / "ways", "maml", data="miniimagenet", episodes={"ways": 10, "test_ways": 5}, result={"ways": 5}
+    )
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    page = page_of(tmp_path / "out")
+    for table in (1, 2):
+        paper, ours = [row for row in page.rows if row[:1] == ["MetaLSTM++"] and row[1] in ("paper", "ours")][
+            2 * table - 2 : 2 * table
+        ]
+        assert paper[:4] == ["MetaLSTM++", "paper", "48.00", "62.73"]
+        # 50 and 60: mean 55, t(0.975, 1) · 10/2 = 63.53.
+        assert ours[:4] == ["MetaLSTM++", "ours", "55.00 ± 63.53 (2 seeds)", "—"]
+        assert set(ours[3:]) == {"—"}
+        assert len(ours) == {1: 12, 2: 10}[table]
+    for row in page.rows:
+        if row[:2] in (["TA-MAML", "ours"], ["MAML", "ours"]):
+            assert set(row[2:]) == {"—"}
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "1 of 20 cells are filled" in text
+    assert "1 of 56 cells are filled" in text
+    assert "cannot be 95% intervals" in text
+    assert "Figure 1: not drawn" in text
+
+
+def test_the_papers_differences_beside_ours(tmp_path: Path) -> None:
+    for algorithm in ("maml", "ta-maml", "taml"):
+        make_run(tmp_path / "in" / algorithm, algorithm, data="miniimagenet")
+    make_run(tmp_path / "in" / "reuse", "ta-maml", data="miniimagenet", rule={"attention_reuse_probe": True})
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    found = {row[1]: row[11] for row in page_of(tmp_path / "out").rows if len(row) == 13 and row[2] == "MAML"}
+    assert found == {"TA-MAML": "+2.26", "TAML": "+0.16", "TA-MAML (attention-reuse-probe)": "—"}
+
+
+def test_mismatches_are_named_on_the_page(tmp_path: Path) -> None:
+    make_run(tmp_path / "in" / "m")
+    make_run(tmp_path / "in" / "t", "ta-maml", training={"iterations": 6}, tasks=attention_lines(6))
+    make_run(tmp_path / "in" / "cut", "maml", 7, done=3)
+    make_run(tmp_path / "in" / "unjudged", "maml", 8, accuracies=None)
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    page = page_of(tmp_path / "out")
+    assert rows_with(page, "TA-MAML", "MAML", "iterations is 6 against 4")
+    assert rows_with(page, str(tmp_path / "in" / "cut"), "unfinished: 3 of 4 iterations")
+    assert rows_with(page, str(tmp_path / "in" / "unjudged"), "not judged: run 'metaheed evaluate' on it")
+    assert not rows_with(page, "TA-MAML", "MAML", "+0.00")
+
+
+def test_one_run_is_enough(tmp_path: Path, metaheed: Run) -> None:
+    run = make_run(tmp_path / "run")
+    assert metaheed("report", run, "--out", tmp_path / "out", "--no-toy")[0] == 0
+    page = page_of(tmp_path / "out")
+    (row,) = rows_with(page, "MAML", "0: 50.00")
+    assert row[2:8] == ["4", "1", "50.00", "—", "25.00", "4"]
+    names = sorted(p.name for p in (tmp_path / "out" / "figures").iterdir())
+    assert names == ["figure3-cifar-fs-5way1shot.png", "figure3-cifar-fs-5way1shot.svg"]
+
+
+def test_iterations_to_an_accuracy(tmp_path: Path, metaheed: Run) -> None:
+    slow = {2: 0.2, 4: 0.30, 6: 0.40, 8: 0.50}
+    quick = {2: 0.3, 4: 0.45, 6: 0.46, 8: 0.47}
+    steps: dict[str, Any] = {"training": {"iterations": 8}}
+    make_run(tmp_path / "in" / "m0", "maml", 0, validations=slow, **steps)
+    make_run(tmp_path / "in" / "m1", "maml", 1, validations={k: v - 0.02 for k, v in slow.items()}, **steps)
+    make_run(tmp_path / "in" / "t", "ta-maml", 0, validations=quick, tasks=attention_lines(8), **steps)
+    arguments = ["report", tmp_path / "in", "--out", tmp_path / "out", "--no-toy"]
+    assert metaheed(*arguments, "--thresholds", 37.5, 48.5)[0] == 0
+    page = page_of(tmp_path / "out")
+    by_arm = {(row[1], row[2]): row[3:] for row in page.rows if len(row) == 9 and row[1] in ("37.50", "48.50")}
+    assert by_arm == {
+        ("37.50", "MAML"): ["6", "6", "1.00", "24", "1.00", "2 of 2, median 6"],
+        ("37.50", "TA-MAML"): ["4", "4", "0.67", "32", "1.33", "1 of 1, median 4"],
+        ("48.50", "MAML"): ["8", "8", "1.00", "32", "1.00", "1 of 2, median 8"],
+        ("48.50", "TA-MAML"): ["not reached", "—", "—", "—", "—", "0 of 1"],
+    }
+    # Without --thresholds: 5 points and 1 point below the best of MAML's mean curve, 0.49.
+    assert metaheed(*arguments)[0] == 0
+    assert {row[1] for row in page_of(tmp_path / "out").rows if len(row) == 9 and row[2] == "TA-MAML"} == {
+        "44.00",
+        "48.00",
+    }
+    status, _, err = metaheed(*arguments, "--thresholds", 0)
+    assert (status, "each must be a percentage above 0" in err) == (1, True)
+
+
+def test_cost(tmp_path: Path) -> None:
+    here = {"device": "cpu", "processor": "P", "threads": 1, "execution": "looped"}
+
+    def timing(seconds: float, mebibytes: int) -> list[dict[str, object]]:
+        return [{"iteration": 4, "iterations": 4, "seconds": seconds, "peak_bytes": mebibytes * 2**20, **here}]
+
+    make_run(tmp_path / "in" / "m", timing=timing(2.0, 100))
+    make_run(tmp_path / "in" / "t0", "ta-maml", 0, tasks=attention_lines(), timing=timing(4.0, 150))
+    make_run(tmp_path / "in" / "t1", "ta-maml", 1, tasks=attention_lines(), timing=timing(4.4, 150))
+    make_run(tmp_path / "in" / "taml", "taml")
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    page = page_of(tmp_path / "out")
+    place = "cpu, P, 1 thread, looped"
+    (row,) = rows_with(page, "MAML", place)
+    assert row[2:] == ["4", "1", "16", "0.500", "1.00", "100", "1.00", place]
+    (row,) = rows_with(page, "TA-MAML", place)
+    assert row[2:] == ["8", "1", "32", "1.050 (1.000 – 1.100)", "2.10", "150", "1.50", place]
+    (row,) = rows_with(page, "TAML", "not recorded")
+    assert row[2:] == ["4", "1", "16", "not recorded", "—", "not recorded", "—", "—"]
+
+
+def test_training_records_its_cost(metaheed: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert metaheed("train", "ta-maml", *SMALL, "--iterations", 5, "--out", run)[0] == 0
+    assert metaheed("train", "--resume", run, "--iterations", 7)[0] == 0
+    lines = [json.loads(line) for line in (run / "timing.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == [3, 4, 5, 6, 7]
+    assert sum(line["iterations"] for line in lines) == 7
+    assert all(line["seconds"] > 0 and line["peak_bytes"] > 10 * 2**20 and line["threads"] == 1 for line in lines)
+    assert metaheed("evaluate", run, "--tasks", 5)[0] == 0
+    assert metaheed("report", run, "--out", tmp_path / "out", "--no-toy")[0] == 0
+    (row,) = [row for row in page_of(tmp_path / "out").rows if len(row) == 10 and row[1] == "TA-MAML"]
+    assert float(row[5].split()[0]) > 0
+    assert "1 thread" in row[9]
+    assert "figure5-glyphs-5way1shot.svg" in {p.name for p in (tmp_path / "out" / "figures").iterdir()}
+
+
+def test_correlations_and_figures(study: Path, tmp_path: Path) -> None:
+    report([study], tmp_path / "out", ReportConfig(toy=False))
+    page = page_of(tmp_path / "out")
+    for words, value in (
+        ("gradient norm", "-1.000"),
+        ("loss after adaptation", "+1.000"),
+        ("loss after / before", "+1.000"),
+    ):
+        (row,) = rows_with(page, "TA-MAML", words)
+        assert row[3] == "3"
+        assert row[4].startswith(value)
+        assert row[5] == "0 of 12"
+    pictures = sorted((tmp_path / "out" / "figures").glob("*.png"))
+    assert [p.name[:8] for p in pictures] == ["figure3-", "figure4-", "figure5-"]
+    for picture in pictures:
+        with Image.open(picture) as image:
+            assert image.width >= 700
+        svg = picture.with_suffix(".svg").read_bytes()
+        assert ET.fromstring(svg).tag.endswith("svg")
+        assert len(svg) < 500_000
+        assert b"<dc:date>" not in svg
+
+
+def test_figure_1_is_the_toys(metaheed: Run, tmp_path: Path) -> None:
+    make_run(tmp_path / "in" / "run")
+    assert metaheed("toy", "--out", tmp_path / "in" / "toy", "--iterations", 3)[0] == 0
+    assert metaheed("report", tmp_path / "in", "--out", tmp_path / "out")[0] == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert f"Read from {tmp_path / 'in' / 'toy' / 'toy.json'}" in html.unescape(text)
+    assert (tmp_path / "out" / "figures" / "figure1-toy.png").exists()
+    (tmp_path / "in" / "toy" / "toy.json").write_text('{"optima": 3}')
+    status, _, err = metaheed("report", tmp_path / "in", "--out", tmp_path / "out")
+    assert (status, "is not what 'metaheed toy' writes" in err) == (1, True)
+
+
+def test_the_toy_is_computed_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from metaheed.config import ToyConfig
+
+    monkeypatch.setattr(package, "ToyConfig", lambda: ToyConfig(iterations=2))
+    make_run(tmp_path / "run")
+    said: list[str] = []
+    report([tmp_path / "run"], tmp_path / "out", say=said.append)
+    assert (tmp_path / "out" / "figures" / "figure1-toy.svg").exists()
+    assert any("toy of figure 1" in line for line in said)
+
+
+def test_nothing_from_a_file_is_markup(tmp_path: Path) -> None:
+    evil = '<img src=x onerror=alert(1)> "&amp; `x` | [a](x:y) $\\frac$ {{ 7*7 }} \x1b'
+    data = "<script>alert(1)</script> $x_"
+    folder = tmp_path / evil
+    make_run(folder / "maml", data=data)
+    make_run(folder / "ta", "ta-maml", data=data, tasks=attention_lines())
+    make_run(folder / "broken")
+    (folder / "broken" / "config.yaml").write_text(f"algorithm: {json.dumps(evil)}\n")
+    backbone = "<b>m:Net</b>"
+    make_run(folder / "net", "ta-maml", 1, data=data, learner={"backbone": backbone}, tasks=attention_lines())
+    report([folder], tmp_path / "out", ReportConfig(toy=False))
+    page = page_of(tmp_path / "out")
+    assert "script" not in page.tags
+    assert "b" not in page.tags
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert all(value.startswith("data:image/svg+xml;base64,") for name, value in page.attributes if name == "src")
+    assert all(value.startswith("#") for name, value in page.attributes if name == "href")
+    shown = evil.replace("\x1b", "\N{REPLACEMENT CHARACTER}")
+    assert any(shown in cell for row in page.rows for cell in row), "as text it is shown"
+    assert any(data in cell for row in page.rows for cell in row)
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "<script" not in text
+    assert "<img" not in text
+    assert "[a](" not in text
+    columns = 0
+    for line in text.splitlines():
+        found = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        assert 0 in (columns, found) or columns == found, line
+        columns = found
+    for path in (tmp_path / "out" / "figures").iterdir():
+        assert re.fullmatch(r"figure\d-[A-Za-z0-9-]+\.(png|svg)", path.name)
+        if path.suffix == ".svg":
+            assert not [e for e in ET.fromstring(path.read_bytes()).iter() if str(e.tag).endswith("script")]
+
+
+def test_the_page_stands_alone_and_is_in_order(study: Path, tmp_path: Path) -> None:
+    report([study], tmp_path / "out", ReportConfig(toy=False))
+    page = page_of(tmp_path / "out")
+    text = (tmp_path / "out" / "report.html").read_text()
+    for name, value in page.attributes:
+        if name in ("src", "href", "action", "data", "srcset"):
+            assert value.startswith(("#", "data:")), (name, value)
+    assert "@import" not in text
+    assert "url(" not in text
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    assert {value[1:] for name, value in page.attributes if name == "href"} <= set(ids)
+    assert {"lang", "alt", "charset"} <= {name for name, _ in page.attributes}
+    assert "prefers-color-scheme: dark" in text
+    assert "@media print" in text
+    markdown = (tmp_path / "out" / "report.md").read_text()
+    linked = re.findall(r"!\[[^\n]*\]\((figures/[^)]+)\)", markdown)
+    assert len(linked) == 3
+    assert all((tmp_path / "out" / name).exists() for name in linked)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_the_same_runs_give_the_same_bytes_and_replace_what_was_there(study: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        report([study], tmp_path / name, ReportConfig(toy=False))
+    first = contents(tmp_path / "one")
+    assert first == contents(tmp_path / "two")
+    for path in [*study.glob("ta*")][1:]:
+        (path / "result.json").unlink()
+    (tmp_path / "one" / "figures" / "figure4-older.png").write_bytes(b"of an earlier report")
+    report([study], tmp_path / "one", ReportConfig(toy=False))
+    after = contents(tmp_path / "one")
+    assert after["report.html"] != first["report.html"]
+    assert after.keys() == first.keys(), "figures of an earlier report do not stay"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "study", "two"], "nothing is left beside it"
+
+
+def test_whole_or_not_at_all(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report([study], tmp_path / "out", ReportConfig(toy=False))
+    before = contents(tmp_path / "out")
+
+    def fail(*_: object) -> str:
+        raise OSError(28, "No space left on device", "out")
+
+    monkeypatch.setattr(package, "to_markdown", fail)
+    for out in (tmp_path / "out", tmp_path / "new" / "deep"):
+        with pytest.raises(RunError, match="No space left"):
+            report([study], out, ReportConfig(toy=False))
+    assert contents(tmp_path / "out") == before
+    assert not [*(tmp_path / "new").iterdir()]
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_a_folder_of_something_else_is_not_replaced(study: Path, metaheed: Run, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    for out in (study, tmp_path / "mine"):
+        status, _, err = metaheed("report", study, "--out", out, "--no-toy")
+        assert status == 1
+        assert "is no part of a report: it would be lost, so choose another --out" in err
+        assert out.exists()
+    (tmp_path / "file").write_text("x")
+    assert "is not a folder: choose another --out" in metaheed("report", study, "--out", tmp_path / "file")[2]
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_no_judged_run_is_an_error(metaheed: Run, tmp_path: Path) -> None:
+    make_run(tmp_path / "a" / "one", accuracies=None)
+    make_run(tmp_path / "a" / "two", done=1, accuracies=None)
+    status, _, err = metaheed("report", tmp_path / "a", "--out", tmp_path / "out")
+    assert status == 1
+    assert "none of the 2 runs that were found is finished and judged" in err
+    assert "not judged: run 'metaheed evaluate' on it" in err
+    (tmp_path / "b").mkdir()
+    assert "no run folder (one with a config.yaml)" in metaheed("report", tmp_path / "b", "--out", tmp_path / "out")[2]
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_cannot_be_read_leave_the_accuracies(tmp_path: Path) -> None:
+    make_run(tmp_path / "in" / "m")
+    make_run(tmp_path / "in" / "t", "ta-maml", tasks=attention_lines(3))
+    (run,) = [path for path in (tmp_path / "in").iterdir() if path.name == "t"]
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    page = page_of(tmp_path / "out")
+    (row,) = [row for row in page.rows if row[:1] == [str(run)] and len(row) == 2]
+    assert "tasks.jsonl has 3 batches of 4 iterations" in row[1]
+    assert rows_with(page, "TA-MAML", "MAML", "+0.00")
+    assert "Figure 4: there is no finished run under attention" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_evidence_of_this_repository(tmp_path: Path) -> None:
+    results = ROOT / "results"
+    report([results / "first_runs", results / "eight_algorithms"], tmp_path / "out", ReportConfig(toy=False))
+    page = page_of(tmp_path / "out")
+    (row,) = [row for row in page.rows if row[1:3] == ["TA-MetaLSTM++", "MetaLSTM++"]]
+    assert row[5] == "+0.68"
+    config = yaml.safe_load((results / "first_runs" / "cifar-fs-5way1shot-maml-seed0" / "config.yaml").read_text())
+    (row,) = rows_with(page, "cifar-fs 5-way 1-shot", "TA-MAML", "MAML", "+0.69")
+    assert row[9] == "0.60 (test tasks only, one training seed)"
+    assert f"{config['training']['iterations']:,}" == "2,000"
+    with Image.open(
+        io.BytesIO((tmp_path / "out" / "figures" / "figure4-omniglot-5way1shot.png").read_bytes())
+    ) as image:
+        assert image.format == "PNG"
+    sizes = [p.stat().st_size for p in (tmp_path / "out" / "figures").iterdir()]
+    assert max(sizes) < 600_000
+
+
+def test_lines_of_tasks_are_not_kept(tmp_path: Path) -> None:
+    """A log is read a thousand batches at a time: memory does not grow with it."""
+    import tracemalloc
+
+    from metaheed.report.measures import attention_log
+
+    write_lines(tmp_path / "t", [batch(i, [1.0, 2.0] * 8, [1 / 16] * 16) for i in range(1, 8001)])
+    tracemalloc.start()
+    attention_log(tmp_path / "t")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * 2**20, "bytes; all lines at once would take some 25 MB"
