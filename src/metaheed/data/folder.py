@@ -36,8 +36,8 @@ def find(request: Request) -> Source:
     """
     if request.root is None:
         raise MissingDataError(
-            "folder needs --data-root, the folder (or zip, or tar) that holds a folder of images for each class, or "
-            "train/, val/ and test/ with such folders"
+            "folder needs --data-root, or --from of 'data prepare', the folder (or zip, or tar) that holds a folder of "
+            "images for each class, or train/, val/ and test/ with such folders"
         )
     tree = open_tree(request.root)
     parts = _parts(tree)
@@ -201,7 +201,7 @@ def _classes(tree: Tree, parts: _Parts) -> _Found:
     if not any(images for classes in found.values() for images in classes.values()):
         raise MissingDataError(
             f"{tree.root} has no folders of images ({', '.join(SUFFIXES)}): it needs a folder for each class, or "
-            "train/, val/ and test/ with such folders"
+            "images for each class, or train/, val/ and test/ with such folders"
         )
     taken = {entry.path for classes in found.values() for members in classes.values() for entry, _ in members}
     taken |= {path for path, p in parts.items() if p in {(f"{split}.txt",) for split in SPLITS}}
