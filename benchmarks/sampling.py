@@ -253,8 +253,8 @@ def store(name: str, shape: tuple[int, int, int], folder: Path) -> None:
     """A store of random pixels, of as many classes and images as the data set's; one that is there is kept."""
     classes, images = COUNTS[name]
 
-    def chunks(count: int, start: int) -> Iterator[np.ndarray]:
-        generator = np.random.default_rng(0)
+    def chunks(split: str, count: int, start: int) -> Iterator[np.ndarray]:
+        generator = np.random.default_rng(SPLITS.index(split))
         for first in range(start, count, 600):
             yield generator.integers(0, 256, (min(600, count - first), *shape), np.uint8)
 
@@ -262,7 +262,7 @@ def store(name: str, shape: tuple[int, int, int], folder: Path) -> None:
     for split in SPLITS:
         n = classes if split == "train" else 20
         counts, total = (images,) * n, n * images
-        stream = array_stream(np.arange(total), partial(chunks, total))
+        stream = array_stream(np.arange(total), partial(chunks, split, total))
         splits[split] = SourceSplit(tuple(f"{split} {k}" for k in range(n)), counts, shape, total, stream)
     prepare(Source(name, "random pixels", splits, "random"), folder, Quiet())
 
