@@ -12,7 +12,8 @@ bench` and (e), Omniglot 20-way 5-shot; MAML, FOMAML and, quickest of all, Proto
 takes, how long of it is waiting for the batch (drawn while the one before is trained on), and how long drawing takes by
 itself.
 
-Medians of rounds; without --ways or --shares both. Written to sampling.json, with the load of the machine.
+Medians of rounds; without --ways or --shares both. Written to sampling.json (ways.json, shares.json), with the load of
+the machine.
 """
 
 import argparse
@@ -55,7 +56,7 @@ SHARED = {**SETTINGS, "e": replace(SETTINGS["d"], name="e", title="Omniglot 1×2
 """Where shares are measured."""
 COUNTS = {"miniimagenet": (64, 600), "cifar-fs": (64, 600), "omniglot": (3920, 20)}
 """Training classes, and images of each."""
-WARM_UP = 3  # iterations
+WARM_UP = 2  # iterations
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -75,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     chosen = parser.parse_args(arguments)
     if min(chosen.rounds, chosen.iterations) < 1:
         parser.error(f"--rounds is {chosen.rounds} and --iterations {chosen.iterations}, but both must be at least 1")
-    both = not (chosen.ways or chosen.shares)
+    both = chosen.ways == chosen.shares
+    file = "sampling" if both else "ways" if chosen.ways else "shares"
     keep_freed_memory()  # as the command line does
     make_deterministic()
     result: dict[str, Any] = {
@@ -88,13 +90,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "load_before": os.getloadavg(),
     }
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
-        if chosen.ways or both:
+        if both or chosen.ways:
             rounds = [ways_of_sampling(Path(folder), chosen.images, chosen.seconds) for _ in range(chosen.rounds)]
             result["meta_batches_per_second"] = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
             result["meta_batches_per_second_rounds"] = rounds
             for name, rate in result["meta_batches_per_second"].items():
                 print(f"{name:44} {rate:9.1f} meta-batches/s", flush=True)
-        if chosen.shares or both:
+        if both or chosen.shares:
             result["shares"] = []
             for name in chosen.settings:
                 for row in shares(SHARED[name], Path(folder), chosen.rounds, chosen.iterations):
@@ -102,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     print(describe(row), flush=True)
     result["load_after"] = os.getloadavg()
     chosen.out.mkdir(parents=True, exist_ok=True)
-    write_whole(chosen.out / "sampling.json", (json.dumps(result, indent=1) + "\n").encode())
+    write_whole(chosen.out / f"{file}.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def ways_of_sampling(folder: Path, images: int, seconds: float) -> dict[str, float]:

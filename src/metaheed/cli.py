@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import io
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -483,7 +484,8 @@ def _data_prepare(command: DataPrepare) -> int:
     classes = "/".join(str(len(split.classes)) for split in source.splits.values())
     images = sum(sum(split.counts) for split in source.splits.values())
     print(
-        f"{path} holds {classes} classes, {images} images; train with --data {command.name} --data-root {path.parent}"
+        f"{path} holds {classes} classes, {images} images; train with --data {command.name} --data-root "
+        f"{shlex.quote(str(path.parent))}"
     )
     return 0
 

@@ -422,6 +422,8 @@ def _by_hand(data: str) -> Callable[[SimpleNamespace], str]:
         for text in ("https://image-net.org/", "https://github.com/renmengye/few-shot-ssl-public", "mine/" + data):
             assert text in err
         assert re.search(r"(mini-imagenet-cache-val\.pkl|val_images_png\.pkl)", err)
+        if data == "tieredimagenet":  # too large to be used as it is
+            assert "metaheed data prepare tieredimagenet --from mine\n" in err
         return str(err)
 
     return case
