@@ -19,10 +19,10 @@ LAYERS = (
     ("types", "config"),
     ("data", "learners"),
     ("outer",),
-    ("process", "runs"),
+    ("process", "runs", "recipes"),
     ("evaluation",),
     ("training", "figures"),
-    ("progress",),
+    ("progress", "search"),
     ("demo", "toy"),
     ("cli",),
 )

@@ -111,6 +111,19 @@ def test_runs_are_compared_at_other_settings(copies: dict[tuple[str, int], Path]
     assert metaheed("compare", *sides, "--json")[1] == own, "the default is the runs' own setting"
 
 
+def test_tasks_can_be_run_otherwise_than_in_training(copies: dict[tuple[str, int], Path], metaheed: Run) -> None:
+    run = copies["maml", 0]
+    results = []
+    for options in ([], ["--execution", "looped"], ["--execution", "processes"]):
+        status, out, _ = metaheed("evaluate", run, "--tasks", 10, *options, "--json")
+        assert status == 0
+        results.append(json.loads(out))
+    for result in results[1:]:
+        assert result["loss"] == pytest.approx(results[0]["loss"], rel=1e-5)
+    status, _, err = metaheed("evaluate", run, "--execution", "fast")
+    assert (status, "looped" in err) == (2, True)
+
+
 def test_more_ways_than_the_head_has(runs: dict[tuple[str, int], Path], metaheed: Run) -> None:
     status, _, err = metaheed("evaluate", runs["maml", 0], "--ways", 6)
     assert (status, "one output for each of the 5 training classes" in err) == (1, True)

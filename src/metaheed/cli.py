@@ -27,8 +27,10 @@ from metaheed.config import (
     ExecutionName,
     FreezeConfig,
     RunConfig,
+    SearchConfig,
     ToyConfig,
     TrainingConfig,
+    TrialConfig,
     checked,
     default_config,
     default_pair,
@@ -58,6 +60,32 @@ class Resume:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Search:
+    """A study: what is searched, and what every trial of it shares."""
+
+    search: SearchConfig
+    run: RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResume:
+    """Go on with a search: its trials that are not finished."""
+
+    resume: Path
+    """The study folder. Nothing else is needed."""
+    trials: int | None = None
+    """Train this many configurations in all instead."""
+    storage: str | None = None
+    """URL of its database, where it has moved, or needs a password (which is not written down)."""
+    data_root: Path | None = None
+    """Where the data lies, if it has moved."""
+    device: str | None = None
+    """Compute here instead (cpu, cuda, cuda:N); for trials that are begun from now on."""
+    threads: int | None = None
+    """CPU threads of the trials that are begun from now on."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Evaluate:
     """Judge a run on frozen tasks: accuracy ± 95% interval, per-task accuracies in its result.json (result-….json)."""
 
@@ -68,6 +96,8 @@ class Evaluate:
     """Where the data lies, if it has moved."""
     device: str | None = None
     """Where to compute; none: as in training, if that device is here."""
+    execution: ExecutionName | None = None
+    """How tasks are run (as in train --help); none: as in training."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -246,11 +276,18 @@ def _dispatch(arguments: list[str]) -> int:
         return _resume(_parse(Resume, "train", arguments))
     if arguments[:1] == ["train"]:
         named = arguments[1:2]
+        if any(a.split("=")[0] == "--recipe" for a in arguments):
+            return _train(_of_recipe(arguments))
         if named == ["custom"]:
-            return _train(_custom(arguments))
+            custom: RunConfig = _custom(arguments)
+            return _train(custom)
         if named and not named[0].startswith("-") and named[0] not in ALGORITHMS:
             raise unknown("algorithm", named[0], [*ALGORITHMS, "custom"])
         return _train(_parse(_algorithms(*_setting(arguments)), "train", arguments, _TRAIN))
+    if arguments[:1] == ["search"]:
+        if resuming:
+            return _resume_search(_parse(SearchResume, "search", arguments))
+        return _search(_searched(arguments))
     commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
         "evaluate": (Evaluate, _evaluate),
         "compare": (Compare, _compare),
@@ -265,7 +302,7 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[:1] == ["data"]:
         return _data(arguments)
     if arguments and not arguments[0].startswith("-"):
-        raise unknown("command", arguments[0], ["train", "data", *commands])
+        raise unknown("command", arguments[0], ["train", "search", "data", *commands])
     print(_USAGE)
     return 0 if arguments in (["-h"], ["--help"]) else 2
 
@@ -275,7 +312,11 @@ _USAGE = """metaheed: few-shot meta-learning with task attention
   metaheed train ALGORITHM [options]    train a new run
   metaheed train custom --learner L --rule R [options]
                                         any learner with any batch rule
+  metaheed train --recipe FILE [options]
+                                        what a recipe says, but for the options given
   metaheed train --resume RUN           continue one; needs nothing else
+  metaheed search ALGORITHM [options]   try settings, chosen on validation: the best become a recipe
+  metaheed search --resume STUDY        go on with a search; several processes and machines may at once
   metaheed evaluate RUN [options]       judge it on frozen test tasks
   metaheed compare RUN... --against RUN...
                                         paired differences on the same tasks
@@ -289,7 +330,14 @@ Each command has --help.""".format(algorithms=", ".join(sorted(ALGORITHMS)))
 
 _TRAIN = (
     "Train a new run. To continue one: metaheed train --resume RUN. "
-    "Any learner with any batch rule: metaheed train custom --learner L --rule R"
+    "Any learner with any batch rule: metaheed train custom --learner L --rule R. "
+    "From a recipe: metaheed train --recipe FILE"
+)
+
+_SEARCH = (
+    "Train many configurations of an algorithm and choose the best on validation. What is searched is bounded by the "
+    "--…-range options; all other options of training hold for every trial. To go on with a search give the same "
+    "command again, or: metaheed search --resume STUDY"
 )
 
 
@@ -342,29 +390,77 @@ def _data(arguments: list[str]) -> int:
     return 0 if named in (["-h"], ["--help"]) else 2
 
 
-def _custom(arguments: list[str]) -> RunConfig:
-    """`train custom --learner L --rule R` and the options of both."""
-    pair = argparse.ArgumentParser(prog="metaheed train custom", add_help=False, allow_abbrev=False)
+def _searched(arguments: list[str]) -> Search:
+    """`search ALGORITHM` with its options and those of training, or `search custom --learner L --rule R`."""
+    for given in arguments:
+        name = given.split("=")[0].replace("_", "-")
+        if name.removeprefix("--").replace("-", "_") in SearchConfig().ranges:
+            raise ConfigError(f"{name} is searched: bound it by {name}-range LOW HIGH; the same number twice fixes it")
+    named = arguments[1:2]
+    if named == ["custom"]:
+        custom: Search = _custom(arguments, Search, _in_search)
+        return custom
+    if named and not named[0].startswith("-") and named[0] not in ALGORITHMS:
+        raise unknown("algorithm", named[0], [*ALGORITHMS, "custom"])
+    setting = _setting(arguments)
+    kinds = tyro.extras.subcommand_type_from_defaults(
+        {name: _in_search(default_config(name, *setting)) for name in ALGORITHMS},
+        {name: description for name, (_, _, description) in ALGORITHMS.items()},
+    )
+    parsed: Search = _parse(kinds, "search", arguments, _SEARCH)
+    return parsed
+
+
+def _in_search(config: RunConfig) -> Search:
+    return Search(search=SearchConfig(), run=replace(config, training=TrialConfig()))
+
+
+def _custom(
+    arguments: list[str], kind: Any = RunConfig, wrap: Callable[[RunConfig], Any] = lambda config: config
+) -> Any:
+    """`train custom --learner L --rule R` and the options of both; or `search custom`, whose kind holds a RunConfig."""
+    command = arguments[0]
+    pair = argparse.ArgumentParser(prog=f"metaheed {command} custom", add_help=False, allow_abbrev=False)
     pair.add_argument("--learner")
     pair.add_argument("--rule")
     chosen, rest = pair.parse_known_args(arguments[2:])
     if chosen.learner is None or chosen.rule is None:
         text = (
-            "train custom needs both --learner and --rule: any of the learners "
+            f"{command} custom needs both --learner and --rule: any of the learners "
             f"{', '.join(LEARNERS)} with any of the rules {', '.join(RULES)}"
         )
         if {"-h", "--help"} & set(rest):
-            print(f"usage: metaheed train custom --learner LEARNER --rule RULE [options]\n\n{text}.")
-            print("Their options: metaheed train custom --learner LEARNER --rule RULE --help")
+            print(f"usage: metaheed {command} custom --learner LEARNER --rule RULE [options]\n\n{text}.")
+            print(f"Their options: metaheed {command} custom --learner LEARNER --rule RULE --help")
             raise SystemExit(0)
         raise ConfigError(text)
-    default = default_pair(chosen.learner, chosen.rule, *_setting(arguments))
+    pair_named = f"the learner {chosen.learner} under the rule {chosen.rule}"
+    return _parse(
+        kind,
+        f"{command} custom --learner {chosen.learner} --rule {chosen.rule}",
+        ["custom", *rest],
+        f"Train a new run of {pair_named}." if command == "train" else f"{_SEARCH}. Here: {pair_named}.",
+        default=wrap(default_pair(chosen.learner, chosen.rule, *_setting(arguments))),
+    )
+
+
+def _of_recipe(arguments: list[str]) -> RunConfig:
+    """`train --recipe FILE` and the options that override it."""
+    from metaheed import recipes
+
+    own = argparse.ArgumentParser(prog="metaheed train", add_help=False, allow_abbrev=False)
+    own.add_argument("--recipe", type=Path)
+    chosen, rest = own.parse_known_args(arguments[1:])
+    named = [a for a in rest[:1] if not a.startswith("-")]
+    if named:
+        raise ConfigError(f"--recipe {chosen.recipe} says which algorithm to train: leave {named[0]!r} out")
+    recipe = recipes.read(chosen.recipe)
     config: RunConfig = _parse(
         RunConfig,
-        f"train custom --learner {chosen.learner} --rule {chosen.rule}",
-        ["custom", *rest],
-        f"Train a new run of the learner {chosen.learner} under the rule {chosen.rule}.",
-        default=default,
+        f"train --recipe {chosen.recipe}",
+        ["train", *rest],
+        f"Train a new run of {recipe.name} as {chosen.recipe} says, but for the options given.",
+        default=recipe.config,
     )
     return config
 
@@ -426,11 +522,46 @@ def _resume(command: Resume) -> int:
     return 0
 
 
+def _search(command: Search) -> int:
+    from metaheed.progress import make_reporter
+    from metaheed.search import search
+
+    _tune_process()
+    done = search(command.run, command.search, lambda: make_reporter(brief=True))
+    stopped = f", {done.stopped} stopped early" if done.stopped else ""
+    failed = f", {done.failed} failed" if done.failed else ""
+    print(f"{done.folder}: {done.trials} trials{stopped}{failed}, {done.iterations} iterations in all")
+    for notice in done.notices:
+        print(notice)
+    if done.best is None:
+        return 1
+    recipe = done.folder / "best.yaml"
+    print(f"best: trial {done.best}, validation accuracy {done.accuracy:.2%}")
+    print(f"'metaheed train --recipe {recipe}' trains it")
+    return 0
+
+
+def _resume_search(command: SearchResume) -> int:
+    from metaheed.search import read_search
+
+    config, settings = read_search(command.resume, command.storage)
+    training, episodes = config.training, config.episodes
+    if command.device is not None:
+        training = replace(training, device=command.device)
+    if command.threads is not None:
+        training = replace(training, threads=command.threads)
+    if command.data_root is not None:
+        episodes = replace(episodes, data_root=command.data_root)
+    if command.trials is not None:
+        settings = replace(settings, trials=command.trials)
+    return _search(Search(search=settings, run=replace(config, training=training, episodes=episodes)))
+
+
 def _evaluate(command: Evaluate) -> int:
     from metaheed.evaluation import evaluate_run
 
     _tune_process()
-    result = evaluate_run(command.run, command.judging, command.data_root, command.device)
+    result = evaluate_run(command.run, command.judging, command.data_root, command.device, execution=command.execution)
     if command.json:
         print(json.dumps(result))
         return 0

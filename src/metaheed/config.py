@@ -528,6 +528,18 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrialConfig(TrainingConfig):
+    """The training loop of each trial of a search: what is meant otherwise there."""
+
+    iterations: int = 5000
+    """Outer steps of each trial."""
+    seed: int = 0
+    """Training seed, the same in every trial: θ's and δ's start and the training tasks are then the same, too."""
+    out: Path | None = None
+    """Study folder; none: runs/search-DATA-NwayKshot-ALGORITHM."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Everything that decides a run."""
 
@@ -647,6 +659,69 @@ class EvaluationConfig:
             for name in ("data", "split", "ways", "shots", "queries", "tasks", "episode_seed"):
                 value = getattr(self, name)
                 _require(value is None, name, value, f"--episodes {self.episodes} decides it: leave it out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Which configurations are tried, and where the study is kept. The ranges are those of every algorithm: what one
+    does not have is drawn for it and not used, so that the same seed draws all algorithms the same. They stand for
+    --fast-lr, --meta-lr, --attention-lr and --equity-lambda, which cannot be given."""
+
+    trials: int = 30
+    """Configurations in all, those of all workers together; may be raised later."""
+    sampler: Literal["random", "tpe"] = "random"
+    """random: each trial log-uniform, a function of --search-seed and the trial's number alone, so that several workers
+    draw what one would; tpe: learns from the trials that are finished (Optuna's multivariate TPE)."""
+    pruner: Literal["none", "halving"] = "none"
+    """halving: stop trials early by successive halving on their validation accuracy. Stopped ones count as trials."""
+    halving_factor: int = 3
+    """η of --pruner halving: at each rung about one trial in η goes on, for η times the iterations."""
+    halving_start: int | None = None
+    """Iterations to the first rung of --pruner halving; none: a tenth of --iterations. A rung is judged at the first
+    validation (--val-every) that gets there."""
+    storage: str | None = None
+    """Database that holds the study, as an SQLAlchemy URL: workers that name the same one, on any machine, work on one
+    study. None: the SQLite file study.db in the study folder."""
+    study: str | None = None
+    """Name of the study in the database; none: search-DATA-NwayKshot-ALGORITHM."""
+    search_seed: int = 0
+    """Decides what is drawn."""
+    lost_after: int = 120
+    """Seconds without a sign of life after which a trial is taken over by another worker. On one machine, the end of a
+    process is seen at once."""
+    fast_lr_range: tuple[float, float] = (1e-2, 5e-1)
+    """α, log-uniform (MetaSGD: where every learned rate starts). The same number twice fixes it."""
+    meta_lr_range: tuple[float, float] = (1e-4, 1e-2)
+    """β, log-uniform."""
+    attention_lr_range: tuple[float, float] = (1e-4, 1e-2)
+    """γ, log-uniform."""
+    equity_lambda_range: tuple[float, float] = (1e-2, 1.0)
+    """λ, log-uniform."""
+
+    def __post_init__(self) -> None:
+        _check_types(self)
+        _at_least(self, 1, "trials", "halving_start", "lost_after", most=10**6)
+        _at_least(self, 2, "halving_factor", most=100)
+        _at_least(self, 0, "search_seed", most=2**63 - 1)
+        for name in ("storage", "study"):
+            _require(getattr(self, name) != "", name, "", "it must not be empty")
+        for name, (low, high) in self.ranges.items():
+            _require(
+                0 < low <= high < math.inf,
+                f"{name}_range",
+                (low, high),
+                "it must be two finite numbers above 0, the lower one first",
+            )
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Field of the learner, rule or outer step -> the bounds between which it is drawn."""
+        return {
+            "fast_lr": self.fast_lr_range,
+            "meta_lr": self.meta_lr_range,
+            "attention_lr": self.attention_lr_range,
+            "equity_lambda": self.equity_lambda_range,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -773,9 +848,9 @@ def from_dict(values: Any) -> RunConfig:
         if name not in kinds:
             raise unknown("group of the config", str(name), [*kinds, "algorithm", "learner", "rule"])
     config = RunConfig(
-        learner=_build(_named(LEARNERS, "learner", learner), learner, "learner"),
-        rule=_build(_named(RULES, "rule", rule), rule, "rule"),
-        **{name: _build(kind, groups.get(name), name) for name, kind in kinds.items()},
+        learner=build(_named(LEARNERS, "learner", learner), learner, "learner"),
+        rule=build(_named(RULES, "rule", rule), rule, "rule"),
+        **{name: build(kind, groups.get(name), name) for name, kind in kinds.items()},
     )
     if algorithm != config.algorithm:
         raise ConfigError(f"config: algorithm is {algorithm!r}, but its learner and rule make {config.algorithm!r}")
@@ -795,7 +870,12 @@ def _mapping(values: Any, what: str) -> dict[str, Any]:
     return values
 
 
-def _build(kind: type[Any], values: Any, what: str) -> Any:
+def build(kind: type[Any], values: Any, what: str) -> Any:
+    """A config of that class from plain values, the inverse of `to_dict`.
+
+    Raises:
+        ConfigError: a field is unknown, missing, or out of its bounds.
+    """
     values = dict(_mapping(values, what))
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]

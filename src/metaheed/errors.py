@@ -31,6 +31,21 @@ class OutOfMemoryError(MetaheedError, MemoryError):
     """The device's memory does not hold the tasks that are computed at once."""
 
 
+class WorkerError(MetaheedError, RuntimeError):
+    """A worker process of the execution "processes" is gone."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(
+            f"a worker process ended unexpectedly (status {status}; -9 is what a system ends it with when memory runs "
+            "out): use fewer --threads, or --execution vectorized"
+        )
+        self.status = status
+        """How it ended: its exit status, or minus the number of the signal that killed it."""
+
+    def __reduce__(self) -> tuple[type["WorkerError"], tuple[int]]:
+        return type(self), (self.status,)
+
+
 class NonFiniteError(MetaheedError, ArithmeticError):
     """A loss or gradient that is not a finite number."""
 

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaheed.config import EvaluationConfig, FreezeConfig, RunConfig
+from metaheed.config import CHUNKED, EvaluationConfig, ExecutionName, FreezeConfig, RunConfig, TrainingConfig
 from metaheed.data import Episodes, load_dataset
 from metaheed.data.convert import convert
 from metaheed.data.frozen import Frozen, FrozenEpisodes, freeze, read_episodes
 from metaheed.errors import DataError, NonFiniteError, RunError
-from metaheed.outer import Execution, adapted_outcome, build_execution, initial_outcome, workers_ended
+from metaheed.learners import place_constants
+from metaheed.outer import (
+    Execution,
+    adapted_outcome,
+    build_execution,
+    initial_outcome,
+    pick_execution,
+    workers_ended,
+)
 from metaheed.process import cpu_threads, float32_products, memory_explained, pick_device
 from metaheed.runs import Pixels, RunFolder, check_writable, load_weights, recorded_pixels, write_whole
 from metaheed.types import Params
@@ -76,6 +85,7 @@ def evaluate_run(
     data_root: Path | None = None,
     device: str | None = None,
     on_tasks: Callable[[int], None] | None = None,
+    execution: ExecutionName | None = None,
 ) -> dict[str, Any]:
     """Judge a run and write its result.json; or, so that this one stays that of the run's own test setting,
     result-on-DATA.json, result-5way5shot15query.json, result-val.json.
@@ -86,6 +96,7 @@ def evaluate_run(
         data_root: where the data lies now; none: where it lay in training.
         device: none: the run's own, if it is here.
         on_tasks: see `evaluate`.
+        execution: how the tasks are run; none: as in training, on a device of another kind as that suits it.
 
     Returns:
         What the result file holds: accuracy and its half-width, per-task accuracies, the tasks' hash, what was judged
@@ -107,6 +118,8 @@ def evaluate_run(
     learner, meta, about = load_weights(folder, run, config.checkpoint, setting.ways)
     where = pick_device(device or run.training.device, fall_back=device is None)
     meta = {name: p.to(where) for name, p in meta.items()}
+    place_constants(learner, where)
+    run = replace(run, training=_judging(run, execution, where))
     episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
     folder.check_classes(episodes.dataset, setting.split)
     with (
@@ -141,6 +154,17 @@ def evaluate_run(
     }
     write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+def _judging(run: RunConfig, execution: ExecutionName | None, where: torch.device) -> TrainingConfig:
+    """How the run's own settings run tasks there."""
+    training = run.training
+    if execution is None:
+        elsewhere = where.type != torch.device(training.device).type
+        execution = "auto" if elsewhere else training.execution
+    own_network = ":" in run.learner.backbone
+    picked = pick_execution(execution, where, training.threads, own_network, run.learner.has_closed_form, _AT_ONCE)
+    return replace(training, execution=picked, chunk_size=training.chunk_size if picked in CHUNKED else None)
 
 
 class _Setting(NamedTuple):

@@ -1,4 +1,4 @@
-"""Figures of training runs, drawn without a screen."""
+"""Figures of training runs and searches, drawn without a screen."""
 
 import io
 import json
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from metaheed.errors import RunError
@@ -76,6 +78,86 @@ def trajectory_figure(
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("second meta-parameter")
     panels[-1].legend(frameon=False, fontsize=8)
+    _save(figure, out)
+
+
+def parallel_figure(
+    axes: Mapping[str, tuple[float, float]],
+    rows: Sequence[Sequence[float]],
+    values: Sequence[float | None],
+    best: int,
+    out: Path,
+) -> None:
+    """Settings and outcome of every trial of a search, a line each over one upright axis a setting.
+
+    Args:
+        axes: setting -> its bounds, above 0; drawn on a logarithmic scale.
+        rows: the settings of each trial, in the order of the axes.
+        values: its validation accuracy in [0, 1]; none: it was not trained to its end.
+        best: index of the best trial.
+        out: the PNG to write.
+    """
+    figure = Figure(figsize=(2.2 + 1.9 * len(axes), 4.6), layout="constrained")
+    plane = figure.subplots()
+    whole = [100 * value for value in values if value is not None]
+    low, high = min(whole), max(whole)
+    low, high = (low - 1, high + 1) if low == high else (low, high)
+    places = [_place(np.array(row), np.array([*axes.values()])) for row in rows]
+    for index in sorted(range(len(rows)), key=lambda i: (i == best, values[i] or 0.0)):
+        value = values[index]
+        if value is None:
+            plane.plot(range(len(axes)), places[index], ":", color="#999999", lw=1)
+            continue
+        height = (100 * value - low) / (high - low)
+        colour = "#cc3311" if index == best else colormaps["viridis"](0.9 * height)
+        line = [*places[index], height]
+        plane.plot(range(len(line)), line, "-", color=colour, lw=3 if index == best else 1.2, alpha=0.9)
+    for place, (name, bounds) in enumerate(axes.items()):
+        _upright(plane, place, name, bounds, rows[best][place])
+    plane.axvline(len(axes), color="black", lw=0.8)
+    for height in np.linspace(0, 1, 5):
+        text = f"{low + height * (high - low):.1f}"
+        plane.text(len(axes) + 0.04, height, text, fontsize=8, va="center")
+    plane.text(len(axes), 1.05, "validation\naccuracy (%)", ha="center", va="bottom", fontsize=9)
+    plane.set(xlim=(-0.25, len(axes) + 0.45), ylim=(-0.06, 1.04))
+    plane.axis("off")
+    dotted = sum(value is None for value in values)
+    rest = f"; {dotted} dotted: not trained to their end" if dotted else ""
+    figure.suptitle(f"{len(rows)} trials, the best in red{rest}", fontsize=10)
+    _save(figure, out)
+
+
+def _place(row: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Heights in [0, 1] on logarithmic axes; the middle of an axis of one value."""
+    low, high = np.log(bounds).T
+    span = high - low
+    return np.where(span > 0, (np.log(row) - low) / np.where(span > 0, span, 1), 0.5)
+
+
+def _upright(plane: Axes, place: int, name: str, bounds: tuple[float, float], best: float) -> None:
+    plane.axvline(place, color="black", lw=0.8)
+    marks = {bounds[0], bounds[1], *(10.0**k for k in range(-12, 7) if bounds[0] < 10.0**k < bounds[1])}
+    for mark in sorted(marks):
+        (height,) = _place(np.array([mark]), np.array([bounds]))
+        plane.text(place - 0.04, height, f"{mark:g}", fontsize=8, ha="right", va="center")
+    plane.text(place, 1.05, f"{name}\nbest {best:.3g}", ha="center", va="bottom", fontsize=9)
+
+
+def importance_figure(importances: Mapping[str, float], trials: int, out: Path) -> None:
+    """Bars: how much each setting of a search mattered.
+
+    Args:
+        importances: setting -> share.
+        trials: how many whole trials they come from.
+        out: the PNG to write.
+    """
+    figure = Figure(figsize=(6, 1.6 + 0.5 * len(importances)), layout="constrained")
+    plane = figure.subplots()
+    ordered = sorted(importances.items(), key=lambda item: item[1])
+    bars = plane.barh([name for name, _ in ordered], [value for _, value in ordered], color=_COLOURS[0], height=0.6)
+    plane.bar_label(bars, fmt="%.2f", padding=3, fontsize=8)
+    plane.set(xlabel=f"importance (PED-ANOVA) over {trials} trials", xlim=(0, 1.08))
+    plane.spines[["top", "right"]].set_visible(False)
     _save(figure, out)
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 
 from metaheed.config import CHUNKED, RunConfig, TrainingConfig
-from metaheed.errors import ConfigError, OutOfMemoryError
+from metaheed.errors import ConfigError, OutOfMemoryError, WorkerError
 from metaheed.outer import tasks_at_once
 
 
@@ -79,6 +80,8 @@ def float32_products(tf32: bool) -> Iterator[None]:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether PyTorch, or a library below it, raised this for want of memory on a device or the host."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
+    if isinstance(error, WorkerError):
+        return error.status == -signal.SIGKILL  # as Linux ends a process when memory runs out
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 

@@ -17,17 +17,17 @@ from rich.progress import (
 )
 
 
-def make_reporter() -> "Bar | Lines":
-    """A bar if standard error is a terminal, else lines."""
+def make_reporter(brief: bool = False) -> "Bar | Lines":
+    """A bar if standard error is a terminal, else lines; brief: a bar that vanishes at its end, or a line a minute."""
     console = Console(stderr=True)
-    return Bar(console) if console.is_terminal else Lines()
+    return Bar(console, brief) if console.is_terminal else Lines(60.0 if brief else 10.0)
 
 
 class Bar:
     """A live progress bar with loss, accuracy, iterations a second and time left."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, console: Console, transient: bool = False) -> None:
+        self._console, self._transient = console, transient
         self._progress: Progress | None = None
         self._task = TaskID(0)
         self._smooth = _Smooth()
@@ -42,6 +42,7 @@ class Bar:
             TextColumn("{task.fields[rate]:.2f} it/s  left"),
             TimeRemainingColumn(),
             console=self._console,
+            transient=self._transient,
         )
         nan = float("nan")
         self._task = self._progress.add_task(
@@ -73,9 +74,10 @@ class Bar:
 
 
 class Lines:
-    """A line every ten seconds at most, and one for each validation."""
+    """A line every so many seconds at most, and one for each validation."""
 
-    def __init__(self) -> None:
+    def __init__(self, every: float = 10.0) -> None:
+        self._every = every
         self._iterations = 0
         self._smooth = _Smooth()
         self._rate = _Rate()
@@ -91,7 +93,7 @@ class Lines:
         """Say how it stands, now and then."""
         loss, accuracy = self._smooth(loss, accuracy)
         rate = self._rate(iteration)
-        if time.monotonic() - self._said >= 10 or iteration == self._iterations:
+        if time.monotonic() - self._said >= self._every or iteration == self._iterations:
             self._said = time.monotonic()
             left = int((self._iterations - iteration) / rate) if rate else 0
             self.message(

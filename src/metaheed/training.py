@@ -24,9 +24,10 @@ from metaheed.errors import (
     NonFiniteError,
     OutOfMemoryError,
     RunError,
+    WorkerError,
 )
 from metaheed.evaluation import evaluate, interval
-from metaheed.learners import Backbone, Learner, build_learner, find_backbone
+from metaheed.learners import Learner, build_learner, find_backbone, place_constants
 from metaheed.outer import (
     OuterState,
     Rule,
@@ -300,9 +301,7 @@ def _set_up(folder: RunFolder, config: RunConfig) -> _Session:
     if config.learner.any_ways and test_ways != config.episodes.ways:
         judged = build_judged_learner(config, test_ways, dataset.image_shape)
     for each in {learner, judged}:
-        backbone = getattr(each, "backbone", None)
-        if isinstance(backbone, Backbone):
-            backbone.place_constants(device)
+        place_constants(each, device)
     tools = Tools(
         gradients=build_execution(config.training, device, learner, task_gradient),
         initial_gradients=build_execution(config.training, device, learner, initial_gradient),
@@ -390,7 +389,7 @@ def _try_out(session: _Session, meta: Params) -> None:
     try:
         (_, info), (_, again) = execution(meta, task), execution(meta, task)
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, WorkerError):
             raise
         raise ConfigError(
             f"backbone {backbone!r} cannot be meta-learned under the {session.config.training.execution} execution "

@@ -170,6 +170,57 @@ def test_a_changed_network_is_not_taken_for_the_one_that_is_known(change: Callab
             torch.testing.assert_close(gradient[name][task], g, rtol=1e-6, atol=1e-9)
 
 
+def test_gains_of_zero_have_autograds_choice_of_maxima() -> None:
+    network = Conv4(WAYS, (1, 16, 16), hidden=4)
+    learner = MAML(network, adaptation_steps=1, fast_lr=0.2)
+    meta = {n: p.double() for n, p in learner.init(torch.Generator().manual_seed(0)).items()}
+    meta["body.1.norm.weight"][:2] = 0.0
+    meta["body.1.norm.bias"][:] = 1.0
+    batch = make_batch(2, WAYS, 1, 2, (1, 16, 16))
+    assert not takes_batches(learner, meta, batch.support_x)
+    for execution in (looped(learner), vectorized(learner)):
+        gradient, _ = execution(meta, batch)
+        for task in range(2):
+            support_x, support_y, query_x, query_y = (part[task] for part in batch)
+            at = {n: p.clone().requires_grad_() for n, p in meta.items()}
+            loss = nn.functional.cross_entropy(functional_call(network, at, (support_x,)), support_y)
+            slope = torch.autograd.grad(loss, list(at.values()), create_graph=True)
+            phi = {n: p - 0.2 * g for (n, p), g in zip(at.items(), slope, strict=True)}
+            loss = nn.functional.cross_entropy(functional_call(network, phi, (query_x,)), query_y)
+            for name, g in zip(at, torch.autograd.grad(loss, list(at.values())), strict=True):
+                torch.testing.assert_close(gradient[name][task], g, rtol=1e-6, atol=1e-9)
+
+
+def test_hooks_for_all_modules_are_called() -> None:
+    learner = MAML(Conv4(WAYS, (1, 16, 16), hidden=4), adaptation_steps=1)
+    meta = learner.init(torch.Generator().manual_seed(0))
+    batch = make_batch(1, WAYS, 1, 2, (1, 16, 16), torch.float32)
+    called = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, given, output: called.append(module))
+    try:
+        looped(learner)(meta, batch)
+    finally:
+        hook.remove()
+    assert any(isinstance(module, Conv4) for module in called)
+
+
+def test_a_norm_over_one_place_is_refused_as_everywhere() -> None:
+    learner = MAML(Conv4(2, (1, 16, 16), hidden=4, downsample="stride"))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        learner.predict(learner.init(torch.Generator().manual_seed(0)), torch.zeros(1, 1, 16, 16))
+
+
+def test_whatever_the_default_device() -> None:
+    learner = MAML(Conv4(WAYS, (1, 17, 16), hidden=5), adaptation_steps=2)
+    meta = learner.init(torch.Generator().manual_seed(0))
+    batch = make_batch(2, WAYS, 1, 2, (1, 17, 16), torch.float32)
+    with torch.device("meta"):
+        gradient, _ = vectorized(learner)(meta, batch)
+    expected, _ = vectorized(learner)(meta, batch)
+    for name in meta:
+        assert torch.equal(gradient[name], expected[name])
+
+
 def test_a_learner_that_changes_what_ours_does_is_followed() -> None:
     class Sharper(MAML):
         def predict(self, adapted: Params, x: Tensor) -> Tensor:

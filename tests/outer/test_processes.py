@@ -3,15 +3,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from metaheed.errors import ConfigError
+from metaheed.config import default_config
+from metaheed.errors import ConfigError, OutOfMemoryError, WorkerError
 from metaheed.learners import MAML, Conv4, Learner, MetaLSTM
 from metaheed.outer import adapted_outcome, task_gradient, vectorized
 from metaheed.outer.processes import AVAILABLE, Workers
+from metaheed.process import memory_explained
 from metaheed.types import Episode, Params
 from tests.conftest import ROOT, make_batch
 
@@ -83,11 +88,46 @@ def test_errors_come_back_and_workers_go_on() -> None:
         workers.map(failing, meta, batch)
     with pytest.raises(RuntimeError, match="OddError: 1 and 2"):
         workers.map(failing_oddly, meta, batch)
-    with pytest.raises(RuntimeError, match=r"ended unexpectedly \(status -9\).*--threads"):
+    with pytest.raises(WorkerError, match=r"ended unexpectedly \(status -9.*--threads"):
         workers.map(dying, meta, batch)
     assert torch.isfinite(workers.map(task_gradient, meta, batch)[1].query_loss).all()
     with pytest.raises(ConfigError, match="0 worker processes"):
         Workers(learner, 0)
+
+
+def test_no_more_workers_than_tasks() -> None:
+    learner, meta = learner_and_meta()
+    workers = Workers(learner, 3)
+    workers.map(task_gradient, meta, make_batch(2, 3, 1, 2, SHAPE, torch.float32))
+    first = [worker._pid for worker in workers._running]
+    assert len(first) == 2
+    workers.map(task_gradient, meta, make_batch(3, 3, 1, 2, SHAPE, torch.float32))
+    assert [worker._pid for worker in workers._running][:2] == first
+    assert len(workers._running) == 3
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_workers_do_not_keep_the_modes_of_their_first_use(mode: Callable[[], AbstractContextManager[None]]) -> None:
+    learner, meta = learner_and_meta()
+    workers = Workers(learner, 2)
+    batch = make_batch(2, 3, 1, 2, SHAPE, torch.float32)
+    with mode():
+        workers.map(adapted_outcome, meta, batch)
+    gradient, _ = workers.map(task_gradient, meta, batch)
+    expected, _ = Workers(learner, 2).map(task_gradient, meta, batch)
+    for name in meta:
+        assert torch.equal(gradient[name], expected[name])
+
+
+def test_a_worker_killed_for_memory_is_explained_and_another_death_is_said() -> None:
+    config = default_config("maml", "glyphs")
+    config = replace(config, training=replace(config.training, execution="processes", threads=2))
+    cpu = torch.device("cpu")
+    remedy = r"4 tasks at once.*--execution vectorized --chunk-size 2"
+    with pytest.raises(OutOfMemoryError, match=remedy), memory_explained(config, cpu, 4):
+        raise WorkerError(-9)
+    with pytest.raises(WorkerError, match="status 1;"), memory_explained(config, cpu, 4):
+        raise WorkerError(1)
 
 
 def test_workers_end_with_their_owner() -> None:

@@ -11,7 +11,7 @@ from metaheed.config import (
 )
 from metaheed.errors import ConfigError
 from metaheed.learners.backbones import BACKBONES, Conv4, ImageShape, build_backbone, find_backbone
-from metaheed.learners.base import Backbone, Learner, task_loss
+from metaheed.learners.base import Backbone, Learner, place_constants, task_loss
 from metaheed.learners.maml import MAML
 from metaheed.learners.meta_lstm import MetaLSTM
 from metaheed.learners.meta_sgd import MetaSGD
@@ -32,6 +32,7 @@ __all__ = [
     "build_backbone",
     "build_learner",
     "find_backbone",
+    "place_constants",
     "task_loss",
 ]
 

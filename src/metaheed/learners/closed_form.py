@@ -17,8 +17,10 @@ the norm and with ReLU, so it can come first. Per channel:
    T₀ = Σ ẏ,  T₁ = Σ ŷ ẏ,  ṙ = −r² T₁ / M,  q̇ = r (P ẏ − (T₀ + q T₁) / M),  and (1) by the product rule.
    Neither ŷ nor q is ever formed: both are affine in y and p, so they end in factors per channel.
 
-A convolution's bias cancels in the norm: its derivatives are exactly zero, where autograd returns rounding errors. The
-maxima and the signs of z count as constants, as in autograd. Where γ is zero every place is a maximum: y's is taken.
+A convolution's bias cancels in the norm: its derivatives are exactly zero, where autograd returns rounding errors. In
+its place the convolution is given the bias that makes μ vanish, known before y is (`_centring`). The maxima and the
+signs of z count as constants, as in autograd. Where γ is zero every place is a maximum, and autograd takes another than
+y's, which shows in ∂L/∂γ: that is left to autograd (`fits`).
 
 Legend: B tasks, n images each, C channels. The tasks stand side by side in the channels: nothing but the head joins
 channels, and a convolution in groups keeps tasks apart. Planes are (n, B·C, H, W), channels-last in memory. Full-size
@@ -45,6 +47,10 @@ _SLICE_BYTES = 1 << 22
 """Of a full-size plane at once: measured; about what a core's second-level cache holds."""
 
 
+_SUMS_AT_ONCE = 2048
+"""Of a plane's places, which fit into a core's first-level cache."""
+
+
 class _Shape(NamedTuple):
     """What a block is, apart from its parameters."""
 
@@ -59,9 +65,10 @@ class _Block(NamedTuple):
 
     x: Tensor
     weight: Tensor  # s W
+    bias: Tensor  # of the convolution, so that y's mean is zero but for rounding
     sign: np.ndarray | None  # s; none: 1 everywhere
     gain: np.ndarray  # s γ
-    mean: np.ndarray
+    mean: np.ndarray  # what is left of it
     r: np.ndarray
     y: list[Tensor]  # slices; empty: to be made again
     places: list[Tensor | None]  # of the maxima, in each slice laid out flat; none: every place
@@ -125,11 +132,26 @@ class ClosedForm:
 
     @property
     def applies(self) -> bool:
-        """Whether calling the module would do nothing else: no hook has been put into it, nor another forward."""
-        return not any(
+        """Whether calling the module would do nothing else: there is no hook in it or for all, nor another forward."""
+        for_all = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        return not for_all and not any(
             m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in m.__dict__
             for m in self._modules
         )
+
+    def fits(self, params: Params, x: Tensor) -> bool:
+        """Whether it holds for these values: no γ is zero, and every norm has more than one place to average over.
+
+        Where a norm has one place only, PyTorch's own refuses, and says why.
+        """
+        count, *size = x.shape[-4], *x.shape[-2:]
+        for shape in self._shapes:
+            size = [(side - 1) // shape.stride + 1 for side in size]
+            if count * size[0] * size[1] <= 1 or not np.all(_numbers(params[f"{shape.name}.norm.weight"])):
+                return False
+            if shape.pool:
+                size = [side // 2 for side in size]
+        return True
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """(B, n, N) from parameters (B, …) and images (B, n, C, H, W)."""
@@ -273,29 +295,48 @@ def _forward(shape: _Shape, params: Params, x: Tensor, keep: bool) -> _Block:
     height, width = ((side - 1) // shape.stride + 1 for side in x.shape[2:])
     rows = max(1, _SLICE_BYTES // (C * height * width * x.element_size()))
     p = _empty(x, n, C, height // 2, width // 2) if shape.pool else _empty(x, n, C, height, width)
+    bias = _centring(shape, x, weight)
     kept: list[Tensor] = []
     places: list[Tensor | None] = []
-    moments = []
+    sums = []
     y = place = None
     for first in range(0, n, rows):
         del y, place  # so that their memory, still in the cache, is taken again
         part, slot = (x, p) if n <= rows else (x[first : first + rows], p[first : first + rows])
-        y, place = _planes(shape, part, weight, slot, keep)
-        moments.append(_moments(y))
+        y, place = _planes(shape, part, weight, bias, slot, keep)
+        sums.append(_moments(y))
         if keep:
             kept.append(y)
             places.append(place)
-    mean, variance = _merged(moments, [min(rows, n - first) for first in range(0, n, rows)])
+    M = n * height * width
+    rest, square = np.sum(sums, axis=0) / M
+    variance = np.maximum(square - rest**2, 0)
+    # What is left of the mean is mostly the kernel's rounding; only where it is more has the centring been inexact.
+    rest[np.abs(rest) < 128 * np.finfo(gain.dtype).eps * np.sqrt(variance)] = 0
+    mean = rest.astype(gain.dtype)
     r = (1 / np.sqrt(variance + shape.eps)).astype(gain.dtype)
-    mean = mean.astype(gain.dtype)
     scale = gain * r
     z = torch.addcmul(_c(beta - scale * mean), p, _c(scale)).relu_()
-    return _Block(x, weight, sign, gain, mean, r, kept, places, p, z, rows, n * height * width)
+    return _Block(x, weight, bias, sign, gain, mean, r, kept, places, p, z, rows, M)
 
 
-def _planes(shape: _Shape, x: Tensor, weight: Tensor, p: Tensor, locate: bool) -> tuple[Tensor, Tensor | None]:
+def _centring(shape: _Shape, x: Tensor, weight: Tensor) -> Tensor:
+    """Minus the mean of conv(x, W), (C,): the mean of the convolution is the convolution of the mean image.
+
+    Added by the convolution itself, it costs no pass over the planes, and the squares that are then summed cancel
+    nothing: a background that is the same everywhere else shifts every place alike, and ReLUs and maxima flip.
+    """
+    n, channels, height, width = x.shape
+    # Laid out flat, for PyTorch takes this mean of channels-last planes forty times as long.
+    image = _flat(x).view(n, -1).mean(0).view(1, height, width, channels).permute(0, 3, 1, 2)
+    return -F.conv2d(image, weight, None, shape.stride, 1, 1, _groups(x, weight)).mean((0, 2, 3))
+
+
+def _planes(
+    shape: _Shape, x: Tensor, weight: Tensor, bias: Tensor, p: Tensor, locate: bool
+) -> tuple[Tensor, Tensor | None]:
     """y of a slice, and where in it, laid out flat, its maxima stand (if asked to locate them); p is filled."""
-    y = _channels_last(F.conv2d(x, weight, None, shape.stride, 1, 1, _groups(x, weight)))
+    y = _channels_last(F.conv2d(x, weight, bias, shape.stride, 1, 1, _groups(x, weight)))
     if not shape.pool:
         p.copy_(y)
         return y, None
@@ -324,7 +365,7 @@ def _gradient(shape: _Shape, block: _Block, dz: Tensor, inward: bool, keep: bool
         if block.y:
             y, place = block.y[k], block.places[k]
         else:
-            y, place = _planes(shape, x, block.weight, torch.empty_like(part), True)
+            y, place = _planes(shape, x, block.weight, block.bias, torch.empty_like(part), True)
         # Images do not move, so the lowest block's ∂L/∂y is not needed again; nor is y, unless for the Hessian.
         dy = torch.addcmul(_c(offset), y, _c(slope), out=None if keep else y)
         _add_at(dy, place, part)
@@ -424,8 +465,13 @@ class _Convolved:
 
 def _parameters(shape: _Shape, params: Params) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """A block's W, γ and β, the tasks side by side in the channels."""
-    gamma, beta = (params[f"{shape.name}.norm.{which}"].detach().numpy().reshape(-1) for which in ("weight", "bias"))
+    gamma, beta = (_numbers(params[f"{shape.name}.norm.{which}"]) for which in ("weight", "bias"))
     return params[f"{shape.name}.conv.weight"].flatten(0, 1), gamma, beta
+
+
+def _numbers(vector: Tensor) -> np.ndarray:
+    """One a channel, the tasks side by side."""
+    return vector.detach().numpy().reshape(-1)
 
 
 def _signed(weight: Tensor, sign: np.ndarray | None) -> Tensor:
@@ -444,7 +490,7 @@ def _named(shape: _Shape, block: _Block, dweight: Tensor, dgain: np.ndarray, dbe
     dgain, dbeta = dgain.reshape(B, -1).copy(), dbeta.reshape(B, -1).copy()
     return {
         f"{shape.name}.conv.weight": dweight.contiguous().view(*dgain.shape, *dweight.shape[1:]),
-        f"{shape.name}.conv.bias": torch.zeros(dgain.shape, dtype=dweight.dtype),
+        f"{shape.name}.conv.bias": torch.zeros(dgain.shape, dtype=dweight.dtype, device=dweight.device),
         f"{shape.name}.norm.weight": torch.from_numpy(dgain),
         f"{shape.name}.norm.bias": torch.from_numpy(dbeta),
     }
@@ -467,28 +513,26 @@ def _sliced_sums(block: _Block, a: Tensor, b: Tensor, mean: np.ndarray, r: np.nd
     return total, product
 
 
-def _moments(y: Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of each channel, float64 of sums in y's dtype that lose nothing.
+def _moments(y: Tensor) -> np.ndarray:
+    """Per channel Σ y and Σ y², (2, C) float64, in one pass.
 
-    PyTorch's kernel for channels-last planes adds one float32 after another; a background that is the same everywhere
-    then shifts every place alike, and ReLUs and maxima flip. `sum` adds pairwise, and the second pass mends the first.
+    The kernel adds one float32 after another. It is shown several places of a channel as as many channels, so that no
+    more than some hundreds are.
     """
-    flat = _flat(y).view(-1, y.shape[1])
-    mean = flat.mean(0)
-    centred = flat - mean
-    rest = centred.mean(0).double().numpy()
-    variance = centred.square_().mean(0).double().numpy() - rest**2
-    return mean.double().numpy() + rest, variance
+    C = y.shape[1]
+    count = y.numel() // C
+    side_by_side = _divisor(count, _SUMS_AT_ONCE // C)
+    columns = _flat(y).view(-1, side_by_side * C)
+    dtype = np.float32 if y.dtype == torch.float32 else np.float64
+    sums = np.stack(_sums(columns, columns, np.zeros(columns.shape[1], dtype), np.ones(columns.shape[1], dtype)))
+    moments: np.ndarray = sums.reshape(2, side_by_side, C).sum(1, dtype=np.float64)
+    return moments
 
 
-def _merged(moments: list[tuple[np.ndarray, np.ndarray]], counts: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and variance of all slices from those of each (Chan, Golub, LeVeque 1979), float64."""
-    if len(counts) == 1:
-        return moments[0]
-    means, variances = (np.stack(parts) for parts in zip(*moments, strict=True))
-    share = np.array(counts)[:, None] / sum(counts)
-    mean = (share * means).sum(0)
-    return mean, (share * (variances + (means - mean) ** 2)).sum(0)
+@functools.lru_cache(maxsize=256)
+def _divisor(number: int, most: int) -> int:
+    """The largest that is not above `most`; 1 if that is less."""
+    return next((k for k in range(min(number, most), 1, -1) if number % k == 0), 1)
 
 
 def _add_at(plane: Tensor, place: Tensor | None, values: Tensor) -> None:
@@ -501,7 +545,8 @@ def _add_at(plane: Tensor, place: Tensor | None, values: Tensor) -> None:
 @functools.lru_cache(maxsize=64)
 def _corners(n: int, channels: int, places: int) -> Tensor:
     """Where in a slice, laid out flat, each image's plane of each channel begins, (n, C, 1, 1)."""
-    return (torch.arange(n)[:, None] * (places * channels) + torch.arange(channels))[:, :, None, None]
+    images, planes = (torch.arange(count, device="cpu") for count in (n, channels))
+    return (images[:, None] * (places * channels) + planes)[:, :, None, None]
 
 
 def _c(vector: np.ndarray) -> Tensor:
@@ -515,7 +560,7 @@ def _flat(plane: Tensor) -> Tensor:
 
 
 def _empty(like: Tensor, *size: int) -> Tensor:
-    return torch.empty(size, dtype=like.dtype, memory_format=torch.channels_last)
+    return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _channels_last(plane: Tensor) -> Tensor:

@@ -74,8 +74,13 @@ _Names = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 def recomputed(step: Step, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
-    """step(θ, state, support set), of which the inputs alone are kept: differentiated, it is computed again."""
+    """step(θ, state, support set), of which the inputs alone are kept: differentiated, it is computed again.
+
+    Where a derivative with respect to the images, or a forward-mode one, is wanted, its graph is kept after all.
+    """
     if not transformed() and not needs_graph({**meta, **state}):
+        return step(meta, state, support_x, support_y)
+    if support_x.requires_grad or torch.autograd.forward_ad._current_level >= 0:
         return step(meta, state, support_x, support_y)
     names, leaves = (tuple(meta), tuple(state)), (*meta.values(), *state.values())
     values = _Recomputed.apply(step, names, support_x, support_y, *leaves)  # type: ignore[no-untyped-call]

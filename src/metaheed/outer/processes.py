@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metaheed.errors import ConfigError
+from metaheed.errors import ConfigError, WorkerError
 from metaheed.learners.base import Learner
 from metaheed.outer.gradients import Execution, map_together, merge
 from metaheed.types import Episode, Params
@@ -43,7 +43,7 @@ class Workers:
 
     Args:
         learner: as it is at the first use; later changes to it are not seen.
-        workers: how many.
+        workers: how many at most; no more are started than there are tasks.
 
     Raises:
         ConfigError: fewer than one worker, or a system where processes cannot be forked safely.
@@ -67,20 +67,21 @@ class Workers:
             batch: tasks.
 
         Raises:
-            RuntimeError: a worker died. Whatever the function raises in one.
+            WorkerError: a worker died. Whatever the function raises in one.
         """
         shares = list(zip(*(torch.tensor_split(part, self.workers) for part in batch), strict=True))
         shares = [share for share in shares if len(share[0])]
         # Results are a gradient a task at most, and a few numbers.
         results = len(shares[0][0]) * (_room(meta.values()) + 4096)
         needed = _room([*meta.values(), *shares[0]]) + results
-        if len(self._running) < self.workers or self._running[0].room < needed:
+        if self._running and self._running[0].room < needed:
             self.close()
+        while len(self._running) < len(shares):
             learner = self._learner()
             if learner is None:
                 raise RuntimeError("the learner of these workers is gone: keep it as long as they are used")
-            for _ in range(self.workers):
-                self._running.append(_Worker(learner, 2 * needed))
+            room = self._running[0].room if self._running else 2 * needed
+            self._running.append(_Worker(learner, room))
         at_work = self._running[: len(shares)]
         answers: list[Any] = []
         try:
@@ -129,10 +130,7 @@ class _Worker:
             _, status = os.waitpid(self._pid, 0)
             self._finalizer.detach()  # its number may be another's now
             self._pipe.close()
-            raise RuntimeError(
-                f"a worker process ended unexpectedly (status {os.waitstatus_to_exitcode(status)}): perhaps memory ran "
-                "out; use fewer --threads, or --execution looped"
-            ) from None
+            raise WorkerError(os.waitstatus_to_exitcode(status)) from None
         if failure is not None:
             raise failure
         return _loaded(self._memory, answer)
@@ -175,6 +173,11 @@ def _serve(learner: Learner, memory: mmap.mmap, pipe: Connection, parent: int) -
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     gc.freeze()  # what was there at the fork need not be looked through again
+    with torch.inference_mode(False), torch.enable_grad():  # whatever was at work around the first use
+        _answer(learner, memory, pipe)
+
+
+def _answer(learner: Learner, memory: mmap.mmap, pipe: Connection) -> None:
     while True:
         try:
             function, meta, batch = pipe.recv()

@@ -1,0 +1,160 @@
+"""Recipes: a run's config as a file to train from, with where its values come from.
+
+A recipe is a YAML file: a comment that says what it is and how to train it, then `provenance` and `config`. It holds
+what decides the algorithm, and nothing that belongs to one machine or one run (`OF_A_RUN`): that is said when it is
+trained, `metaheed train --recipe FILE --seed 1 --data-root DATA`.
+"""
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metaheed.config import RunConfig, from_dict, to_dict
+from metaheed.errors import ConfigError
+from metaheed.files import write_synced
+
+OF_A_RUN: dict[str, tuple[str, ...]] = {
+    "episodes": ("data_root",),
+    "learner": ("backbone_path",),
+    "rule": ("replay",),
+    "training": (
+        *("seed", "out", "device", "threads", "execution", "chunk_size", "capture", "block", "tf32"),
+        *("checkpoint_every", "log_initial_loss", "tensorboard"),
+    ),
+}
+"""Group of the config -> the fields that belong to a machine or to one run, and so not to a recipe."""
+_SEARCHED: dict[str, type[Any]] = {
+    "study": str,
+    "trials": int,
+    "iterations": int,
+    "seed": int,
+    "validation_accuracy": float,
+    "version": str,
+}
+"""What the provenance of a searched recipe holds at least: the study's name, its trials, the iterations of a trial, its
+seed, the best trial's validation accuracy in [0, 1], and the version of this program."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What decides an algorithm, and where its values come from."""
+
+    config: RunConfig
+    """The fields `OF_A_RUN` do not count: they are not written, and their defaults when read."""
+    provenance: dict[str, Any]
+    """kind: "untuned" or "searched"; a searched one also has study, trials, iterations (of a trial), seed,
+    validation_accuracy and version."""
+
+    def __post_init__(self) -> None:
+        kind = self.provenance.get("kind")
+        if kind not in ("untuned", "searched"):
+            raise ConfigError(f"provenance: kind is {kind!r}, but it must be untuned or searched")
+        for name, expected in _SEARCHED.items() if kind == "searched" else ():
+            value = self.provenance.get(name)
+            if not isinstance(value, expected) or isinstance(value, bool):
+                raise ConfigError(
+                    f"provenance: {name} of a searched recipe is {value!r}, but it must be a {expected.__name__}"
+                )
+        accuracy = self.provenance.get("validation_accuracy", 0.0)
+        if not isinstance(accuracy, float) or not (math.isfinite(accuracy) and 0 <= accuracy <= 1):
+            raise ConfigError(f"provenance: validation_accuracy is {accuracy!r}, but it must be a number from 0 to 1")
+
+    @property
+    def name(self) -> str:
+        """DATA-NwayKshot-ALGORITHM: what its runs are called, but for the seed."""
+        return self.config.run_name.removesuffix(f"-seed{self.config.training.seed}")
+
+
+def write(recipe: Recipe, path: Path) -> None:
+    """Write a recipe, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; nothing is left behind.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        write_synced(part, text(recipe, path.name).encode())
+        part.replace(path)
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def text(recipe: Recipe, file: str) -> str:
+    """What the file of that name holds."""
+    values: dict[str, Any] = {"provenance": recipe.provenance, "config": _settings(recipe.config)}
+    return f"{_comment(recipe, file)}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
+
+
+def read(path: Path) -> Recipe:
+    """The recipe that a file holds.
+
+    Raises:
+        ConfigError: it cannot be read, is no recipe, or holds a setting that is unknown, out of its bounds, or not a
+            recipe's.
+    """
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"recipe {path} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path} is not a recipe, for it is not YAML: {' '.join(str(error).split())}") from error
+    expected = {"provenance", "config"}
+    if (
+        not isinstance(values, dict)
+        or set(values) != expected
+        or not all(isinstance(values[n], dict) for n in expected)
+    ):
+        found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
+        raise ConfigError(f"{path} is not a recipe: it must hold the mappings provenance and config, and holds {found}")
+    for group, names in OF_A_RUN.items():
+        inside = values["config"].get(group)
+        for name in names if isinstance(inside, dict) else ():
+            if name in inside:
+                raise ConfigError(
+                    f"recipe {path} sets {name} in {group}, which belongs to a run: take it out, and say it when "
+                    f"training (--{name.replace('_', '-')})"
+                )
+    try:
+        return Recipe(from_dict(values["config"]), values["provenance"])
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"recipe {path}: {error}") from error
+
+
+def without_run(config: RunConfig) -> RunConfig:
+    """The config with the defaults of all fields that belong to a run: equal for two runs of one recipe."""
+    plain: dict[str, Any] = {}
+    for group, names in OF_A_RUN.items():
+        part = getattr(config, group)
+        defaults = {f.name: f.default for f in fields(part) if f.name in names}
+        plain[group] = replace(part, **defaults)
+    return replace(config, **plain)
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    values = to_dict(config)
+    for group, names in OF_A_RUN.items():
+        for name in names:
+            values[group].pop(name, None)
+    return values
+
+
+def _comment(recipe: Recipe, file: str) -> str:
+    e, about = recipe.config.episodes, recipe.provenance
+    origin = "untuned: the program's defaults"
+    if about["kind"] == "searched":
+        origin = (
+            f"searched here: the best of {about['trials']} trials of {about['iterations']} iterations (study "
+            f"{about['study']})"
+        )
+    root = "" if e.data == "glyphs" else " --data-root DATA"
+    return (
+        f"# {recipe.config.algorithm} on {e.data}, {e.ways}-way {e.shots}-shot; {origin}\n"
+        f"# metaheed train --recipe {file}{root}\n"
+    )

@@ -1,0 +1,151 @@
+"""Search for an algorithm's settings: the paper's procedure (30 configurations, chosen on validation), on Optuna.
+
+    search.yaml                 what is searched: enough to go on with
+    study.db                    the study: each trial's draw, validations and state (or in any other database)
+    trials/NNN/                 run folder of trial NNN; of the finished ones only the best keeps its checkpoints
+    trials.csv                  a line a trial
+    best.yaml                   the best configuration as a recipe
+    parallel_coordinate.png     each trial's settings and validation accuracy
+    importances.png             how much each setting mattered
+    workers/                    a file for every process at work, locked as long as it lives
+    search.lock, study.db.lock  held by the process that writes here, or takes a trial
+
+Several workers, on one machine or many, share a study through its database. A trial is one row there; its number is the
+number of the configuration, so that a configuration that is drawn from its number is the same whoever draws it.
+
+1. A worker takes the first trial below --trials that is waiting, or whose worker is gone, or adds one.
+2. It trains the trial in its run folder, from the newest checkpoint where there is one, and reports each validation.
+3. It writes the trial's value, which is its best mean accuracy over the frozen validation tasks, or that it failed.
+
+A worker is gone if the lock on its file is free, which another process of its machine can see, or if it gave no sign of
+life for --lost-after seconds by the watcher's own clock. Two may add a row each where one was left to add: the one too
+many waits below no --trials, and is trained if that is raised.
+"""
+
+import contextlib
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+
+import sqlalchemy
+
+from metaheed.config import RunConfig, SearchConfig, TrainingConfig
+from metaheed.data import Episodes, check_name, load_dataset
+from metaheed.errors import ConfigError, DataError, Interrupted, RunError
+from metaheed.learners import build_learner, find_backbone
+from metaheed.process import pick_device
+from metaheed.search.database import FAILURES, reason, shown_as, sqlite_file
+from metaheed.search.draws import first_rung, search_name
+from metaheed.search.results import Summary, write_results
+from metaheed.search.study import SharedStudy, read_settings
+from metaheed.search.worker import Presence, Worker, how_to_go_on
+from metaheed.training import Reporter, Silent
+
+__all__ = ["Summary", "read_search", "search"]
+
+
+def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Reporter] = Silent) -> Summary:
+    """Work on a study until all its trials are finished, beginning it or going on with it.
+
+    Args:
+        config: of every trial, but for what is searched; its `out` is the study folder.
+        settings: what is searched, and how.
+        reporters: makes who is told how a trial goes.
+
+    Raises:
+        ConfigError, DataError: the settings, the data or the network cannot be used.
+        RunError: the database or the folder cannot be used, or holds a search of other settings.
+        OutOfMemoryError: a trial does not fit into memory.
+        Interrupted: SIGINT or SIGTERM came; the trial at work can be gone on with.
+    """
+    out = config.training.out or Path("runs") / search_name(config)
+    config, settings = _anywhere(config, settings)
+    _check(config, settings, out)
+    tell = reporters().message
+    made = [path for path in (out, *out.parents) if not path.exists()]
+    try:
+        with SharedStudy.opened(config, settings, out) as shared, Presence(out) as presence:
+            shared.write_settings()
+            worker = Worker(shared, presence, reporters, tell)
+            try:
+                worker.work()
+            except KeyboardInterrupt:
+                raise Interrupted(f"stopped; {how_to_go_on(out)}", signal.SIGINT) from None
+            return write_results(shared)
+    except (ConfigError, DataError):
+        begun = [*out.glob("trials/*/config.yaml"), *[*out.glob("workers/*")][1:]]
+        if out in made and settings.storage is None and not begun:
+            shutil.rmtree(out)  # what no trial can be trained with leaves no study that refuses the next
+        raise
+    except FAILURES as error:
+        raise RunError(
+            f"the database {shown_as(settings.storage, out)} failed ({reason(error)}); {how_to_go_on(out)}"
+        ) from error
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # not empty: the study is there; or removed above
+                path.rmdir()
+
+
+def read_search(out: Path, storage: str | None = None) -> tuple[RunConfig, SearchConfig]:
+    """What `search` needs to go on with a study folder.
+
+    Args:
+        out: the study folder.
+        storage: its database, where that is not the one recorded.
+
+    Raises:
+        RunError: it is none, or its search.yaml is damaged.
+        ConfigError: its database needs a password, and none is named.
+    """
+    config, settings = read_settings(out)
+    if storage is not None:
+        settings = replace(settings, storage=storage)
+    elif settings.storage is not None and sqlalchemy.engine.make_url(settings.storage).password == "***":
+        raise ConfigError(f"{out} keeps no password: name the database again (--storage URL)")
+    return replace(config, training=replace(config.training, out=out)), settings
+
+
+def _anywhere(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, SearchConfig]:
+    """The same, named so that it can be gone on with from any folder; the study folder taken out."""
+    training = TrainingConfig(**{f.name: getattr(config.training, f.name) for f in fields(TrainingConfig)})
+    learner, root = config.learner, config.episodes.data_root
+    if ":" in learner.backbone:
+        learner = replace(learner, backbone_path=(learner.backbone_path or Path()).expanduser().absolute())
+    storage = settings.storage
+    file = sqlite_file(storage)
+    if file is not None:
+        storage = f"sqlite:///{file.expanduser().absolute()}"
+    config = replace(
+        config,
+        learner=learner,
+        episodes=replace(config.episodes, data_root=root and root.expanduser().absolute()),
+        training=replace(training, out=None),
+    )
+    return config, replace(settings, storage=storage, study=settings.study or search_name(config))
+
+
+def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
+    """Refuse what would fail in every trial, before there is a study.
+
+    Raises:
+        ConfigError, DataError: as training would.
+    """
+    training, data = config.training, config.episodes
+    if settings.pruner == "halving" and max(training.val_every, first_rung(config, settings)) >= training.iterations:
+        raise ConfigError(
+            f"--pruner halving: with --val-every {training.val_every} and the first rung after "
+            f"{first_rung(config, settings)} iterations nothing can be judged before the end of a trial at "
+            f"{training.iterations}: lower --val-every or --halving-start"
+        )
+    check_name(data.data)
+    find_backbone(config.learner.backbone, config.learner.backbone_path)
+    pick_device(training.device)
+    if (out / "search.yaml").exists():
+        return  # begun, and so checked
+    dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
+    for split, shape in (("train", data.train_shape), ("val", data.test_shape), ("test", data.test_shape)):
+        Episodes(dataset, split, *shape, training.seed)
+    build_learner(config.learner, data.ways, dataset.image_shape, training.seed)
