@@ -17,6 +17,7 @@ the machine.
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -89,6 +90,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "threads": torch.get_num_threads(),
         "load_before": os.getloadavg(),
     }
+
+    def save() -> None:
+        chosen.out.mkdir(parents=True, exist_ok=True)
+        write_whole(chosen.out / f"{file}.json", (json.dumps(result, indent=1) + "\n").encode())
+
     with tempfile.TemporaryDirectory(dir=chosen.folder) as folder:
         if both or chosen.ways:
             rounds = [ways_of_sampling(Path(folder), chosen.images, chosen.seconds) for _ in range(chosen.rounds)]
@@ -96,15 +102,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result["meta_batches_per_second_rounds"] = rounds
             for name, rate in result["meta_batches_per_second"].items():
                 print(f"{name:44} {rate:9.1f} meta-batches/s", flush=True)
+            save()
         if both or chosen.shares:
-            result["shares"] = []
-            for name in chosen.settings:
-                for row in shares(SHARED[name], Path(folder), chosen.rounds, chosen.iterations):
-                    result["shares"].append(row)
-                    print(describe(row), flush=True)
-    result["load_after"] = os.getloadavg()
-    chosen.out.mkdir(parents=True, exist_ok=True)
-    write_whole(chosen.out / f"{file}.json", (json.dumps(result, indent=1) + "\n").encode())
+            measured: dict[tuple[str, str], list[dict[str, Any]]] = {}
+            for number in range(chosen.rounds):  # a round of all, then the next: it may be stopped after any
+                for name, algorithm in itertools.product(chosen.settings, ALGORITHMS):
+                    one = _round(SHARED[name], algorithm, Path(folder), chosen.iterations, number)
+                    measured.setdefault((name, algorithm), []).append(one)
+                    result["shares"] = [row(SHARED[s], a, of_all) for (s, a), of_all in measured.items()]
+                    print(describe(row(SHARED[name], algorithm, [one])), flush=True)
+                    save()
 
 
 def ways_of_sampling(folder: Path, images: int, seconds: float) -> dict[str, float]:
@@ -219,27 +226,18 @@ def torchmeta_way(pixels: torch.Tensor, images: int) -> Callable[[int], object]:
     return batch
 
 
-def shares(setting: Setting, folder: Path, rounds: int, iterations: int) -> Iterator[dict[str, Any]]:
-    """Of one setting, a row an algorithm: what an iteration takes, waits, and what drawing takes by itself."""
-    name = {(3, 84, 84): "miniimagenet", (3, 32, 32): "cifar-fs"}.get(setting.image_shape, "omniglot")
-    store(name, setting.image_shape, folder)
-    for algorithm in ALGORITHMS:
-        measured = []
-        for number in range(rounds):
-            load = os.getloadavg()[0]
-            out = folder / f"{setting.name}-{algorithm}-{number}"
-            measured.append({**_round(config(setting, algorithm, name, folder, iterations, out)), "load": load})
-        medians = {key: statistics.median(r[key] for r in measured) for key in ("iteration", "waited", "alone")}
-        yield {
-            "setting": setting.name,
-            "title": setting.title,
-            "algorithm": algorithm,
-            **{f"{key}_seconds": value for key, value in medians.items()},
-            "waited_share": statistics.median(r["waited"] / r["iteration"] for r in measured),
-            "alone_share": statistics.median(r["alone"] / r["iteration"] for r in measured),
-            "execution": measured[0]["execution"],
-            "rounds": measured,
-        }
+def row(setting: Setting, algorithm: str, rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What an iteration takes, waits, and what drawing takes by itself: medians of rounds."""
+    return {
+        "setting": setting.name,
+        "title": setting.title,
+        "algorithm": algorithm,
+        **{f"{key}_seconds": statistics.median(r[key] for r in rounds) for key in ("iteration", "waited", "alone")},
+        "waited_share": statistics.median(r["waited"] / r["iteration"] for r in rounds),
+        "alone_share": statistics.median(r["alone"] / r["iteration"] for r in rounds),
+        "execution": rounds[0]["execution"],
+        "rounds": list(rounds),
+    }
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -253,6 +251,8 @@ def describe(row: dict[str, Any]) -> str:
 
 def store(name: str, shape: tuple[int, int, int], folder: Path) -> None:
     """A store of random pixels, of as many classes and images as the data set's; one that is there is kept."""
+    if (folder / f"{name}.metaheed").exists():
+        return
     classes, images = COUNTS[name]
 
     def chunks(split: str, count: int, start: int) -> Iterator[np.ndarray]:
@@ -297,7 +297,12 @@ class _Clock(Silent):
         self.done.append(time.perf_counter())
 
 
-def _round(chosen: RunConfig) -> dict[str, Any]:
+def _round(setting: Setting, algorithm: str, folder: Path, iterations: int, number: int) -> dict[str, Any]:
+    load = os.getloadavg()[0]
+    name = {(3, 84, 84): "miniimagenet", (3, 32, 32): "cifar-fs"}.get(setting.image_shape, "omniglot")
+    store(name, setting.image_shape, folder)
+    out = folder / f"{setting.name}-{algorithm}-{number}"
+    chosen = config(setting, algorithm, name, folder, iterations, out)
     waited: list[float] = []
 
     class Timed(Ahead):
@@ -324,6 +329,7 @@ def _round(chosen: RunConfig) -> dict[str, Any]:
         "waited": statistics.median(waited[WARM_UP:]),
         "alone": statistics.median(alone),
         "execution": trained.training.execution,
+        "load": load,
     }
 
 
