@@ -28,6 +28,8 @@ from metaheed.process import cpu_threads, keep_freed_memory, make_deterministic
 from metaheed.types import Params
 
 _CPU = torch.device("cpu")
+RECOMPUTED = "maml-recompute"
+"""Beside the algorithms of the settings: MAML with --recompute."""
 
 
 def speed_settings() -> None:
@@ -37,9 +39,9 @@ def speed_settings() -> None:
 
 def run_config(setting: Setting, algorithm: str) -> RunConfig:
     """The config of such a run, its threads and execution decided as the command line decides them."""
-    names = {"fomaml": "maml", "ta-maml-reuse": "ta-maml"}
+    names = {"fomaml": "maml", RECOMPUTED: "maml", "ta-maml-reuse": "ta-maml"}
     config = default_config(names.get(algorithm, algorithm), ways=setting.ways, shots=setting.shots)
-    learner: dict[str, Any] = {"adaptation_steps": setting.steps}
+    learner: dict[str, Any] = {"adaptation_steps": setting.steps, "recompute": algorithm == RECOMPUTED}
     if isinstance(config.learner, MAMLConfig | MetaSGDConfig):
         learner |= {"fast_lr": FAST_LR, "first_order": algorithm == "fomaml"}
     rule = config.rule

@@ -1,10 +1,12 @@
 """How our step's cost grows: `python -m benchmarks.scaling`.
 
-One setting (3×32×32, 5-way 1-shot, Q = 15, T = 5, B = 4, second-order MAML), of which one number is varied at a time.
+One setting (3×32×32, 5-way 1-shot, Q = 15, T = 5, B = 4, second-order MAML), of which one number is varied at a time; T
+also with --recompute.
 Every point is a process of its own, so that its peak memory is its own; they run one after another.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 from collections.abc import Sequence
@@ -14,6 +16,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.ours import RECOMPUTED
 from benchmarks.processes import ROOT, Process
 from benchmarks.settings import SETTINGS, Setting
 from benchmarks.speed import WARM_UP, conditions
@@ -37,10 +40,10 @@ def varied(axis: str, value: int) -> Setting:
     return Setting.from_json(values | ({"image_shape": (3, value, value)} if axis == "side" else {axis: value}))
 
 
-def point(setting: Setting, repeats: int) -> dict[str, Any]:
+def point(setting: Setting, repeats: int, algorithm: str) -> dict[str, Any]:
     """Times of steps in seconds, and the process's peak memory in bytes."""
     with Process() as process:
-        process.ask("build", entry="ours", algorithm="maml", setting=setting.to_json(), speed_settings=True)
+        process.ask("build", entry="ours", algorithm=algorithm, setting=setting.to_json(), speed_settings=True)
         for _ in range(WARM_UP):
             process.ask("step")
         seconds = [process.ask("step")["seconds"] for _ in range(repeats)]
@@ -51,11 +54,11 @@ def run(axes: Sequence[str], repeats: int, out: Path) -> dict[str, Any]:
     """Measure and write scaling.json and scaling.png into `out`; returns what scaling.json holds."""
     points = []
     for axis in axes:
-        for value in AXES[axis]:
-            measured = point(varied(axis, value), repeats)
-            points.append({"axis": axis, "value": value, **measured})
-            peak = measured["peak_bytes"] / 1e6
-            print(f"{LABELS[axis]} = {value}: {spread(measured['seconds'], 3)} s, {peak:.0f} MB", flush=True)
+        for algorithm, value in itertools.product(("maml", RECOMPUTED) if axis == "steps" else ("maml",), AXES[axis]):
+            measured = point(varied(axis, value), repeats, algorithm)
+            points.append({"axis": axis, "value": value, "algorithm": algorithm, **measured})
+            seconds, peak = spread(measured["seconds"], 3), measured["peak_bytes"] / 1e6
+            print(f"{algorithm}, {LABELS[axis]} = {value}: {seconds} s, {peak:.0f} MB", flush=True)
     result = {**conditions(), "base": BASE.to_json(), "repeats": repeats, "points": points}
     write_whole(out / "scaling.json", (json.dumps(result, indent=1) + "\n").encode())
     figure(result, out / "scaling.png")
@@ -69,14 +72,22 @@ def figure(result: dict[str, Any], out: Path) -> None:
     grid = picture.subplots(2, len(axes_present), sharex="col", sharey="row", squeeze=False)
     for column, axis in enumerate(axes_present):
         points = [p for p in result["points"] if p["axis"] == axis]
-        values = [p["value"] for p in points]
-        times = [1000 * statistics.median(p["seconds"]) for p in points]
-        power = 2 if axis == "side" else 1
-        proportional = [times[-1] * (v / values[-1]) ** power for v in values]
         top, bottom = grid[:, column]
-        top.plot(values, proportional, ":", color="black", lw=1, label="in proportion to its images' pixels")
-        top.plot(values, times, "o-", color="#4477aa", ms=4)
-        bottom.plot(values, [p["peak_bytes"] / 1e6 for p in points], "o-", color="#cc6677", ms=4)
+        for algorithm, marker, label in (("maml", "o-", "every step kept"), (RECOMPUTED, "s--", "--recompute")):
+            line = [p for p in points if p["algorithm"] == algorithm]
+            if not line:
+                continue
+            values = [p["value"] for p in line]
+            times = [1000 * statistics.median(p["seconds"]) for p in line]
+            if algorithm == "maml":
+                power = 2 if axis == "side" else 1
+                proportional = [times[-1] * (v / values[-1]) ** power for v in values]
+                top.plot(values, proportional, ":", color="black", lw=1)
+            top.plot(values, times, marker, color="#4477aa", ms=4, label=label)
+            bottom.plot(values, [p["peak_bytes"] / 1e6 for p in line], marker, color="#cc6677", ms=4, label=label)
+        if any(p["algorithm"] == RECOMPUTED for p in points):
+            top.legend(frameon=False)
+            bottom.legend(frameon=False)
         bottom.set_xlabel(LABELS[axis])
         for panel in (top, bottom):
             panel.set(xscale="log", yscale="log")

@@ -89,6 +89,7 @@ def test_constructors_read_their_defaults_from_config() -> None:
     rule = inspect.signature(attended).parameters
     assert rule["jacobian"].default == defaults.attention_jacobian
     assert rule["reuse_probe"].default == defaults.attention_reuse_probe
+    assert rule["release_leak"].default == defaults.faithful_to_release
     assert set(LEARNER_CLASSES) == set(config.LEARNERS.values())
 
 

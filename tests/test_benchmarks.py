@@ -231,8 +231,14 @@ def test_lstm_counts_its_coordinates() -> None:
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "BASE", TINY)
     monkeypatch.setitem(scaling.AXES, "tasks", (1, 2))
-    result = scaling.run(["tasks"], 1, tmp_path)
-    assert [(p["axis"], p["value"]) for p in result["points"]] == [("tasks", 1), ("tasks", 2)]
+    monkeypatch.setitem(scaling.AXES, "steps", (1,))
+    result = scaling.run(["tasks", "steps"], 1, tmp_path)
+    assert [(p["axis"], p["value"], p["algorithm"]) for p in result["points"]] == [
+        ("tasks", 1, "maml"),
+        ("tasks", 2, "maml"),
+        ("steps", 1, "maml"),
+        ("steps", 1, "maml-recompute"),
+    ]
     assert json.loads((tmp_path / "scaling.json").read_text()) == result
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert scaling.varied("side", 20).image_shape == (3, 20, 20)

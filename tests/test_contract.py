@@ -140,6 +140,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "uniform 2B": uniform_2b,
     "softmax of loss": lambda: loss_softmax(0.5),
     "replayed": lambda: replayed(torch.linspace(1, 20, 20, dtype=torch.float64).reshape(5, 4) / 40, seed=3),
+    "as released": lambda: attended(_attention(), adam(0.05), 0.01, release_leak=True),
     "attended with probe reuse": lambda: attended(_attention(), adam(0.05), 0.01, reuse_probe=True),
     "attended without loss": lambda: attended(_attention(omit="query_loss"), adam(0.05), 0.01),
     "attended": lambda: attended(_attention(), adam(0.05), 0.01),
@@ -311,7 +312,7 @@ def test_rule_steps_on_the_weighted_gradients(
 
 
 @pytest.mark.parametrize("network", ["tiny"], indirect=True)  # the network changes nothing here
-@pytest.mark.parametrize("rule", sorted(set(RULES) - {"uniform 2B"}))
+@pytest.mark.parametrize("rule", sorted(set(RULES) - {"uniform 2B", "as released"}))
 def test_nothing_of_the_probe_batch_reaches_theta(
     rule: str, learner: Learner, meta: Params, batch: Episode, probe: Episode
 ) -> None:
@@ -322,6 +323,21 @@ def test_nothing_of_the_probe_batch_reaches_theta(
     two, _ = chosen.step(state, 0, _tools(learner, optimizer, batch, other_probe))
     assert all(torch.equal(one.meta[n], two.meta[n]) for n in meta)
     assert all(torch.equal(one.optimizer[n], two.optimizer[n]) for n in one.optimizer)
+
+
+@pytest.mark.parametrize("network", ["tiny"], indirect=True)  # the network changes nothing here
+def test_as_released_the_probe_batch_reaches_theta(
+    learner: Learner, meta: Params, batch: Episode, probe: Episode
+) -> None:
+    chosen, optimizer = RULES["as released"](), sgd(0.1)
+    state = _start(chosen, optimizer, meta)
+    after, record = chosen.step(state, 0, _tools(learner, optimizer, batch, probe))
+    grads, _ = looped(learner)(meta, batch)
+    by_hand = {n: torch.einsum("b,b...->...", record.weights, g) for n, g in grads.items()}
+    ahead = {n: p - 0.01 * by_hand[n] for n, p in meta.items()}
+    leaked, _ = looped(learner)(ahead, probe)
+    expected = {n: p - 0.1 * (by_hand[n] + leaked[n].sum(0)) for n, p in meta.items()}
+    assert_close(after.meta, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("network", ["tiny"], indirect=True)  # the network changes nothing here

@@ -441,10 +441,22 @@ class AttendedConfig(RuleConfig):
     attention_reuse_probe: bool = False
     """Probe with the batch that the next iteration trains on, which then has its gradients already: attention at nearly
     no cost. The paper draws a batch of its own instead."""
+    faithful_to_release: bool = False
+    """Repeat a defect of the code that the authors released, to measure what it does: the look-ahead on which the probe
+    batch is judged stays connected to θ, so that θ descends the summed loss of that batch as well, and training sees
+    2B tasks an iteration."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _positive(self, "attention_lr")
+        for name, other in (("attention_reuse_probe", False), ("attention_jacobian", "sgd")):
+            value = getattr(self, name)
+            _require(
+                not self.faithful_to_release or value == other,
+                name,
+                value,
+                f"the released code has no such thing: with --faithful-to-release leave it {other}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

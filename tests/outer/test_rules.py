@@ -1,5 +1,7 @@
 """Batch rules on a fake learner whose gradients one can check by hand: g_i = θ − target_i."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -93,7 +95,33 @@ def test_replayed_weights_are_permuted() -> None:
     assert torch.equal(again, seen[:5])
 
 
+def test_the_leak_of_the_release_by_hand() -> None:
+    lr = 0.5
+    attention = TaskAttention(tasks=2, generator=torch.Generator().manual_seed(0)).double()
+    tools = Tools(gradients, None, sgd(lr), lambda t: batch(1, 3), lambda t: batch(5, 7))  # type: ignore[arg-type]  # no initial gradients
+    meta = {"x": torch.zeros((), dtype=torch.float64)}
+    after = {}
+    for leak in (False, True):
+        rule = attended(attention, sgd(0.1), lr, release_leak=leak)
+        state, record = rule.step(OuterState(meta, {}, rule.init(meta)), 0, tools)
+        after[leak] = state
+    w = record.weights
+    pull = -float(w[0] * 1 + w[1] * 3)  # Σ w_i g_i at θ = 0
+    ahead = -lr * pull
+    assert float(after[False].meta["x"]) == pytest.approx(ahead)
+    assert float(after[True].meta["x"]) == pytest.approx(-lr * (pull + (ahead - 5) + (ahead - 7)))
+    # With SGD the look-ahead is the real step of an honest θ', so δ is moved alike.
+    for name, delta in after[False].rule.items():
+        torch.testing.assert_close(after[True].rule[name], delta)
+    moved = [n for n, d in after[True].rule.items() if not torch.equal(d, rule.init(meta)[n])]
+    assert moved
+
+
 def test_bad_settings_are_refused() -> None:
+    others: tuple[dict[str, Any], ...] = ({"reuse_probe": True}, {"jacobian": "optimizer"})
+    for other in others:
+        with pytest.raises(ConfigError, match=r"with --faithful-to-release leave it"):
+            attended(TaskAttention(tasks=2), adam(0.1), 0.1, release_leak=True, **other)
     with pytest.raises(ConfigError, match=r"--equity-lambda is -1"):
         equity(-1.0)
     with pytest.raises(ConfigError, match=r"unknown index of inequality|--equity-index"):

@@ -82,6 +82,7 @@ RULES: dict[str, Callable[[], Rule]] = {
     "softmax of loss": lambda: loss_softmax(0.5),
     "replayed": lambda: replayed(torch.rand(9, TASKS, generator=torch.Generator().manual_seed(1)), seed=3),
     "attended": lambda: attended(_attention(), adam(0.05), 0.01),
+    "as released": lambda: attended(_attention(), adam(0.05), 0.01, release_leak=True),
     "attended with probe reuse": lambda: attended(_attention(), adam(0.05), 0.01, reuse_probe=True),
     "attended through optimizer": lambda: attended(_attention(omit="query_loss"), adam(0.05), 0.01, "optimizer"),
     "attended equivariant": lambda: attended(_attention("equivariant", standardize=True), adam(0.05), 0.01),

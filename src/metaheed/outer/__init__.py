@@ -161,7 +161,14 @@ def build_rule(config: RunConfig, generator: torch.Generator, logged: Tensor | N
                 omit=rule.attention_omit,
             )
             delta_step = adam(rule.attention_lr)
-            return attended(attention, delta_step, outer.meta_lr, rule.attention_jacobian, rule.attention_reuse_probe)
+            return attended(
+                attention,
+                delta_step,
+                outer.meta_lr,
+                rule.attention_jacobian,
+                rule.attention_reuse_probe,
+                rule.faithful_to_release,
+            )
         case ReplayedConfig() if logged is not None:
             return replayed(logged, config.training.seed)
     raise ConfigError(f"no rule is built from {type(rule).__name__}")

@@ -222,6 +222,7 @@ def attended(
     meta_lr: float,
     jacobian: str = AttendedConfig.attention_jacobian,
     reuse_probe: bool = AttendedConfig.attention_reuse_probe,
+    release_leak: bool = AttendedConfig.faithful_to_release,
 ) -> Rule:
     """Task-attended outer step (paper, algorithm 1 and eq. 3).
 
@@ -235,18 +236,25 @@ def attended(
 
     Deviation from the authors' code: G is taken at the θ' of the real outer step, not of an SGD look-ahead.
 
+    With `release_leak` it is as there: θ″ = θ − β Σ_i w_i g_i is looked ahead to, G is taken at θ″, and since θ″ was
+    not detached from θ, the real outer step is on Σ_i w_i g_i + Σ_j ∇L_j*(φ_jᵀ), the probe tasks adapted from θ″ (to
+    first order in the look-ahead; their sum, for so their losses were added up). The paper has no such term.
+
     Args:
         attention: its present parameters are δ's start.
         attention_optimizer: the step on δ (the paper: Adam at rate γ).
         meta_lr: β of the look-ahead when `jacobian` is "sgd".
         jacobian: "sgd": J = −β I, the authors' look-ahead; "optimizer": J of the real outer step, clipping included.
         reuse_probe: as above; needs an attention that was told the number of tasks.
+        release_leak: as above; with neither reuse nor another jacobian than "sgd".
 
     Raises:
-        ConfigError: unknown jacobian, or reuse without the number of tasks.
+        ConfigError: unknown jacobian, reuse without the number of tasks, or a leak with what the release has not.
     """
     if jacobian not in ("sgd", "optimizer"):
         raise unknown("attention jacobian", jacobian, ("sgd", "optimizer"))
+    if release_leak:
+        AttendedConfig(attention_jacobian=jacobian, attention_reuse_probe=reuse_probe, faithful_to_release=True)  # type: ignore[arg-type]  # checked there
     if reuse_probe and attention.tasks is None:
         raise ConfigError("probe reuse keeps one gradient a task: build TaskAttention with tasks=B")
 
@@ -270,12 +278,19 @@ def attended(
             task_grads, info = tools.gradients(state.meta, tools.train(t))
         weights, pull_delta = value_and_pullback(lambda d: functional_call(attention, d, (info,)), delta)
         combined = weighted_sum(weights, task_grads)
-        meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, combined)
-
-        if reuse_probe:
-            probe_grads, probe_info = tools.gradients(meta, tools.train(t + 1))
+        if release_leak:
+            ahead = {name: p - meta_lr * combined[name] for name, p in state.meta.items()}
+            probe_grads, probe_info = tools.plain(ahead, tools.probe(t))
+            leaked = weighted_sum(torch.ones_like(probe_info.query_loss), probe_grads)
+            meta, optimizer = tools.optimizer.step(
+                state.meta, state.optimizer, {name: g + leaked[name] for name, g in combined.items()}
+            )
         else:
-            probe_grads, probe_info = tools.plain(meta, tools.probe(t))
+            meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, combined)
+            if reuse_probe:
+                probe_grads, probe_info = tools.gradients(meta, tools.train(t + 1))
+            else:
+                probe_grads, probe_info = tools.plain(meta, tools.probe(t))
         G = weighted_sum(uniform_weights(probe_info), probe_grads)
 
         def pull(v: Params) -> Params:
