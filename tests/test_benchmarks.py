@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import limit, peers, reference, scaling, speed, table, tasks
+from benchmarks import limit, peers, reference, sampling, scaling, speed, table, tasks
 from benchmarks.processes import Process, WorkerError
 from benchmarks.settings import ALGORITHMS, PEERS, SETTINGS, Setting
 from safetensors.torch import load_file
@@ -258,3 +258,21 @@ def test_settings_are_the_papers() -> None:
         assert Setting.from_json(json.loads(json.dumps(setting.to_json()))) == setting
         assert (setting.queries, setting.steps) == (15, 5)
     assert {name for name, s in SETTINGS.items() if set(ALGORITHMS) <= set(s.algorithms)} == {"a", "c"}
+
+
+def test_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sampling, "SHARED", {"c": TINY})
+    monkeypatch.setattr(sampling, "COUNTS", {"omniglot": (6, 20)})
+    options = ["--settings", "c", "--rounds", "2", "--iterations", "2", "--seconds", "0.01", "--images", "20"]
+    sampling.main([*options, "--out", str(tmp_path)])
+    result = json.loads((tmp_path / "sampling.json").read_text())
+    assert [row["algorithm"] for row in result["shares"]] == ["maml", "fomaml", "protonet"]
+    for row in result["shares"]:
+        assert 0 < row["waited_seconds"] < row["iteration_seconds"]
+        assert row["alone_seconds"] > 0
+        assert len(row["rounds"]) == 2
+    ways = result["meta_batches_per_second"]
+    assert {"memory", "memory map, warm", "learn2learn's way (image by image)"} <= set(ways)
+    assert min(ways.values()) > 0
+    assert "benchmarks.sampling --settings c" in result["command"]
+    assert "waits" in capsys.readouterr().out

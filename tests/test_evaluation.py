@@ -81,15 +81,34 @@ def test_json_and_words(runs: dict[tuple[str, int], Path], metaheed: Run) -> Non
 
 def test_other_settings(copies: dict[tuple[str, int], Path], metaheed: Run) -> None:
     run = copies["maml", 0]
+    before = (run / "result.json").read_bytes()
     options = ["--ways", 3, "--shots", 2, "--queries", 4, "--tasks", 10, "--checkpoint", "last", "--episode-seed", 5]
     status, out, _ = metaheed("evaluate", run, *options, "--json")
     result = json.loads(out)
     assert (status, result["ways"], result["shots"], result["queries"], result["iteration"]) == (0, 3, 2, 4, 5)
     assert result["episodes_sha256"] == Episodes(load_dataset("glyphs"), "test", 3, 2, 4, 5).fingerprint(10)
-    before = (run / "result.json").read_bytes()
+    assert json.loads((run / "result-3way2shot4query.json").read_text()) == result
     assert metaheed("evaluate", run, "--split", "val", "--tasks", 10)[0] == 0
-    assert (run / "result.json").read_bytes() == before, "a validation result must not pass for a test result"
+    assert metaheed("evaluate", run, "--split", "val", "--shots", 2, "--tasks", 10)[0] == 0
+    assert (run / "result.json").read_bytes() == before, "no other result must pass for that of the run's own setting"
     assert json.loads((run / "result-val.json").read_text())["split"] == "val"
+    assert json.loads((run / "result-5way2shot5query-val.json").read_text())["shots"] == 2
+    assert metaheed("evaluate", run, "--ways", 5, "--queries", 5, "--tasks", 12)[0] == 0, "its own setting, by name"
+    assert json.loads((run / "result.json").read_text())["tasks"] == 12
+
+
+def test_runs_are_compared_at_other_settings(copies: dict[tuple[str, int], Path], metaheed: Run) -> None:
+    sides = (copies["ta-maml", 0], "--against", copies["maml", 0])
+    own = metaheed("compare", *sides, "--json")[1]
+    status, _, err = metaheed("compare", *sides, "--shots", 2)
+    assert (status, "has no result-5way2shot5query.json: run 'metaheed evaluate" in err) == (1, True)
+    assert "--shots 2' first" in err
+    for algorithm in ("maml", "ta-maml"):
+        assert metaheed("evaluate", copies[algorithm, 0], "--shots", 2, "--tasks", 30)[0] == 0
+    a, b = (json.loads((copies[n, 0] / "result-5way2shot5query.json").read_text()) for n in ("ta-maml", "maml"))
+    at_two = json.loads(metaheed("compare", *sides, "--shots", 2, "--json")[1])
+    assert at_two["mean"] == pytest.approx(np.mean(a["accuracies"]) - np.mean(b["accuracies"]), abs=1e-6)
+    assert metaheed("compare", *sides, "--json")[1] == own, "the default is the runs' own setting"
 
 
 def test_tasks_can_be_run_otherwise_than_in_training(copies: dict[tuple[str, int], Path], metaheed: Run) -> None:

@@ -7,10 +7,11 @@ import argparse
 import contextlib
 import io
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -88,7 +89,7 @@ class SearchResume:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Judge a run on frozen tasks: accuracy ± 95% interval, per-task accuracies in its result.json."""
+    """Judge a run on frozen tasks: accuracy ± 95% interval, per-task accuracies in its result.json (result-….json)."""
 
     run: tyro.conf.Positional[Path]
     """The run folder."""
@@ -113,6 +114,12 @@ class Compare:
     """Evaluated runs of another, of the same seeds."""
     data: str | None = None
     """Compare on this data set, on which all were evaluated; none: on the one they were trained on."""
+    ways: int | None = None
+    """Compare at this N, at which all were evaluated; none: the runs' own test setting."""
+    shots: int | None = None
+    """Compare at this K; as --ways."""
+    queries: int | None = None
+    """Compare at this Q; as --ways."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -372,7 +379,21 @@ def _parse(kind: Any, command: str, arguments: list[str], description: str | Non
             args=arguments[1:],
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.FlagCreatePairsOff),
         )
-    return checked(parsed)
+        expanded = _expanded(parsed)
+    return checked(expanded)
+
+
+def _expanded(value: Any) -> Any:
+    """With ~ in every path replaced: shells leave it in --data-root=~/data."""
+    if isinstance(value, Path):
+        with contextlib.suppress(RuntimeError):  # no such user: a name like any other
+            return value.expanduser()
+    if isinstance(value, tuple):
+        return tuple(map(_expanded, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        inside = {f.name: getattr(value, f.name) for f in fields(value) if f.init}
+        return replace(value, **{name: _expanded(part) for name, part in inside.items()})
+    return value
 
 
 def _data(arguments: list[str]) -> int:
@@ -592,7 +613,8 @@ def _evaluate(command: Evaluate) -> int:
 def _compare(command: Compare) -> int:
     from metaheed.evaluation import compare
 
-    difference = compare(command.runs, command.against, command.data)
+    shape = command.ways, command.shots, command.queries
+    difference = compare(command.runs, command.against, command.data, shape)
     if command.json:
         print(json.dumps(difference._asdict()))
         return 0
@@ -646,7 +668,8 @@ def _data_prepare(command: DataPrepare) -> int:
     classes = "/".join(str(len(split.classes)) for split in source.splits.values())
     images = sum(sum(split.counts) for split in source.splits.values())
     print(
-        f"{path} holds {classes} classes, {images} images; train with --data {command.name} --data-root {path.parent}"
+        f"{path} holds {classes} classes, {images} images; train with --data {command.name} --data-root "
+        f"{shlex.quote(str(path.parent))}"
     )
     return 0
 

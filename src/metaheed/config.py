@@ -654,7 +654,8 @@ class EvaluationConfig:
     episode_seed: int | None = None
     """Which frozen tasks; the same number gives every run the same ones. None: 0, or those of --episodes."""
     ways: int | None = None
-    """N; none: the run's own test setting."""
+    """N; none: the run's own test setting. At another one (of --shots and --queries, too) the result is in a file
+    like result-5way5shot15query.json, and result.json is left alone."""
     shots: int | None = None
     """K; none: the run's own test setting."""
     queries: int | None = None

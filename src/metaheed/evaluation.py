@@ -87,7 +87,8 @@ def evaluate_run(
     on_tasks: Callable[[int], None] | None = None,
     execution: ExecutionName | None = None,
 ) -> dict[str, Any]:
-    """Judge a run and write its result.json (or result-on-DATA.json, result-val.json).
+    """Judge a run and write its result.json; or, so that this one stays that of the run's own test setting,
+    result-on-DATA.json, result-5way5shot15query.json, result-val.json.
 
     Args:
         path: the run folder.
@@ -110,7 +111,8 @@ def evaluate_run(
     frozen = None if config.episodes is None else read_episodes(config.episodes)
     setting = _setting(config, run, frozen)
     trained_on = run.episodes.data
-    file = folder.result(setting.split, None if setting.data == trained_on else setting.data)
+    shape = setting.ways, setting.shots, setting.queries
+    file = _result_file(folder, run, setting.data, shape, setting.split)
     check_writable(file)
     run.check_ways(setting.ways)
     learner, meta, about = load_weights(folder, run, config.checkpoint, setting.ways)
@@ -282,7 +284,12 @@ class Difference(NamedTuple):
 ONE_SEED = "covers test tasks only, one training seed"
 
 
-def compare(runs: Sequence[Path], against: Sequence[Path], data: str | None = None) -> Difference:
+Asked = tuple[int | None, int | None, int | None]
+"""(ways, shots, queries) of a result; none: the run's own test setting."""
+_OWN: Asked = (None, None, None)
+
+
+def compare(runs: Sequence[Path], against: Sequence[Path], data: str | None = None, shape: Asked = _OWN) -> Difference:
     """Paired differences on the same frozen tasks.
 
     With one seed a side: 1.96·s/√n over the per-task differences, which says nothing about another training run. With
@@ -292,12 +299,13 @@ def compare(runs: Sequence[Path], against: Sequence[Path], data: str | None = No
         runs: one algorithm's, one a seed.
         against: another's, of the same seeds.
         data: compare on this data set, on which all were evaluated; none: on the one they were trained on.
+        shape: compare on tasks of this shape, on which all were evaluated.
 
     Raises:
         RunError: a run has not been evaluated, the tasks differ, the seeds of the two sides do not match, or the runs
             were trained on different data sets.
     """
-    left, right = _by_seed(runs, data), _by_seed(against, data)
+    left, right = _by_seed(runs, data, shape), _by_seed(against, data, shape)
     if len(left) == len(right) == 1:
         (seed,), (other_seed,) = left, right
         if seed != other_seed:
@@ -392,10 +400,10 @@ def t_cdf(t: float, freedom: int) -> float:
     return 0.5 + central / 2
 
 
-def _by_seed(paths: Sequence[Path], data: str | None) -> dict[int, tuple[Path, dict[str, Any]]]:
+def _by_seed(paths: Sequence[Path], data: str | None, shape: Asked) -> dict[int, tuple[Path, dict[str, Any]]]:
     found: dict[int, tuple[Path, dict[str, Any]]] = {}
     for path in paths:
-        result = read_result(path, data)
+        result = read_result(path, data, shape)
         seed = result["seed"]
         if seed in found:
             raise RunError(f"{path} and {found[seed][0]} both have seed {seed}: give one run a seed on each side")
@@ -409,16 +417,28 @@ _RESULT_FIELDS: dict[str, type] = {
 }
 
 
-def read_result(path: Path, data: str | None = None) -> dict[str, Any]:
-    """A run's result.json, or that of its evaluation on another data set.
+def _result_file(
+    folder: RunFolder, run: RunConfig, data: str, shape: tuple[int, int, int], split: str = "test"
+) -> Path:
+    own = run.episodes
+    return folder.result(split, None if data == own.data else data, None if shape == own.test_shape else shape)
+
+
+def read_result(path: Path, data: str | None = None, shape: Asked = _OWN) -> dict[str, Any]:
+    """A run's result.json, or that of its evaluation on another data set, or on tasks of another shape.
 
     Raises:
         RunError: it is missing or damaged.
     """
     folder = RunFolder(path)
     file, again = folder.result_file, f"metaheed evaluate {path}"
-    if data is not None and data != folder.read_config().episodes.data:
-        file, again = folder.result("test", data), f"{again} --data {data}"
+    if data is not None or shape != _OWN:
+        run = folder.read_config()
+        own = run.episodes
+        ways, shots, queries = (o if a is None else a for a, o in zip(shape, own.test_shape, strict=True))
+        file = _result_file(folder, run, data or own.data, (ways, shots, queries))
+        named = {"data": None if data == own.data else data, "ways": shape[0], "shots": shape[1], "queries": shape[2]}
+        again += "".join(f" --{name} {value}" for name, value in named.items() if value is not None)
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
         missing = {*_RESULT_FIELDS} - set(result)

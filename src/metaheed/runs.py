@@ -8,8 +8,9 @@
     checkpoints/best.safetensors   θ at the best validation accuracy, under the backbone's own names
     replayed.safetensors           the weights of another run, where the rule replays them
     classes.json                   the classes of each split, where they were split by a seed or a user's lists
-    result.json                    the evaluation on test tasks (result-val.json: on validation tasks;
-                                   result-on-DATA.json: on another data set)
+    result.json                    the evaluation on test tasks of the run's own test setting (result-val.json: on
+                                   validation tasks; result-on-DATA.json: on another data set;
+                                   result-5way5shot15query.json: at other ways, shots or queries)
     run.lock                       held by the process that trains
 
 Files hold iterations and never the clock, timing.jsonl excepted, so that the same run leaves the same bytes.
@@ -98,10 +99,13 @@ class RunFolder:
         self.previous = self.checkpoints / "previous.safetensors"
         self.best = self.checkpoints / "best.safetensors"
 
-    def result(self, split: str, data: str | None = None) -> Path:
-        """The file of the evaluation on the tasks of a split, of another data set where one is named."""
+    def result(self, split: str, data: str | None = None, shape: tuple[int, int, int] | None = None) -> Path:
+        """The file of the evaluation on the tasks of a split; of another data set, and at (ways, shots, queries) other
+        than the run's own, where these are named.
+        """
         on = "" if data is None else "-on-" + re.sub(r"[^\w.-]+", "_", data)
-        return self.path / f"result{on}{'' if split == 'test' else f'-{split}'}.json"
+        at = "" if shape is None else "-{}way{}shot{}query".format(*shape)
+        return self.path / f"result{on}{at}{'' if split == 'test' else f'-{split}'}.json"
 
     def holds_a_run(self) -> bool:
         """Whether any file of a run is here."""

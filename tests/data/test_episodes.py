@@ -128,6 +128,23 @@ def test_the_next_batch_is_drawn_while_this_one_is_used(
     assert drawn.get(timeout=10)[:2] == (8, 4), "the one that was ready was used, and the next begun"
 
 
+def test_pixels_are_scaled_ahead_too(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads: list[int] = []
+    normalize = Dataset.normalize
+
+    def watched(dataset: Dataset, pixels: torch.Tensor) -> torch.Tensor:
+        threads.append(threading.get_ident())
+        return normalize(dataset, pixels)
+
+    monkeypatch.setattr(Dataset, "normalize", watched)
+    ahead = Ahead(Episodes(small_dataset, "train", 5, 1, 3, seed=3))
+    for first in (0, 4, 8):
+        ahead.batch(first, 4)
+    ahead.close()
+    assert len(threads) >= 6, "support and query of three batches; the fourth may not have been begun"
+    assert threads.count(threading.get_ident()) == 2, "those of the first batch"
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_no_fork_happens_in_mid_draw(small_dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     episodes = Episodes(small_dataset, "train", 5, 1, 3, seed=3)

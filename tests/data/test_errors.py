@@ -222,7 +222,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return train("folder", path)
 
 
-@row("has train but no images in val and test")
+@row("has train but no images in folders of classes in val and test")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     pictures(path / "train")
     return train("folder", path)
@@ -367,6 +367,50 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     _trained(path, request)
     return ["evaluate", path / "run", "--tasks", 3]
+
+
+@row("--data-root … is not a folder or archive")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    return ["data", "list", "--data-root", path / "nowhere"]
+
+
+@row("is there twice, and which one counts is not said")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    with tarfile.open(path / "x.tar", "w") as tar:
+        for _ in range(2):
+            tar.addfile(tarfile.TarInfo("a/x.png"), io.BytesIO())
+    return train("folder", path / "x.tar")
+
+
+@row("lists … twice: fetch it anew")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    file = mini_lists(path, 1) / "val.csv"
+    file.write_text(file.read_text() + file.read_text().splitlines()[1] + "\n")
+    return train("miniimagenet", path)
+
+
+@row("it has 536870913 bytes, more than any picture")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    with (pictures(path) / "class00" / "x.png").open("wb") as file:
+        file.truncate((1 << 29) + 1)
+    return train("folder", path)
+
+
+@row("files are passed over (")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    (pictures(path) / "class00" / "x.gif").write_bytes(b"GIF89a")
+    return train("folder", path, "--queries", 9, "--ways", 2)
+
+
+@row("classes are in none of train.txt, val.txt and test.txt")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    return [*_lists(path, "class00\nclass01\n"), "--queries", 9, "--ways", 2]
+
+
+@row("preparing … stopped (")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    (path / "file").write_bytes(b"")
+    return ["data", "prepare", "folder", "--from", divided(path / "raw"), "--to", path / "file" / "out"]
 
 
 @row("--index is -1, but it must be")

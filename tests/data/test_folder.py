@@ -3,6 +3,7 @@
 import io
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -80,15 +81,35 @@ class TestFormats:
         out = rgb(encoded(Image.fromarray(ramp), kind), 32)
         assert np.array_equal(out[1, 5], np.round(ramp[5] / 257).astype(np.uint8))
 
-    def test_exif_rotation(self) -> None:
+    def test_16_bit_grey_with_a_transparent_value(self) -> None:
+        values = np.full((8, 8), 1000, np.uint16)
+        values[:, 4:] = 30000
+        out = rgb(encoded(Image.fromarray(values), "PNG", transparency=1000), 8)
+        assert (out[:, :, :4] == 255).all()
+        assert (out[:, :, 4:] == 117).all()
+
+    def test_16_bits_take_little_memory(self) -> None:
+        data = encoded(Image.fromarray(np.zeros((2000, 2000), np.uint16)), "PNG")
+        tracemalloc.start()
+        rgb(data, 24)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 9 * 2000 * 2000, "a picture of the largest size stays far below 2 GB"
+
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+    def test_exif_rotation(self, kind: str) -> None:
+        """Pillow itself turns TIFFs as it loads them: no picture is turned twice."""
         image = Image.fromarray(picture(3, 24))
+        lossless: dict[str, dict[str, int]] = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": 1}}
+        options = lossless.get(kind, {})
+        with Image.open(io.BytesIO(encoded(image, kind, **options))) as untagged:
+            plain = untagged.convert("RGB")
         for orientation in range(1, 9):
             exif = Image.Exif()
             exif[0x0112] = orientation
-            data = encoded(image, "PNG", exif=exif)
-            with Image.open(io.BytesIO(data)) as tagged:
-                expected = np.asarray(ImageOps.exif_transpose(tagged)).transpose(2, 0, 1)
-            assert np.array_equal(rgb(data, 24), expected), orientation
+            plain.getexif()[0x0112] = orientation
+            expected = np.asarray(ImageOps.exif_transpose(plain)).transpose(2, 0, 1)
+            assert np.array_equal(rgb(encoded(image, kind, exif=exif, **options), 24), expected), orientation
 
     def test_the_first_of_several_frames(self) -> None:
         frames = [Image.fromarray(picture(k, 24)) for k in (1, 2)]
@@ -171,6 +192,66 @@ class TestLayouts:
         assert "the archive" in ours.origin
         assert [s.fingerprint for s in ours.splits.values()] == [s.fingerprint for s in theirs.splits.values()]
 
+    @pytest.mark.parametrize("kind", ["zip", "tar"])
+    def test_lists_in_archives(self, kind: str, tmp_path: Path, metaheed: Run) -> None:
+        folder = pictures(tmp_path / "mine", 10, 2)
+        assert metaheed("data", "split", folder, "--seed", 5)[0] == 0
+        archive = tmp_path / f"mine.{kind}"
+        if kind == "zip":  # below a folder of its own
+            zipped(folder, archive)
+        else:  # as `tar cf mine.tar .` makes it
+            with tarfile.open(archive, "w") as tar:
+                tar.add(folder, ".")
+        ours, theirs = load_dataset("folder", archive, 8), load_dataset("folder", folder, 8)
+        assert "its classes split by its lists" in ours.origin
+        assert [s.fingerprint for s in ours.splits.values()] == [s.fingerprint for s in theirs.splits.values()]
+
+    def test_an_archive_of_one_split_is_not_a_folder_of_classes(self, tmp_path: Path) -> None:
+        archive = zipped(pictures(tmp_path / "train"), tmp_path / "x.zip")
+        with pytest.raises(DataError, match="has train but no images in folders of classes in val and test"):
+            load_dataset("folder", archive)
+
+    def test_splits_in_capitals(self, tmp_path: Path) -> None:
+        divided(tmp_path)
+        for split, name in (("train", "Train"), ("val", "Validation"), ("test", "TEST")):
+            (tmp_path / split).rename(tmp_path / f"{split}.moved").rename(tmp_path / name)
+        assert [load_dataset("folder", tmp_path, 8).split(s).classes[0] for s in SPLITS] == [f"{s}00" for s in SPLITS]
+
+    def test_images_however_deep(self, tmp_path: Path) -> None:
+        folder = pictures(tmp_path / "mine")
+        deep = folder / "class00" / "a" / "b" / "c" / "d" / "e"
+        deep.mkdir(parents=True)
+        (deep / "x.png").write_bytes(png(picture(1)))
+        (deep / "loop").symlink_to(folder, target_is_directory=True)
+        dataset = load_dataset("folder", folder, 8)
+        counts = {c: n for s in dataset.splits.values() for c, n in zip(s.classes, s.counts, strict=True)}
+        assert counts == {f"class{k:02d}": 5 if k == 0 else 4 for k in range(10)}
+
+    def test_what_is_passed_over_is_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = divided(tmp_path / "mine")
+        (folder / "train" / "loose.png").write_bytes(png(picture(1)))
+        (folder / "val" / "val00" / "moving.GIF").write_bytes(b"GIF89a")
+        (folder / "val" / "val00" / "Thumbs.db").write_bytes(b"x")
+        load_dataset("folder", folder, 8)
+        assert "2 files are passed over (1 .gif, 1 .png; first: train/loose.png)" in capsys.readouterr().err
+
+    def test_classes_that_no_list_names_are_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        folder = pictures(tmp_path / "mine", 7, 2)
+        for k, split in enumerate(SPLITS):
+            (folder / f"{split}.txt").write_bytes(f"\ufeffclass{2 * k:02d}\r\nclass{2 * k + 1:02d}\r\n".encode())
+        assert load_dataset("folder", folder, 8).split("val").classes == ("class02", "class03")
+        assert "1 classes are in none of train.txt, val.txt and test.txt, and left out (first: 'class06')" in (
+            capsys.readouterr().err
+        )
+
+    def test_classes_without_a_picture_that_is_read(self, tmp_path: Path) -> None:
+        folder = divided(tmp_path / "mine")
+        (folder / "train" / "empty").mkdir()
+        (folder / "test" / "gifs").mkdir()
+        (folder / "test" / "gifs" / "x.gif").write_bytes(b"GIF89a")
+        with pytest.raises(DataError, match=r"too few images .*: 'empty' \(0\), 'gifs' \(0\)"):
+            load_dataset("folder", folder)
+
     def test_what_is_no_image_is_passed_over(self, tmp_path: Path) -> None:
         folder = pictures(tmp_path / "mine")
         before = load_dataset("folder", folder, 8).split("train").fingerprint
@@ -205,6 +286,23 @@ def test_all_unreadable_files_are_named_at_once(tmp_path: Path) -> None:
         "class07/002.png: not an",
     ):
         assert name in text
+
+
+def test_a_file_that_the_system_does_not_give_is_one_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = pictures(tmp_path / "mine")
+    (folder / "class03" / "001.png").write_bytes(b"")
+    read = Path.read_bytes
+
+    def denied(path: Path) -> bytes:
+        if path.name == "002.png" and path.parent.name == "class05":
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(DataError, match="2 of the images") as error:
+        load_dataset("folder", folder)
+    assert "class05/002.png: Permission denied" in str(error.value)
+    assert "class03/001.png: not an image" in str(error.value)
 
 
 def test_a_decompression_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
@@ -267,6 +365,26 @@ class TestArchives:
                 member.size = 1 << 20
                 tar.addfile(member, io.BytesIO(bytes(1 << 20)))
         with pytest.raises(DataError, match=r"x.tar.gz unpacks to more than \d+ bytes, 200 times its own size"):
+            open_tree(tmp_path / "x.tar.gz")
+
+    def test_members_that_are_there_twice(self, tmp_path: Path) -> None:
+        archive = zipped(pictures(tmp_path / "mine"), tmp_path / "x.zip")
+        with zipfile.ZipFile(archive, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+            file.writestr("mine/class00/000.png", png(picture(5)))
+        with pytest.raises(DataError, match=r"'mine/class00/000.png' is there twice"):
+            open_tree(archive)
+
+    @pytest.mark.parametrize("first", [True, False])
+    def test_a_header_of_absurd_size(self, first: bool, tmp_path: Path) -> None:
+        with tarfile.open(tmp_path / "x.tar.gz", "w:gz", format=tarfile.PAX_FORMAT) as tar:
+            if not first:
+                tar.addfile(tarfile.TarInfo("a/0.png"))
+            member = tarfile.TarInfo("a/1.png")
+            member.pax_headers = {"comment": "x" * (8 << 20)}
+            tar.addfile(member)
+        with pytest.raises(
+            DataError, match=r"x.tar.gz is damaged \(ValueError: a header claims 8\d+ bytes.*: unpack it"
+        ):
             open_tree(tmp_path / "x.tar.gz")
 
     def test_encrypted_and_damaged(self, tmp_path: Path) -> None:

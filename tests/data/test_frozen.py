@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,7 @@ def _swapped(array: np.ndarray) -> np.ndarray:
         ("scale", "its mean and std"),
         ("split", "its split is '../x'"),
         ("rows", "do not increase"),
+        ("bomb", "it claims [0-9]+ bytes"),
     ],
 )
 def test_damaged_files(damage: str, reason: str, episodes: Episodes, in_folder: Path) -> None:
@@ -210,6 +212,9 @@ def test_damaged_files(damage: str, reason: str, episodes: Episodes, in_folder: 
             rewrite(path, split="../x")
         case "rows":
             rewrite(path, rows=frozen.rows[::-1].copy())
+        case "bomb":
+            with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+                file.writestr("tasks.npy", bytes(70 << 20))
     with pytest.raises(DataError, match=rf"file.npz is not a whole file of frozen episodes \(.*({reason})"):
         read_episodes(path)
     assert not (in_folder / "executed").exists()

@@ -306,7 +306,7 @@ class Evil:
         (Evil(), r"builtins.exec|__builtin__.exec"),
         ({b"data": np.array([Evil()], dtype=object)}, r".*exec|an array of Python objects"),
         (io.BytesIO, r"_io.BytesIO"),
-        (np.float64(1.0), r"numpy.*scalar"),
+        (np.datetime64("2020"), r"an array of datetime64"),
         ({"a": np.random.default_rng}, r"numpy.random.*default_rng"),
     ],
 )

@@ -26,8 +26,14 @@ VALUE: dict[str, Any] = {
     "big-endian": np.arange(500, dtype=">i4"),
     "fortran": np.asfortranarray(BIG[0]),
     "scalar": np.array(7),
+    "numpy's numbers": [np.int64(-3), np.float32(1.5), np.bool_(True), np.uint8(200)],
     "shared": [BIG[0]] * 3,
 }
+SCALAR = (
+    b"cnumpy.core.multiarray\nscalar\n(cnumpy\ndtype\n(U\x02%stR(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+    b"U\x02abtR."
+)
+"""A number of a dtype, in two bytes."""
 
 
 def plain(value: Any) -> Any:
@@ -107,6 +113,9 @@ assert len(arrays) == 4000 and (arrays[3999].read() == 3999 % 256).all()
         (b"cnumpy\nndarray\n)R.", "a call of numpy.ndarray"),
         (b"]N\x86b.", "damaged|the state of an object"),
         (b"ios\nsystem\n.", r"os\.system"),
+        (b"cnumpy.core.multiarray\nscalar\n(NNtR.", "a numpy number that is none"),
+        (SCALAR % b"u4", "ValueError: a uint32 in 2 bytes"),
+        (SCALAR % b"O8", "an array of Python objects"),
         (b"\x82\x01.", "an extension code"),
     ],
 )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import pytest
@@ -214,6 +215,41 @@ class TestInterruptions:
 
         prepare(source, tmp_path / "out", Meanwhile())
 
+    def test_a_full_disk_is_explained_and_gone_on_after(
+        self, tmp_path: Path, small_steps: None, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        source, written = find_source("folder", Request(divided(tmp_path / "raw"))), []
+        write = module._write_all
+
+        def full(file: IO[bytes], images: np.ndarray) -> None:
+            written.append(len(images))
+            if len(written) == 3:
+                raise OSError(28, "No space left on device")
+            write(file, images)
+
+        monkeypatch.setattr(module, "_write_all", full)
+        with pytest.raises(
+            DataError, match=r"preparing .*folder-84px.metaheed stopped \(No space left on device\): make"
+        ):
+            prepare(source, tmp_path / "out")
+        assert (tmp_path / "out" / "folder-84px.metaheed.part" / "progress.json").exists()
+        again, started = Quiet(), []
+        monkeypatch.setattr(again, "start", lambda what, items, done: started.append(done))
+        assert is_store(prepare(source, tmp_path / "out", again))
+        assert started[0] > 0, "it goes on"
+
+    def test_a_picture_replaced_by_one_of_the_same_size_is_noticed(self, tmp_path: Path) -> None:
+        root = divided(tmp_path / "raw")
+        prepare(find_source("folder", Request(root)), tmp_path / "out")
+        file = root / "train" / "train00" / "000.png"
+        os.utime(file, (1, 1))
+        with pytest.raises(DataError, match="was made from something else"):
+            prepare(find_source("folder", Request(root)), tmp_path / "out")
+        root = mini_lists(tmp_path / "mini", 1)
+        before = find_source("miniimagenet", Request(root)).stamp
+        os.utime(next((root / "images").iterdir()), (1, 1))
+        assert find_source("miniimagenet", Request(root)).stamp != before
+
     def test_done_already(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         root = divided(tmp_path / "raw")
         path = prepare(find_source("folder", Request(root)), tmp_path / "out")
@@ -226,6 +262,7 @@ class TestInterruptions:
 CODE = """
 import resource, sys, threading
 from pathlib import Path
+from typing import IO
 from metaheed.data import Request, find_source
 from metaheed.data.store import prepare
 threading.stack_size(1 << 19)
@@ -352,13 +389,17 @@ class TestVerify:
         assert "images_val.npy has the checksum" in err
         assert open_store(path).split("train").counts == (4, 4, 4), "starting does not read it all"
 
-    @pytest.mark.parametrize("damage", ["truncated", "missing", "other shape", "manifest", "counts", "format"])
+    @pytest.mark.parametrize(
+        "damage", ["truncated", "missing", "header", "other shape", "manifest", "counts", "format"]
+    )
     def test_damage_that_starting_notices(self, damage: str, path: Path) -> None:
         file, manifest = path / "images_test.npy", path / "manifest.json"
         if damage == "truncated":
             os.truncate(file, file.stat().st_size - 1)
         elif damage == "missing":
             file.unlink()
+        elif damage == "header":
+            file.write_bytes(file.read_bytes().replace(b"}", b"(", 1))
         elif damage == "other shape":
             np.save(file, np.zeros((12, 3, 84, 83), np.uint8))
         elif damage == "manifest":
@@ -409,6 +450,43 @@ class TestShowAndList:
         out = metaheed("data", "list", "--data-root", tmp_path)[1]
         assert "cannot be used" in next(line for line in out.splitlines() if line.startswith("miniimagenet"))
         assert "not looked for" in metaheed("data", "list")[1]
+
+    def test_list_of_stores(self, tmp_path: Path, metaheed: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        root = pictures(tmp_path / "mine", 10, 2)
+        prepare(find_source("folder", Request(root, 16)), root)
+        prepare(find_source("glyphs", Request()), root)
+        lines = metaheed("data", "list", "--data-root", root)[1].splitlines()
+        of_folder = [line.split(maxsplit=1)[1] for line in lines if line.startswith("folder")]
+        assert [line.split("images")[1].split()[:2] for line in of_folder] == [["the", "store"], ["the", "folder"]]
+        assert [line for line in lines if line.startswith("glyphs")] == [
+            f"glyphs            604/160/240 classes, 20080 images     the store {root / 'glyphs.metaheed'}"
+        ]
+        lines = metaheed("data", "list", "--data-root", root / "folder-16px.metaheed")[1].splitlines()
+        assert sum("the store" in line for line in lines) == 1
+        assert sum("cannot be used" in line for line in lines) == 0
+        (root / "glyphs.metaheed" / "manifest.json").write_text("{}")
+        assert "cannot be used: the store" in metaheed("data", "list", "--data-root", root)[1]
+        status, _, err = metaheed("data", "list", "--data-root", root / "nowhere")
+        assert (status, "nothing of that name is there" in err) == (1, True)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        assert "the folder" in metaheed("data", "list", "--data-root=~/mine")[1], "shells leave this ~ alone"
+        assert metaheed("data", "verify", "~/mine/folder-16px.metaheed")[0] == 0
+
+    def test_names_that_are_no_text(self, tmp_path: Path, metaheed: Run) -> None:
+        """On Linux a folder's name is bytes; those that are no UTF-8 are kept as they are."""
+        root = divided(tmp_path / "raw", classes=2)
+        try:
+            (root / "train" / "train00").rename(root / "train" / os.fsdecode(b"tr\xff"))
+        except OSError:
+            pytest.skip("this system has names of text only")
+        before = load_dataset("folder", root, 16)
+        assert (
+            metaheed("data", "prepare", "folder", "--from", root, "--image-size", 16, "--to", tmp_path / "out")[0] == 0
+        )
+        after = load_dataset("folder", tmp_path / "out", 16)
+        assert after.split("train").classes == before.split("train").classes == ("train01", "tr\udcff")
+        shown = ["--ways", 2, "--queries", 2, "--image-size", 16]
+        assert metaheed("data", "show", "folder", "--data-root", tmp_path / "out", *shown)[0] == 0
 
     def test_an_episode(self, tmp_path: Path, metaheed: Run) -> None:
         from PIL import Image

@@ -1,6 +1,6 @@
 """Data sets as classes of uint8 images, and the episodes drawn from them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from metaheed.config import EpisodeConfig
@@ -8,7 +8,7 @@ from metaheed.data import cifar, folder, glyphs, miniimagenet, omniglot, tieredi
 from metaheed.data.episodes import Ahead, Episodes
 from metaheed.data.images import SPLITS, Dataset, Split
 from metaheed.data.sources import Request, Source, Watcher, check_memory, in_memory
-from metaheed.data.store import find_store, open_store, read_manifest
+from metaheed.data.store import SUFFIX, Manifest, find_store, open_store, read_manifest, store_name, stores_under
 from metaheed.errors import DataError, MissingDataError, unknown
 
 __all__ = [
@@ -107,21 +107,39 @@ def _find_store(name: str, request: Request) -> Path | None:
 
 
 def survey(root: Path | None) -> Iterator[tuple[str, str, str]]:
-    """Name, state and counts of every data set under a root."""
-    for name in DATASETS:
+    """Name, state and counts of every data set under a root: of its stores, else of its files; of a folder, whose
+    stores are of one image size each, of both.
+
+    Raises:
+        MissingDataError: nothing of the root's name is there.
+    """
+    if root is not None and not root.exists():
+        raise MissingDataError(f"--data-root {root} is not a folder or archive: nothing of that name is there")
+    stores: list[Manifest] = []
+    for path in stores_under(root) if root is not None else []:
         try:
-            path = _find_store(name, Request(root))
-            if path is not None:
-                counts = {split: counts for split, (_, counts, _) in read_manifest(path).splits.items()}
-                state = f"the store {path}"
-            else:
-                source = DATASETS[name](Request(root))
-                counts = {split: part.counts for split, part in source.splits.items()}
-                state = source.layout
-        except MissingDataError:
-            yield name, "not found" if root else "not looked for: no --data-root", ""
+            manifest = read_manifest(path)
         except DataError as error:
+            yield path.name.removesuffix(SUFFIX), f"cannot be used: {error}", ""
+            continue
+        if path == root or path.name == store_name(manifest.name, manifest.settings):  # else nothing looks for it
+            stores.append(manifest)
+    for name in DATASETS:
+        found = [manifest for manifest in stores if manifest.name == name]
+        for manifest in found:
+            yield name, f"the store {manifest.path}", _counted([counts for _, counts, _ in manifest.splits.values()])
+        if found and (name != "folder" or found[0].path == root):
+            continue
+        try:
+            source = DATASETS[name](Request(root))
+        except MissingDataError:
+            if not found:
+                yield name, "not found" if root else "not looked for: no --data-root", ""
+        except (DataError, OSError) as error:
             yield name, f"cannot be used: {error}", ""
         else:
-            classes = "/".join(str(len(counts[split])) for split in SPLITS)
-            yield name, state, f"{classes} classes, {sum(map(sum, counts.values()))} images"
+            yield name, source.layout, _counted([split.counts for split in source.splits.values()])
+
+
+def _counted(counts: Sequence[Sequence[int]]) -> str:
+    return f"{'/'.join(str(len(split)) for split in counts)} classes, {sum(map(sum, counts))} images"

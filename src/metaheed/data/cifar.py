@@ -121,6 +121,7 @@ def _from_archive(path: Path) -> dict[str, _Part]:
     parts = {}
     with reading(str(path), PUBLISHED):
         for entry, content in zip(wanted, tree.read(wanted), strict=True):
+            assert isinstance(content, bytes)  # an archive is read whole or not at all
             part = next(p for p in PARTS if members[p] == entry)
             parts[part] = _Part(lambda content=content: io.BytesIO(content), f"{path}:{entry.path}")  # type: ignore[misc]
     return parts

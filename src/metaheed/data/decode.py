@@ -17,6 +17,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from metaheed.data.trees import Content, Unreadable
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 """What is read."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -37,7 +39,7 @@ class Encoded(NamedTuple):
     """For messages."""
     rows: tuple[int, ...]
     """Where its decoded forms go, in the decoder's order."""
-    data: bytes
+    data: Content
 
 
 class Decoded(NamedTuple):
@@ -89,15 +91,29 @@ _TURNS = {
 def _eight_bits(image: Image.Image) -> Image.Image:
     """The picture as RGB, or RGBA where anything is transparent."""
     if image.mode.startswith("I"):
-        # 16 bits of grey, which Pillow would cut off at 255 instead of scaling.
-        values = np.asarray(image).astype(np.int64, copy=False)
-        if values.min() < 0 or values.max() > 65535:
-            raise ValueError("its grey values need more than 16 bits")
-        return Image.fromarray(((values * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        return _from_16_bits(np.asarray(image), image.info.get("transparency"))
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, whose range is not known")
-    transparent = image.has_transparency_data
-    return image.convert("RGBA" if transparent else "RGB")
+    mode = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _from_16_bits(values: np.ndarray, transparent: object) -> Image.Image:
+    """Grey values (H, W), which Pillow would cut off at 255 instead of scaling; one of them may be transparent."""
+    if values.min() < 0 or values.max() > 65535:
+        raise ValueError("its grey values need more than 16 bits")
+    scaled = np.empty(values.shape, np.uint8)
+    for first in range(0, len(values), _STRIP):  # whole numbers of 64 bits, but never of all pixels at once
+        strip = slice(first, first + _STRIP)
+        scaled[strip] = (values[strip].astype(np.int64) * 255 + 32767) // 65535
+    grey = Image.fromarray(scaled)
+    if not isinstance(transparent, int):
+        return grey.convert("RGB")
+    alpha = Image.fromarray((values != transparent) * np.uint8(255))
+    return Image.merge("LA", (grey, alpha)).convert("RGBA")
+
+
+_STRIP = 64  # rows
 
 
 class _Budget:
@@ -188,6 +204,9 @@ def _decode_group(group: list[Encoded], decode: Decoder, shape: tuple[int, int, 
     images: list[np.ndarray] = []
     problems = []
     for one in group:
+        if isinstance(one.data, Unreadable):
+            problems.append(f"{one.name}: {one.data.reason}")
+            continue
         try:
             image = decode(one.data).reshape(len(one.rows), *shape)
         except MemoryError:

@@ -107,12 +107,19 @@ class Episodes:
         return self.episode(self.draw(first, count))
 
     def draw(self, first: int, count: int) -> "Draw":
-        """The first part of `batch`, which touches no accelerator: rows, and their images if they lie on the CPU."""
+        """The first part of `batch`, which touches no accelerator; all of it where everything is on the CPU."""
         rows = torch.from_numpy(self.batch_rows(first, count))
-        return Draw(rows, self._pixels(rows) if self.split.images.device.type == "cpu" else None)
+        if self.split.images.device.type != "cpu":
+            return Draw(rows, None, None)
+        pixels = self._pixels(rows)
+        if self.dataset.device is not None and self.dataset.device.type != "cpu":
+            return Draw(rows, pixels, None)
+        return Draw(rows, None, self._scaled(pixels, count))
 
     def episode(self, draw: "Draw") -> Episode:
         """The second part of `batch`."""
+        if draw.episode is not None:
+            return draw.episode
         if draw.pixels is None:
             return self.gather(draw.rows.to(self.split.images.device))
         return self._scaled(draw.pixels, len(draw.rows))
@@ -165,12 +172,15 @@ def fingerprint(images: str, shape: tuple[int, int, int], rows: Sequence[np.ndar
 
 
 class Draw(NamedTuple):
-    """A batch of tasks whose images have been chosen."""
+    """A batch of tasks whose images have been chosen, as far as it was made."""
 
     rows: Tensor
     """(B, N, K+Q) int64."""
     pixels: tuple[Tensor, Tensor] | None
-    """(B·N·K, C, H, W) and (B·N·Q, C, H, W) uint8; none of images that are gathered where they lie."""
+    """(B·N·K, C, H, W) and (B·N·Q, C, H, W) uint8, to be brought to an accelerator; none: gathered where they lie, or
+    scaled already."""
+    episode: Episode | None
+    """All of it."""
 
 
 class Ahead:

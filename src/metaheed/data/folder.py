@@ -1,28 +1,30 @@
 """One's own pictures: a folder (or zip, or tar) of classes, JPEG, PNG, WebP, BMP or TIFF of any size.
 
-Three layouts. root/{train,val,test}/class/image; or root/class/image with the lists train.txt, val.txt and test.txt
-beside (one class a line, as `metaheed data split` writes them); or root/class/image alone, then split by a seed: 64% of
-the classes for training, 16% for validation, 20% for test, as miniImageNet is.
+Three layouts. root/{train,val,test}/class/image (in capitals, too, and valid, validation or dev for val); or
+root/class/image with the lists train.txt, val.txt and test.txt beside (one class a line, as `metaheed data split`
+writes them); or root/class/image alone, then split by a seed: 64% of the classes for training, 16% for validation, 20%
+for test, as miniImageNet is. Images may lie in folders below a class's, however deep.
 """
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 
 from metaheed.config import EpisodeConfig
-from metaheed.data.decode import SUFFIXES, Encoded, rgb
+from metaheed.data.decode import FORMATS, SUFFIXES, Encoded, rgb
 from metaheed.data.episodes import sample
 from metaheed.data.images import SPLITS
 from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
-from metaheed.data.trees import Entry, Tree, open_tree
+from metaheed.data.trees import Entry, Tree, Unreadable, beside, open_tree
 from metaheed.errors import ConfigError, DataError, MissingDataError
 from metaheed.files import write_synced
 
-_SAME = {"valid": "val", "validation": "val", "dev": "val"}
+_SPLITS = {**{split: split for split in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
 _FEWEST = 2  # images of a class: one to adapt to, one to be judged on
 
 
@@ -34,15 +36,16 @@ def find(request: Request) -> Source:
     """
     if request.root is None:
         raise MissingDataError(
-            "folder needs --data-root, the folder (or zip, or tar) that holds a folder of images for each class, or "
-            "train/, val/ and test/ with such folders"
+            "folder needs --data-root, or --from of 'data prepare', the folder (or zip, or tar) that holds a folder of "
+            "images for each class, or train/, val/ and test/ with such folders"
         )
     tree = open_tree(request.root)
+    parts = _parts(tree)
     side = EpisodeConfig.folder_image_size if request.image_size is None else request.image_size
-    classes, layout = _classes(tree)
+    classes, layout, notices = _classes(tree, parts)
     settings = {"image_size": side}
     if set(classes) == {""}:
-        lists = read_lists(tree)
+        lists = _read_lists(tree, parts)
         if lists is None:
             seed = EpisodeConfig.folder_split_seed if request.split_seed is None else request.split_seed
             settings["split_seed"] = seed
@@ -51,34 +54,43 @@ def find(request: Request) -> Source:
         else:
             layout += ", its classes split by its lists"
             _check_lists(lists, set(classes[""]), tree.root)
+            left_out = sorted(set(classes[""]) - {name for names in lists.values() for name in names})
+            if left_out:
+                notices += (
+                    f"{len(left_out)} classes are in none of train.txt, val.txt and test.txt, and left out (first: "
+                    f"{left_out[0]!r})",
+                )
         classes = {split: {name: classes[""][name] for name in lists[split]} for split in SPLITS}
     _check(classes, tree.root)
     splits = {split: _split(tree, split, classes[split], side) for split in SPLITS}
-    stamped = stamp(tree.entries, settings, sorted(map(sorted, classes.values())))
-    return Source("folder", layout, splits, stamped, settings=settings)
+    archive = [tree.root] if tree.root.is_file() else []
+    stamped = stamp(tree.entries, settings, sorted(map(sorted, classes.values())), *archive)
+    return Source("folder", layout, splits, stamped, settings=settings, notices=notices)
 
 
-def read_lists(tree: Tree) -> dict[str, list[str]] | None:
+def _read_lists(tree: Tree, parts: "_Parts") -> dict[str, list[str]] | None:
     """The classes of each split from train.txt, val.txt and test.txt; none: there are none of these.
 
     Raises:
-        DataError: some are there and others are missing.
+        DataError: some are there and others are missing, or cannot be read.
     """
-    by_name = {e.path: e for e in tree.entries}
-    there = [split for split in SPLITS if f"{split}.txt" in by_name]
-    if not there:
+    split_of: dict[tuple[str, ...], str] = {(f"{split}.txt",): split for split in SPLITS}
+    wanted = [e for e in tree.entries if parts.get(e.path) in split_of]
+    if not wanted:
         return None
-    if len(there) < len(SPLITS):
-        absent = " and ".join(f"{s}.txt" for s in SPLITS if s not in there)
+    there = {split_of[parts[e.path]] for e in wanted}
+    absent = " and ".join(f"{s}.txt" for s in SPLITS if s not in there)
+    if absent:
         raise DataError(
-            f"{tree.root} has {there[0]}.txt but no {absent}: add it, or write all three with "
-            f"'metaheed data split {tree.root}'"
+            f"{tree.root} has {' and '.join(f'{s}.txt' for s in SPLITS if s in there)} but no {absent}: add it, or "
+            f"write all three with 'metaheed data split {tree.root}'"
         )
-    wanted = [e for e in tree.entries if e.path in {f"{s}.txt" for s in SPLITS}]
     lists = {}
     for entry, content in zip(wanted, tree.read(wanted), strict=True):
+        if isinstance(content, Unreadable):
+            raise DataError(f"{tree.root}: the list {entry.path} cannot be read: {content.reason}")
         lines = content.decode("utf-8-sig", "replace").splitlines()
-        lists[entry.path.removesuffix(".txt")] = [line.strip() for line in lines if line.strip()]
+        lists[split_of[parts[entry.path]]] = [line.strip() for line in lines if line.strip()]
     return lists
 
 
@@ -118,7 +130,7 @@ def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: boo
     if not folder.is_dir():
         raise MissingDataError(f"{folder} is not a folder: lists are written into the folder of classes")
     tree = open_tree(folder)
-    classes, layout = _classes(tree)
+    classes, layout, _ = _classes(tree, _parts(tree))
     if set(classes) != {""}:
         raise DataError(f"{layout} already, and needs no lists")
     there = [name for name in (f"{split}.txt" for split in SPLITS) if (folder / name).exists()]
@@ -138,45 +150,80 @@ def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: boo
 
 Members = dict[str, dict[str, list[tuple[Entry, str]]]]
 """Split ("": undivided) -> class -> its images, each an entry and its name."""
+_Parts = dict[str, tuple[str, ...]]
+"""Path of a file -> the folders that it lies in, below the one that holds everything, and its name."""
 
 
-def _classes(tree: Tree) -> tuple[Members, str]:
+class _Found(NamedTuple):
+    classes: Members
+    layout: str
+    notices: tuple[str, ...]
+
+
+def _parts(tree: Tree) -> _Parts:
+    parts = {e.path: PurePosixPath(e.path).parts for e in tree.entries}
+    images = [p for p in parts.values() if _is_image(p)]
+    tops = {p[0] for p in images}
+    if tree.root.is_file() and len(tops) == 1 and all(len(p) > 2 for p in images):
+        (top,) = tops  # an archive often holds one folder with everything in it
+        if top.lower() not in _SPLITS:
+            return {path: p[1:] for path, p in parts.items() if p[0] == top and len(p) > 1}
+    return parts
+
+
+def _is_image(parts: Sequence[str]) -> bool:
+    return parts[-1].lower().endswith(SUFFIXES)
+
+
+def _classes(tree: Tree, parts: _Parts) -> _Found:
     kind = "folder" if tree.root.is_dir() else "archive"
-    images = [e for e in tree.entries if e.path.lower().endswith(SUFFIXES)]
-    parts = {e.path: PurePosixPath(e.path).parts for e in images}
-    # An archive often holds one folder with everything in it.
-    if kind == "archive" and len({p[0] for p in parts.values()}) == 1 and all(len(p) > 2 for p in parts.values()):
-        parts = {path: p[1:] for path, p in parts.items()}
-    tops = {_SAME.get(p[0], p[0]) for p in parts.values() if len(p) > 1}
+    images = [(e, parts[e.path]) for e in tree.entries if e.path in parts and _is_image(parts[e.path])]
+    divided = {_SPLITS[p[0].lower()] for _, p in images if len(p) > 2 and p[0].lower() in _SPLITS}
     found: Members = {}
-    if tops & set(SPLITS) and all(len(p) > 2 for p in parts.values() if _SAME.get(p[0], p[0]) in SPLITS):
-        absent = [split for split in SPLITS if split not in tops]
+    if divided:
+        absent = [split for split in SPLITS if split not in divided]
         if absent:
             raise DataError(
-                f"{tree.root} has {' and '.join(sorted(tops & set(SPLITS)))} but no images in {' and '.join(absent)}: "
-                "add classes there that are in none of the others"
+                f"{tree.root} has {' and '.join(s for s in SPLITS if s in divided)} but no images in folders of "
+                f"classes in {' and '.join(absent)}: add classes there that are in none of the others"
             )
-        for entry in images:
-            path = parts[entry.path]
-            split = _SAME.get(path[0], path[0])
-            if split in SPLITS:
-                found.setdefault(split, {}).setdefault(path[1], []).append((entry, "/".join(path[2:])))
-        return found, f"the {kind} {tree.root}, divided into train/, val/ and test/"
-    for entry in images:
-        path = parts[entry.path]
-        if len(path) > 1:
-            found.setdefault("", {}).setdefault(path[0], []).append((entry, "/".join(path[1:])))
+    for entry, path in images:
+        split, below = (_SPLITS.get(path[0].lower()), path[1:]) if divided else ("", path)
+        if split is not None and len(below) > 1:  # else it lies loose
+            found.setdefault(split, {}).setdefault(below[0], []).append((entry, "/".join(below[1:])))
     # Empty folders are classes too, whose images are missing: better said than passed over.
-    if tree.root.is_dir():
-        for child in tree.root.iterdir():
-            if child.is_dir() and not child.name.startswith(".") and ".metaheed" not in child.name:
-                found.setdefault("", {}).setdefault(child.name, [])
-    if not any(found.get("", {}).values()):
+    if kind == "folder":
+        for top in _folders(tree.root):
+            split = _SPLITS.get(top.name.lower()) if divided else ""
+            if split is not None:
+                for child in _folders(top) if divided else [top]:
+                    found.setdefault(split, {}).setdefault(child.name, [])
+    if not any(images for classes in found.values() for images in classes.values()):
         raise MissingDataError(
             f"{tree.root} has no folders of images ({', '.join(SUFFIXES)}): it needs a folder for each class, or "
-            "train/, val/ and test/ with such folders"
+            "images for each class, or train/, val/ and test/ with such folders"
         )
-    return found, f"the {kind} {tree.root} of {len(found[''])} classes"
+    taken = {entry.path for classes in found.values() for members in classes.values() for entry, _ in members}
+    taken |= {path for path, p in parts.items() if p in {(f"{split}.txt",) for split in SPLITS}}
+    layout = ", divided into train/, val/ and test/" if divided else f" of {len(found[''])} classes"
+    passed_over = _passed_over(e.path for e in tree.entries if e.path not in taken)
+    return _Found(found, f"the {kind} {tree.root}{layout}", passed_over)
+
+
+def _folders(path: Path) -> list[Path]:
+    return [child for child in path.iterdir() if child.is_dir() and not beside(child.name)]
+
+
+def _passed_over(paths: Iterable[str]) -> tuple[str, ...]:
+    paths = list(paths)
+    if not paths:
+        return ()
+    kinds = Counter(PurePosixPath(path).suffix.lower() or "without a suffix" for path in paths)
+    listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())[:10])
+    return (
+        f"{len(paths)} files are passed over ({listed}; first: {paths[0]}): only {', '.join(FORMATS)} in folders of "
+        "classes are read",
+    )
 
 
 def _check_lists(lists: Mapping[str, Sequence[str]], names: set[str], root: Path) -> None:

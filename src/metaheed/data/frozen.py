@@ -35,6 +35,7 @@ from metaheed.errors import DataError
 
 _FORMAT = 1
 _LARGEST = 1 << 33  # bytes of the arrays: 600 tasks of 84×84 RGB images use one eighth of it
+_SMALL, _RATIO = 1 << 26, 200  # beyond so many bytes, of unpacked to packed: pictures and hashes hardly shrink
 _SCALARS: dict[str, type] = {
     **{"data": str, "split": str, "split_sha256": str},
     **{"ways": int, "shots": int, "queries": int, "episode_seed": int},
@@ -207,8 +208,9 @@ def read_episodes(path: Path) -> Frozen:
                 raise ValueError("it is no numpy archive")
             file.seek(0)
             with zipfile.ZipFile(file) as archive:
-                size = sum(member.file_size for member in archive.infolist())
-            if size > _LARGEST:
+                members = archive.infolist()
+            size, packed = sum(m.file_size for m in members), sum(m.compress_size for m in members)
+            if size > min(_LARGEST, max(_SMALL, _RATIO * packed)):
                 raise ValueError(f"it claims {size} bytes")
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:

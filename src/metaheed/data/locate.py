@@ -29,10 +29,14 @@ def folders(root: Path | None, dataset: str, subfolders: Sequence[str], expected
         MissingDataError: no root was given, or it is not a folder.
     """
     if root is None:
-        raise MissingDataError(f"{dataset} needs --data-root, the folder with {expected}, published at {published}")
+        raise MissingDataError(
+            f"{dataset} needs --data-root, or --from of 'data prepare', the folder with {expected}, published at "
+            f"{published}"
+        )
     if not root.is_dir():
         raise MissingDataError(
-            f"--data-root {root} is not a folder; {dataset} needs {expected} in it, published at {published}"
+            f"--data-root (or --from) {root} is not a folder; {dataset} needs {expected} in it, published at "
+            f"{published}"
         )
     return [root, *(root / sub for sub in subfolders if (root / sub).is_dir())]
 

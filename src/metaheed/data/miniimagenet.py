@@ -6,6 +6,7 @@ Images of another size are resized to 84×84 with Lanczos, the aspect ratio not 
 """
 
 import csv
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list, folders, holding, lacking
 from metaheed.data.safe_pickle import StoredArray, load_arrays, reading
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, encoded_stream, stamp
+from metaheed.data.trees import open_tree, read_file
 from metaheed.errors import DataError, MissingDataError
 
 PUBLISHED = (
@@ -54,7 +56,8 @@ def find(request: Request) -> Source:
             raise MissingDataError(f"miniimagenet: {images} not found beside {lists[0]}; published at {PUBLISHED}")
         splits = {split: _from_list(folder / name, images, split) for split, name in zip(SPLITS, lists, strict=True)}
         layout = f"images/ and the lists {', '.join(lists)} in {folder}"
-        return Source("miniimagenet", layout, splits, stamp(*(folder / name for name in lists)), published=PUBLISHED)
+        stamped = stamp(*(folder / name for name in lists), open_tree(images).entries)
+        return Source("miniimagenet", layout, splits, stamped, published=PUBLISHED)
     raise lacking("miniimagenet", places, [pickles, lists], PUBLISHED)
 
 
@@ -111,11 +114,18 @@ def _from_pickle(path: Path, split: str) -> SourceSplit:
 
 
 def _from_list(path: Path, images: Path, split: str) -> SourceSplit:
-    with reading(str(path), PUBLISHED), path.open(newline="", encoding="utf-8") as file:
-        lines = [(line["filename"], line["label"]) for line in csv.DictReader(file)]
+    # Spreadsheets put a mark of the encoding before the first word.
+    with reading(str(path), PUBLISHED), path.open(newline="", encoding="utf-8-sig") as file:
+        table = csv.DictReader(file)
+        if not {"filename", "label"} <= set(table.fieldnames or ()):
+            raise ValueError(f"its columns are {table.fieldnames}, not filename and label")
+        lines = [(line["filename"], line["label"]) for line in table]
         if not all(name and label for name, label in lines):
             raise ValueError("a line without filename or label")
     classes = _check_classes({label for _, label in lines}, split, path)
+    twice = [name for name, count in Counter(name for name, _ in lines).items() if count > 1]
+    if twice:
+        raise DataError(f"{path} lists {twice[0]!r} twice: fetch it anew from {PUBLISHED}")
     for name, _ in lines:
         if Path(name).name != name or "\\" in name:
             raise DataError(
@@ -133,7 +143,7 @@ def _from_list(path: Path, images: Path, split: str) -> SourceSplit:
 
     def encoded(start: int) -> Iterator[Encoded]:
         for (name, _), row in zip(lines[start:], rows[start:].tolist(), strict=True):
-            yield Encoded(str(images / name), (row,), (images / name).read_bytes())
+            yield Encoded(str(images / name), (row,), read_file(images / name))
 
     shape = (3, SIDE, SIDE)
     stream = encoded_stream(encoded, partial(rgb, side=SIDE), shape)

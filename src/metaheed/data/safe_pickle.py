@@ -1,8 +1,9 @@
 """Reading a stranger's pickle without running a stranger's code, and without holding it in memory.
 
 A pickle is a program for a small stack machine. This one interprets it operation by operation, of protocols 0 to 5 and
-of Python 2 as well as 3, and knows numpy arrays and plain containers (dict, list, tuple, str, bytes, numbers) only. It
-refuses everything else by name: no other global is ever looked up, let alone called. A Python 2 str becomes bytes.
+of Python 2 as well as 3, and knows numpy arrays and plain containers (dict, list, tuple, str, bytes, numbers, numpy's
+among them) only. It refuses everything else by name: no other global is ever looked up, let alone called. A Python 2
+str becomes bytes.
 
 Payloads longer than a bound stay in the file: an array, or a string, is then no more than where its bytes lie, so that
 a file of many gigabytes is read in little memory. They come in four forms: as they are, as UTF-8 of Latin-1 text (how
@@ -306,6 +307,7 @@ class _DType:
 _ADMITTED = {
     **{(f"numpy.{core}.multiarray", "_reconstruct"): "reconstruct" for core in ("core", "_core")},
     **{(f"numpy.{core}.numeric", "_frombuffer"): "frombuffer" for core in ("core", "_core")},
+    **{(f"numpy.{core}.multiarray", "scalar"): "scalar" for core in ("core", "_core")},
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): "dtype",
     ("_codecs", "encode"): "encode",
@@ -469,6 +471,14 @@ class _Machine:
 
     def _make_frombuffer(self, data: Any, dtype: Any, shape: Any, order: Any) -> StoredArray:
         return self._filled(StoredArray(self._open), shape, dtype, order == "F", data)
+
+    def _make_scalar(self, dtype: Any, data: Any) -> Any:
+        # As the plain value: what labels are told apart by.
+        if not isinstance(dtype, _DType) or not isinstance(data, bytes):
+            raise _RefusedError("a numpy number that is none")
+        if len(data) != dtype.dtype.itemsize:
+            raise ValueError(f"a {dtype.dtype} in {len(data)} bytes")
+        return np.frombuffer(data, dtype.dtype)[0].item()
 
     def _make_dtype(self, code: Any, *flags: Any) -> _DType:
         dtype = np.dtype(code.decode("ascii") if isinstance(code, bytes) else str(code))

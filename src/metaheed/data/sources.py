@@ -67,6 +67,8 @@ class Source:
     """Where its files are published; none: they are the user's own."""
     settings: Mapping[str, int] = field(default_factory=dict)
     """The settings of the request that shaped it."""
+    notices: tuple[str, ...] = ()
+    """What its user should know of it, a line each."""
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -135,6 +137,8 @@ def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
     """
     check_memory(source)
     watcher = watcher or Quiet()
+    for notice in source.notices:
+        watcher.message(f"{source.name}: {notice}")
     problems: list[str] = []
     splits = {}
     for name, split in source.splits.items():

@@ -84,7 +84,7 @@ class Manifest:
         expected = (sum(self.splits[split][1]), *self.shape)
         try:
             images: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # numpy raises many kinds on a damaged header; all mean the same here
             raise _broken(self.path, f"{file.name} cannot be read: {error}") from error
         if images.shape != expected or images.dtype != np.uint8:
             raise _broken(
@@ -199,14 +199,17 @@ def prepare(source: Source, folder: Path, watcher: Watcher | None = None) -> Pat
     Raises:
         DataError: the source is damaged (all unreadable images are named at once), the disk is too small, another
             process is at it, or a store of something else is there. Nothing half-written is left behind then.
-        OSError: writing failed; what is written is kept, and gone on with next time.
+            Or it cannot be written; then what is written is kept, and gone on with next time.
     """
     watcher = watcher or Quiet()
     settings = dict(source.settings)
     path = folder / store_name(source.name, settings)
     part = path.with_name(path.name + ".part")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(path.with_name(path.name + ".lock"), path):
+    for notice in source.notices:
+        watcher.message(f"{source.name}: {notice}")
+    with _system_errors_explained(path):
+        folder.mkdir(parents=True, exist_ok=True)
+    with _system_errors_explained(path), _locked(path.with_name(path.name + ".lock"), path):
         if path.exists():
             if is_store(path) and read_manifest(path).stamp == source.stamp:
                 watcher.message(f"{path} is prepared already")
@@ -221,10 +224,23 @@ def prepare(source: Source, folder: Path, watcher: Watcher | None = None) -> Pat
             # The source must change before it can be tried again, and then this is of no use.
             shutil.rmtree(part, ignore_errors=True)
             raise
-        write_synced(part / "manifest.json", (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+        # In ASCII: the name of a folder, and so of a class, need not be text that UTF-8 has.
+        write_synced(part / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
         (part / "progress.json").unlink()
         part.rename(path)
     return path
+
+
+@contextlib.contextmanager
+def _system_errors_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        raise DataError(
+            f"preparing {path} stopped ({error.strerror or error}{where}): make room or grant permission there, or "
+            "choose another --to; the same command goes on where it stood"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -431,6 +447,11 @@ def verify(path: Path, watcher: Watcher | None = None) -> tuple[Manifest, list[s
     return manifest, describe_duplicates(images, shown, digests)
 
 
+def stores_under(path: Path) -> list[Path]:
+    """The path itself if it is a store, else the stores directly in it."""
+    return [path] if is_store(path) else sorted(p for p in path.glob(f"*{SUFFIX}") if is_store(p))
+
+
 def stores_in(paths: Iterable[Path]) -> list[Path]:
     """The stores among the paths and directly in them.
 
@@ -439,7 +460,7 @@ def stores_in(paths: Iterable[Path]) -> list[Path]:
     """
     found = []
     for path in paths:
-        here = [path] if is_store(path) else sorted(p for p in path.glob(f"*{SUFFIX}") if is_store(p))
+        here = stores_under(path)
         if not here:
             unfinished = " (an unfinished one is there: run its 'metaheed data prepare' again)"
             raise MissingDataError(

@@ -1,7 +1,7 @@
 """Files under a folder, in a zip or in a tar, listed and read alike. Nothing is ever extracted to the disk.
 
-A stranger's archive is refused, with the member named, where a member would leave the folder, is a link or device, or
-claims a size out of all proportion.
+A stranger's archive is refused, with the member named, where a member would leave the folder, is a link or device, is
+there twice, or claims a size out of all proportion.
 """
 
 import os
@@ -18,6 +18,7 @@ LARGEST_FILE = 1 << 29
 """Bytes that a member may claim; the largest published one (CIFAR-100's train part) has 155 million."""
 _RATIO = 200  # of unpacked to packed, beyond which an archive of more than _SMALL bytes is a bomb
 _SMALL = 1 << 26
+_LARGEST_HEADER = 1 << 20  # bytes of a tar's header that extends another: names and attributes
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
@@ -28,6 +29,26 @@ class Entry(NamedTuple):
     """Relative, with forward slashes."""
     size: int
     """Bytes, as claimed."""
+    changed: int = 0
+    """When, in nanoseconds, of a file in a folder: another picture may well have the same size."""
+
+
+class Unreadable(NamedTuple):
+    """What stands in the place of a file's content."""
+
+    reason: str
+
+
+Content = bytes | Unreadable
+
+
+def read_file(path: Path, largest: int = LARGEST_FILE) -> Content:
+    """The content of one of many files, or why it cannot be had: the others may be fine."""
+    try:
+        size = path.stat().st_size
+        return path.read_bytes() if size <= largest else Unreadable(f"it has {size} bytes, more than any picture")
+    except OSError as error:
+        return Unreadable(error.strerror or str(error))
 
 
 class Tree(NamedTuple):
@@ -36,10 +57,10 @@ class Tree(NamedTuple):
     root: Path
     entries: list[Entry]
     """In the order in which they are read fastest."""
-    contents: Callable[[Iterable[Entry]], Iterator[bytes]]
+    contents: Callable[[Iterable[Entry]], Iterator[Content]]
     remedy: str
 
-    def read(self, entries: Iterable[Entry]) -> Iterator[bytes]:
+    def read(self, entries: Iterable[Entry]) -> Iterator[Content]:
         """The contents of some of the entries, which are given in the order of the list.
 
         Raises:
@@ -60,14 +81,13 @@ def damaged(path: Path, error: Exception, remedy: str) -> DataError:
     return DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}")
 
 
-def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_FILE, depth: int = 4) -> Tree:
+def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_FILE) -> Tree:
     """The tree of a folder, a .zip or a .tar (compressed or not).
 
     Args:
         path: folder or archive.
         published: where it is published, for messages; none: it is the user's own.
         largest: bytes that a file may claim.
-        depth: folders below which a folder is not searched.
 
     Raises:
         MissingDataError: it is neither.
@@ -75,14 +95,14 @@ def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_F
     """
     remedy = f"fetch it anew from {published}" if published else "unpack it with a tool you trust, and look at it"
     if path.is_dir():
-        entries = sorted(_walk(path, "", depth))
-        return Tree(path, entries, lambda chosen: ((path / e.path).read_bytes() for e in chosen), remedy)
+        entries = sorted(_walk(path, "", ()))
+        return Tree(path, entries, lambda chosen: (read_file(path / e.path, largest) for e in chosen), remedy)
     if not path.is_file():
         raise MissingDataError(f"{path} is neither a folder nor a zip or tar file")
     try:
         if zipfile.is_zipfile(path):
             return _zip_tree(path, largest, remedy)
-        if tarfile.is_tarfile(path):
+        if _is_tar(path):
             return _tar_tree(path, largest, remedy)
     except (DataError, MemoryError):
         raise
@@ -95,23 +115,31 @@ def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_F
     raise MissingDataError(f"{path} is neither a folder nor a zip or tar file")
 
 
-def _walk(folder: Path, prefix: str, depth: int) -> Iterator[Entry]:
+def beside(name: str) -> bool:
+    """Whether that is the name of what a system or this program puts beside images."""
+    return name.startswith((".", "__MACOSX", "@eaDir")) or name in ("Thumbs.db", "desktop.ini") or ".metaheed" in name
+
+
+def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+    status = folder.stat()
+    here = status.st_dev, status.st_ino
+    if here in above:  # a link to a folder that holds it
+        return
     with os.scandir(folder) as found:
         for entry in sorted(found, key=lambda e: e.name):
-            # What a system or this program puts beside the images.
-            if entry.name.startswith((".", "__MACOSX")) or ".metaheed" in entry.name:
+            if beside(entry.name):
                 continue
             if entry.is_dir():
-                if depth:
-                    yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", depth - 1)
+                yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
             elif entry.is_file():
-                yield Entry(prefix + entry.name, entry.stat().st_size)
+                status = entry.stat()
+                yield Entry(prefix + entry.name, status.st_size, status.st_mtime_ns)
 
 
 def _zip_tree(path: Path, largest: int, remedy: str) -> Tree:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-    entries = []
+    entries: dict[str, Entry] = {}
     for member in members:
         # Unix writes the kind of a file into the upper half of the attributes.
         kind = (member.external_attr >> 16) & 0o170000
@@ -119,20 +147,46 @@ def _zip_tree(path: Path, largest: int, remedy: str) -> Tree:
         _check(path, member.filename, plain, member.file_size, member.compress_size, largest, remedy)
         if member.flag_bits & 1:
             raise DataError(f"{path}: {member.filename} is encrypted, and no password is known: {remedy}")
-        if not member.is_dir() and not _hidden(member.filename):
-            entries.append(Entry(member.filename, member.file_size))
+        if not member.is_dir():
+            _add(entries, Entry(member.filename, member.file_size), path, remedy)
 
-    def read(chosen: Iterable[Entry]) -> Iterator[bytes]:
+    def read(chosen: Iterable[Entry]) -> Iterator[Content]:
         with zipfile.ZipFile(path) as archive:
             for entry in chosen:
                 yield archive.read(entry.path)
 
-    return Tree(path, entries, read, remedy)
+    return Tree(path, [*entries.values()], read, remedy)
+
+
+class _Member(tarfile.TarInfo):
+    """A tar's member; one that only extends the header of the next is refused before it is read into memory."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDING and self.size > _LARGEST_HEADER:
+            raise ValueError(f"a header claims {self.size} bytes")
+        member: tarfile.TarInfo = super()._proc_member(archive)  # type: ignore[misc]  # tarfile's hook for subclasses
+        return member
+
+
+_EXTENDING = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
+
+
+def _is_tar(path: Path) -> bool:
+    # As tarfile.is_tarfile, which would read whatever the first header claims.
+    try:
+        with tarfile.open(path, tarinfo=_Member):
+            return True
+    except tarfile.TarError:
+        return False
 
 
 def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
-    entries, total = [], 0
-    with tarfile.open(path) as archive:
+    entries: dict[str, Entry] = {}
+    total = 0
+    with tarfile.open(path, tarinfo=_Member) as archive:
         for member in archive:
             _check(path, member.name, member.isfile() or member.isdir(), member.size, None, largest, remedy)
             total += member.size
@@ -141,14 +195,14 @@ def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
                     f"{path} unpacks to more than {total} bytes, {_RATIO} times its own size, which no archive of "
                     f"images does: {remedy}"
                 )
-            if member.isfile() and not _hidden(member.name):
-                entries.append(Entry(member.name, member.size))
+            if member.isfile():
+                _add(entries, Entry(member.name, member.size), path, remedy)
 
-    def read(chosen: Iterable[Entry]) -> Iterator[bytes]:
+    def read(chosen: Iterable[Entry]) -> Iterator[Content]:
         # From front to back in one pass: going back in a compressed tar means unpacking it anew.
         wanted = iter(chosen)
         entry = next(wanted, None)
-        with tarfile.open(path) as archive:
+        with tarfile.open(path, tarinfo=_Member) as archive:
             for member in archive:
                 while entry is not None and entry.path == member.name and member.isfile():
                     file = archive.extractfile(member)
@@ -158,11 +212,15 @@ def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
                 if entry is None:
                     return
 
-    return Tree(path, entries, read, remedy)
+    return Tree(path, [*entries.values()], read, remedy)
 
 
-def _hidden(name: str) -> bool:
-    return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in PurePosixPath(name).parts)
+def _add(entries: dict[str, Entry], entry: Entry, path: Path, remedy: str) -> None:
+    if any(beside(part) for part in PurePosixPath(entry.path).parts):
+        return
+    if entry.path in entries:
+        raise DataError(f"{path}: its member {entry.path!r} is there twice, and which one counts is not said: {remedy}")
+    entries[entry.path] = entry
 
 
 def _check(path: Path, name: str, plain: bool, size: int, packed: int | None, largest: int, remedy: str) -> None:
