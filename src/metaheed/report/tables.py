@@ -393,7 +393,8 @@ def settings_table(arms: Sequence[Arm]) -> Table:
     shared = {n for n in names if len({repr(arm.settings.get(n, absent)) for arm in arms}) == 1} if arms else set()
 
     def text(arm: Arm, which: Iterable[str]) -> str:
-        return plain(_listed(f"{n.partition('.')[2]} {arm.settings[n]}" for n in which if n in arm.settings))
+        found = [(*n.split("."), arm.settings[n]) for n in which if n in arm.settings]
+        return plain(_listed(f"{part if name == 'name' else name} {value}" for part, name, value in found))
 
     return Table(
         "Settings",

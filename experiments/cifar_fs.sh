@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Does attention help on CIFAR-FS 5-way 1-shot, and against which control? The protocol's T, B and Q; one thread a run.
+#
+#     experiments/cifar_fs.sh search DATA_ROOT OUT      10 configurations x 1,000 iterations, of MAML and of TA-MAML
+#     experiments/cifar_fs.sh train DATA_ROOT OUT       4,000 iterations of every arm, judged on 600 frozen tasks
+#
+# DATA_ROOT holds cifar-100-python. Every command may be given again, or in several terminals: what is done is left, what
+# was cut off goes on. MAML and TA-MAML have the settings that their searches chose (validation only). Arms without
+# attention and TAML have MAML's; attended arms, and the replayed control, which asks whether it matters who gets a
+# weight, have TA-MAML's.
+set -euo pipefail
+what=$1 data=$2 out=$3
+setting=(--data cifar-fs --data-root "$data" --ways 5 --shots 1 --threads 1)
+
+study() { echo "$out/search-cifar-fs-5way1shot-$1"; }
+rate() { sed -n "s/^ *$2: //p" "$(study "$1")/best.yaml"; }
+
+if [ "$what" = search ]; then
+  for algorithm in maml ta-maml; do
+    metaheed search "$algorithm" "${setting[@]}" --trials 10 --iterations 1000 --out "$(study "$algorithm")"
+  done
+  exit
+fi
+
+maml=(--fast-lr "$(rate maml fast_lr)" --meta-lr "$(rate maml meta_lr)")
+attended=(--fast-lr "$(rate ta-maml fast_lr)" --meta-lr "$(rate ta-maml meta_lr)")
+gamma=(--attention-lr "$(rate ta-maml attention_lr)")
+
+run() { # NAME SEED, then what to train
+  local folder=$out/cifar-fs-5way1shot-$1-seed$2 seed=$2
+  shift 2
+  [ -e "$folder/result.json" ] && return
+  if [ -e "$folder/checkpoints" ]; then
+    metaheed train --resume "$folder" || return 0 # another terminal is at it
+  elif [ ! -e "$folder" ]; then
+    metaheed train "$@" "${setting[@]}" --seed "$seed" --iterations 4000 --out "$folder"
+  else
+    return 0
+  fi
+  metaheed evaluate "$folder" --tasks 600
+}
+
+for seed in 0 1 2 3 4; do
+  run maml "$seed" maml "${maml[@]}"
+  run ta-maml "$seed" ta-maml "${attended[@]}" "${gamma[@]}"
+  run uniform-2b-maml "$seed" custom --learner maml --rule uniform-2b "${maml[@]}"
+  if [ "$seed" -lt 2 ]; then
+    run ta-maml-reuse "$seed" ta-maml --attention-reuse-probe "${attended[@]}" "${gamma[@]}"
+    run taml "$seed" taml "${maml[@]}"
+    run replayed-maml "$seed" custom --learner maml --rule replayed \
+      --replay "$out/cifar-fs-5way1shot-ta-maml-seed$seed" "${attended[@]}"
+    run loss-softmax-maml "$seed" custom --learner maml --rule loss-softmax "${maml[@]}"
+    run ta-maml-as-released "$seed" ta-maml --faithful-to-release "${attended[@]}" "${gamma[@]}"
+  fi
+done
