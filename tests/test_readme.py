@@ -49,12 +49,16 @@ def test_results_table_is_the_evidences() -> None:
 
 def test_commands_parse() -> None:
     """Every train command of the README and of the experiments names options that exist."""
-    options = subprocess.run(
-        [sys.executable, "-m", "metaheed", "train", "ta-maml", "--help"], capture_output=True, text=True, check=True
-    ).stdout
+    pair = ("custom", "--learner", "maml", "--rule", "replayed")
+    options = "".join(
+        subprocess.run(
+            [sys.executable, "-m", "metaheed", *command, "--help"], capture_output=True, text=True, check=True
+        ).stdout
+        for command in (("train", "ta-maml"), ("train", *pair), ("search", "ta-maml"))
+    )
     script = "".join(path.read_text() for path in sorted((ROOT / "experiments").glob("*.sh")))
     used = set(re.findall(r"(--[a-z][a-z-]+)", script)) - {"--against", "--tasks"}
     commands = re.findall(r"metaheed train (?:.*\\\n)*.*", README)  # with the lines they go on in
     used |= {o for command in commands for o in re.findall(r"(--[a-z][a-z-]+)", command)}
-    for option in used - {"--resume", "--recipe", "--help"}:
+    for option in used - {"--resume", "--recipe", "--help", "--learner", "--rule"}:
         assert option in options, option
