@@ -19,6 +19,7 @@ from metaheed.config import ReproduceConfig, default_config
 from metaheed.errors import ConfigError
 from metaheed.figures import read_lines
 from metaheed.paper import TABLES
+from metaheed.progress import BoardLines
 from metaheed.recipes import Recipe
 from metaheed.reproduce import make_places
 from metaheed.reproduce.crew import Follower, Log, lock
@@ -401,6 +402,23 @@ def test_rates_and_images_do_not_decide_what_a_step_costs() -> None:
         cost_key(config, shape, "there"),
     ):
         assert different != cost_key(config, shape, where)
+
+
+def test_elsewhere_it_is_told_in_lines(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    board, clock = BoardLines(3), [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    board.begin("one", "training", 10, 50)
+    board.begin("two", "judging", 0, 50)
+    for seconds, iteration in ((1, 10), (30, 12), (31, 13), (61, 30)):  # 12 is the first seen of this training
+        clock[0] = seconds
+        board.step("one", iteration, None)
+    board.count(1)
+    assert capsys.readouterr().err.splitlines() == [
+        "one: training after iteration 10",
+        "two: judging",
+        "one: iteration 30/50  training  0.58 it/s  left 0:00:34",
+        "1 of 3 done",
+    ]
 
 
 def test_help(metaheed: Metaheed) -> None:

@@ -69,7 +69,13 @@ def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], Non
                 failures = crew.work(received)
         finally:
             board.stop()
-    page = _report(experiment, config, say)
+    try:
+        page = _report(experiment, config, say)
+    except RunError as error:
+        if not failures:
+            raise
+        page = None
+        say(f"no report: {error}")
     if failures:
         lines = "".join(f"\n  {f.name}: {f.reason} (log: {f.log})" for f in failures)
         there = "" if page is None else f" The report on the others is {page}."
