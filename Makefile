@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 help:
 	@echo "make demo    train, judge and compare MAML and TA-MAML on built-in data (minutes)"
 	@echo "make test    ruff, mypy and all tests"
-	@echo "make bench   speed beside other libraries, into results/speed: the better part of an hour (make bench ARGS=--quick)"
+	@echo "make bench   speed beside other libraries, into runs/bench: half an hour (make bench ARGS=--quick)"
 	@echo "make peers   the other libraries that the examples run inside (make test and make bench do it too)"
 
 demo: $(VENV)/.installed

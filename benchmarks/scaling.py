@@ -106,7 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description="Cost against T, B, ways, size.")
     parser.add_argument("--axes", nargs="+", choices=AXES, default=[*AXES], help="what to vary")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps of each point")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "speed", help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "bench", help="folder of the results (the evidence: results/speed)"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.repeats < 1:
         parser.error(f"--repeats is {chosen.repeats}, but it must be at least 1")

@@ -301,7 +301,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--entries", nargs="+", choices=everyone, default=everyone, help="whom to measure")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each entry")
     parser.add_argument("--quick", action="store_true", help="setting c and two rounds: does it work?")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "speed", help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "bench", help="folder of the results (the evidence: results/speed)"
+    )
     chosen = parser.parse_args(arguments)
     if chosen.rounds < 1:
         parser.error(f"--rounds is {chosen.rounds}, but it must be at least 1")

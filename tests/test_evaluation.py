@@ -114,7 +114,7 @@ def test_runs_are_compared_at_other_settings(copies: dict[tuple[str, int], Path]
 def test_tasks_can_be_run_otherwise_than_in_training(copies: dict[tuple[str, int], Path], metaheed: Run) -> None:
     run = copies["maml", 0]
     results = []
-    for options in ([], ["--execution", "looped"], ["--execution", "processes"]):
+    for options in ([], ["--execution", "looped"], ["--execution", "processes"], ["--chunk-size", 3]):
         status, out, _ = metaheed("evaluate", run, "--tasks", 10, *options, "--json")
         assert status == 0
         results.append(json.loads(out))

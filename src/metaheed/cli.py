@@ -100,6 +100,8 @@ class Evaluate:
     """Where to compute; none: as in training, if that device is here."""
     execution: ExecutionName | None = None
     """How tasks are run (as in train --help); none: as in training."""
+    chunk_size: int | None = None
+    """Tasks at once under the executions vectorized (taken where only this is given) and im2col."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -589,7 +591,14 @@ def _evaluate(command: Evaluate) -> int:
     from metaheed.evaluation import evaluate_run
 
     _tune_process()
-    result = evaluate_run(command.run, command.judging, command.data_root, command.device, execution=command.execution)
+    result = evaluate_run(
+        command.run,
+        command.judging,
+        command.data_root,
+        command.device,
+        execution=command.execution,
+        chunk_size=command.chunk_size,
+    )
     if command.json:
         print(json.dumps(result))
         return 0

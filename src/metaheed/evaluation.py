@@ -86,6 +86,7 @@ def evaluate_run(
     device: str | None = None,
     on_tasks: Callable[[int], None] | None = None,
     execution: ExecutionName | None = None,
+    chunk_size: int | None = None,
 ) -> dict[str, Any]:
     """Judge a run and write its result.json; or, so that this one stays that of the run's own test setting,
     result-on-DATA.json, result-5way5shot15query.json, result-val.json.
@@ -97,6 +98,7 @@ def evaluate_run(
         device: none: the run's own, if it is here.
         on_tasks: see `evaluate`.
         execution: how the tasks are run; none: as in training, on a device of another kind as that suits it.
+        chunk_size: this many at once, under the executions vectorized (taken where only this is given) and im2col.
 
     Returns:
         What the result file holds: accuracy and its half-width, per-task accuracies, the tasks' hash, what was judged
@@ -119,7 +121,7 @@ def evaluate_run(
     where = pick_device(device or run.training.device, fall_back=device is None)
     meta = {name: p.to(where) for name, p in meta.items()}
     place_constants(learner, where)
-    run = replace(run, training=_judging(run, execution, where))
+    run = replace(run, training=_judging(run, execution, chunk_size, where))
     episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
     folder.check_classes(episodes.dataset, setting.split)
     with (
@@ -156,9 +158,13 @@ def evaluate_run(
     return result
 
 
-def _judging(run: RunConfig, execution: ExecutionName | None, where: torch.device) -> TrainingConfig:
+def _judging(
+    run: RunConfig, execution: ExecutionName | None, chunk_size: int | None, where: torch.device
+) -> TrainingConfig:
     """How the run's own settings run tasks there."""
     training = run.training
+    if chunk_size is not None:
+        return replace(training, execution=execution or "vectorized", chunk_size=chunk_size)
     if execution is None:
         elsewhere = where.type != torch.device(training.device).type
         execution = "auto" if elsewhere else training.execution

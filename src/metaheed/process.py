@@ -143,7 +143,7 @@ def memory_explained(
         what = "task" if at_once == 1 else "tasks"
         raise OutOfMemoryError(
             f"the memory of {device}{size} does not hold {at_once} {what} at once, as the execution "
-            f"{config.training.execution} computes meta-batches of {config.outer.meta_batch_size}: {remedy}. "
+            f"{config.training.execution} computes batches of {tasks}: {remedy}. "
             "Checkpoints, if any, are kept"
         ) from error
 

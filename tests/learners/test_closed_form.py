@@ -3,6 +3,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -204,10 +205,34 @@ def test_hooks_for_all_modules_are_called() -> None:
     assert any(isinstance(module, Conv4) for module in called)
 
 
+def test_hooks_of_the_backward_pass_are_seen() -> None:
+    network = Conv4(WAYS, (1, 16, 16), hidden=4)
+    assert known(network).applies
+    network.head.register_full_backward_pre_hook(lambda module, slopes: None)
+    assert not known(network).applies
+
+
 def test_a_norm_over_one_place_is_refused_as_everywhere() -> None:
     learner = MAML(Conv4(2, (1, 16, 16), hidden=4, downsample="stride"))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         learner.predict(learner.init(torch.Generator().manual_seed(0)), torch.zeros(1, 1, 16, 16))
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 83, 83), (1, 1024, 84, 84), (3, 2100, 7, 5), (1, 3, 1, 2)])
+def test_sums_of_planes_lose_nothing_whatever_their_size(shape: tuple[int, ...]) -> None:
+    y = torch.full(shape, 0.1234567).to(memory_format=torch.channels_last)
+    y[0, :, 0] += torch.arange(shape[1])[:, None] % 7
+    total, square = closed_form._moments(y)
+    exact = y.double()
+    np.testing.assert_allclose(total, exact.sum((0, 2, 3)).numpy(), rtol=2e-5)
+    np.testing.assert_allclose(square, exact.square().sum((0, 2, 3)).numpy(), rtol=2e-5)
+
+
+def test_images_of_other_channels_are_refused_as_everywhere() -> None:
+    learner = MAML(Conv4(WAYS, (1, 16, 16), hidden=4))
+    meta = learner.init(torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match="to have 1 channels"):
+        learner.predict(meta, torch.zeros(4, 2, 16, 16))
 
 
 def test_whatever_the_default_device() -> None:

@@ -48,7 +48,8 @@ _SLICE_BYTES = 1 << 22
 
 
 _SUMS_AT_ONCE = 2048
-"""Of a plane's places, which fit into a core's first-level cache."""
+"""Numbers of a plane side by side, which fit into a core's first-level cache."""
+_ROWS_AT_ONCE = 512
 
 
 class _Shape(NamedTuple):
@@ -135,16 +136,22 @@ class ClosedForm:
         """Whether calling the module would do nothing else: there is no hook in it or for all, nor another forward."""
         for_all = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         return not for_all and not any(
-            m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or "forward" in m.__dict__
+            m._forward_hooks
+            or m._forward_pre_hooks
+            or m._backward_hooks
+            or m._backward_pre_hooks
+            or "forward" in m.__dict__
             for m in self._modules
         )
 
     def fits(self, params: Params, x: Tensor) -> bool:
         """Whether it holds for these values: no γ is zero, and every norm has more than one place to average over.
 
-        Where a norm has one place only, PyTorch's own refuses, and says why.
+        Where a norm has one place only, or the images another number of channels, PyTorch's own refuses, and says why.
         """
         count, *size = x.shape[-4], *x.shape[-2:]
+        if x.shape[-3] != params[f"{self._shapes[0].name}.conv.weight"].shape[-3]:
+            return False
         for shape in self._shapes:
             size = [(side - 1) // shape.stride + 1 for side in size]
             if count * size[0] * size[1] <= 1 or not np.all(_numbers(params[f"{shape.name}.norm.weight"])):
@@ -288,7 +295,7 @@ def _as_built(block: nn.Sequential) -> bool:
 
 def _forward(shape: _Shape, params: Params, x: Tensor, keep: bool) -> _Block:
     W, gain, beta = _parameters(shape, params)
-    sign = np.where(gain < 0, -1, 1).astype(gain.dtype) if gain.min() < 0 else None
+    sign = np.where(gain < 0, -1, 1).astype(gain.dtype) if np.any(gain < 0) else None
     weight = _signed(W, sign)
     gain = np.abs(gain)
     n, C = len(x), len(gain)  # of all tasks
@@ -516,23 +523,21 @@ def _sliced_sums(block: _Block, a: Tensor, b: Tensor, mean: np.ndarray, r: np.nd
 def _moments(y: Tensor) -> np.ndarray:
     """Per channel Σ y and Σ y², (2, C) float64, in one pass.
 
-    The kernel adds one float32 after another. It is shown several places of a channel as as many channels, so that no
-    more than some hundreds are.
+    The kernel adds one float32 after another. It is shown several places of a channel as as many channels, and some
+    hundreds of each at once.
     """
-    C = y.shape[1]
-    count = y.numel() // C
-    side_by_side = _divisor(count, _SUMS_AT_ONCE // C)
-    columns = _flat(y).view(-1, side_by_side * C)
+    C, flat = y.shape[1], _flat(y)
+    width = max(1, min(_SUMS_AT_ONCE // C, y.numel() // C)) * C
+    whole = y.numel() // width * width
+    parts = [*torch.split(flat[:whole].view(-1, width), _ROWS_AT_ONCE), flat[whole:].view(1, -1)]
     dtype = np.float32 if y.dtype == torch.float32 else np.float64
-    sums = np.stack(_sums(columns, columns, np.zeros(columns.shape[1], dtype), np.ones(columns.shape[1], dtype)))
-    moments: np.ndarray = sums.reshape(2, side_by_side, C).sum(1, dtype=np.float64)
+    moments = np.zeros((2, C))
+    for part in parts:
+        columns = part.shape[1]
+        if columns:
+            sums = np.stack(_sums(part, part, np.zeros(columns, dtype), np.ones(columns, dtype)))
+            moments += sums.reshape(2, -1, C).sum(1, dtype=np.float64)
     return moments
-
-
-@functools.lru_cache(maxsize=256)
-def _divisor(number: int, most: int) -> int:
-    """The largest that is not above `most`; 1 if that is less."""
-    return next((k for k in range(min(number, most), 1, -1) if number % k == 0), 1)
 
 
 def _add_at(plane: Tensor, place: Tensor | None, values: Tensor) -> None:
