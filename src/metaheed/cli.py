@@ -326,8 +326,6 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments and arguments[0] in commands:
         kind, command = commands[arguments[0]]
         return command(_parse(kind, arguments[0], arguments))
-    if arguments[:1] == ["data"]:
-        return _data(arguments)
     if arguments and not arguments[0].startswith("-"):
         raise unknown("command", arguments[0], ["train", "search", "data", *commands])
     print(_USAGE)

@@ -22,7 +22,7 @@ from metaheed.outer import (
     adapted_outcome,
     build_execution,
     initial_outcome,
-    pick_execution,
+    pick_for_run,
     workers_ended,
 )
 from metaheed.process import cpu_threads, float32_products, memory_explained, pick_device
@@ -168,8 +168,7 @@ def _judging(
     if execution is None:
         elsewhere = where.type != torch.device(training.device).type
         execution = "auto" if elsewhere else training.execution
-    own_network = ":" in run.learner.backbone
-    picked = pick_execution(execution, where, training.threads, own_network, run.learner.has_closed_form, _AT_ONCE)
+    picked = pick_for_run(run, execution, where, _AT_ONCE)
     return replace(training, execution=picked, chunk_size=training.chunk_size if picked in CHUNKED else None)
 
 

@@ -42,7 +42,7 @@ from metaheed.outer import (
     build_steps,
     describe_execution,
     initial_gradient,
-    pick_execution,
+    pick_for_run,
     plain_gradient,
     task_gradient,
     workers_ended,
@@ -169,11 +169,9 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
 
 
 def _picked(execution: ExecutionName, device: torch.device, config: RunConfig) -> ExecutionName:
-    learner, B = config.learner, config.outer.meta_batch_size
-    own_network = ":" in learner.backbone
     if execution == "auto" and config.training.chunk_size is not None:
         return "vectorized"  # of those with chunks the one that auto would take
-    return pick_execution(execution, device, config.training.threads, own_network, learner.has_closed_form, B)
+    return pick_for_run(config, execution, device, config.outer.meta_batch_size)
 
 
 def resume(

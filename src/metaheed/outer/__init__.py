@@ -106,6 +106,7 @@ __all__ = [
     "map_together",
     "map_vectorized",
     "pick_execution",
+    "pick_for_run",
     "plain_gradient",
     "replayed",
     "sequential",
@@ -248,6 +249,12 @@ def pick_execution(
     if closed_form and not own_network:
         return "processes" if several and PROCESSES_AVAILABLE else "vectorized"
     return "threaded" if several and not own_network else "looped"
+
+
+def pick_for_run(config: RunConfig, name: ExecutionName, device: torch.device, tasks: int) -> ExecutionName:
+    """`pick_execution` for a run's network, learner and threads, and batches of so many tasks."""
+    own_network = ":" in config.learner.backbone
+    return pick_execution(name, device, config.training.threads, own_network, config.learner.has_closed_form, tasks)
 
 
 def tasks_at_once(config: TrainingConfig, tasks: int) -> int:
