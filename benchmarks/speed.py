@@ -2,7 +2,8 @@
 
 For each setting, twice (peers with their own settings, then with our process-wide ones): start one process an entry,
 check every meta-gradient against the reference, warm up, and let them step in turn, one at a time, round after round.
-What other work does to the machine it does to all alike; ratios are taken within a round.
+A turn is as many steps as make a second. What other work does to the machine it does to all alike; ratios are taken
+within a round.
 """
 
 import argparse
@@ -32,8 +33,11 @@ from metaheed.types import Params
 
 WARM_UP = 2
 """Steps before the first that counts; the first of them is the one whose meta-gradient is checked."""
+TURN = 1.0
+"""Seconds of steps in a turn, one step at least: a training steps back to back, and a step just after another entry's
+turn finds nothing of its own in the processor's caches."""
 PAUSE = 0.05
-"""Seconds between two entries' steps: threads that finish wait actively for a moment before they sleep."""
+"""Seconds between two entries' turns: threads that finish wait actively for a moment before they sleep."""
 DISTRIBUTIONS = {
     "learn2learn": "learn2learn",
     "higher": "higher",
@@ -74,7 +78,7 @@ class Row:
     difference: float | None = None
     """Of its meta-gradient to the reference, relative."""
     seconds: list[float] = field(default_factory=list)
-    """Of every round."""
+    """A step's, of every round: the mean of its turn."""
     baseline: str = ""
     """The entry that `ratios` are to."""
     ratios: list[float] = field(default_factory=list)
@@ -141,7 +145,7 @@ def measure(setting: Setting, chosen: Sequence[Key], rounds: int, references: Re
             for row, process in order.sample(running, len(running)):
                 time.sleep(PAUSE)
                 try:
-                    row.seconds.append(process.ask("step")["seconds"])
+                    row.seconds.append(process.ask("turn", seconds=TURN)["seconds"])
                 except WorkerError as error:
                     _fail(row, "failed", str(error))
             running = [pair for pair in running if pair[0].status == "measured"]
@@ -234,6 +238,7 @@ def run(settings: Sequence[Setting], entries: Sequence[str], rounds: int, out: P
         "seconds_in_all": round(time.time() - begin),
         "rounds": rounds,
         "warm_up": WARM_UP,
+        "turn_seconds": TURN,
         "machine": machine,
         "settings": [setting.to_json() for setting in settings],
         "rows": [asdict(row) for row in rows],
@@ -299,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="make bench", description="Speed beside the peers and the machine's limit.")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="which settings")
     parser.add_argument("--entries", nargs="+", choices=everyone, default=everyone, help="whom to measure")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each entry")
+    parser.add_argument("--rounds", type=int, default=5, help="timed turns of each entry")
     parser.add_argument("--quick", action="store_true", help="setting c and two rounds: does it work?")
     parser.add_argument(
         "--out", type=Path, default=ROOT / "runs" / "bench", help="folder of the results (the evidence: results/speed)"

@@ -1,8 +1,8 @@
 """A persistent process that holds one entry and steps it when told to.
 
 It reads one JSON object a line on stdin and answers each with one on stdout; what libraries print goes to stderr.
-`build` comes first; then, as often as wanted, `step`, `gradient` (of the last step) and `memory`. `reference` and
-`machine` need no `build`. An answer with "error" is a failure, which ends the process.
+`build` comes first; then, as often as wanted, `step`, `turn`, `gradient` (of the last step) and `memory`. `reference`
+and `machine` need no `build`. An answer with "error" is a failure, which ends the process.
 """
 
 import gc
@@ -54,6 +54,14 @@ class Worker:
         seconds = time.perf_counter() - begin
         self.steps += 1
         return {"seconds": seconds}
+
+    def turn(self, seconds: float) -> dict[str, Any]:
+        """Steps back to back, one at least, until that time is over: the mean time of one, and how many they were."""
+        begin, steps = time.perf_counter(), 0
+        while not steps or time.perf_counter() - begin < seconds:
+            self.step()
+            steps += 1
+        return {"seconds": (time.perf_counter() - begin) / steps, "steps": steps}
 
     def gradient(self, path: str) -> dict[str, Any]:
         """Write the last step's meta-gradient, and the tasks' weights under the name "weights"."""
@@ -119,7 +127,7 @@ def main() -> None:
     os.dup2(2, 1)
     worker = Worker()
     commands: dict[str, Callable[..., dict[str, Any]]] = {
-        name: getattr(worker, name) for name in ("build", "step", "gradient", "memory", "reference", "machine")
+        name: getattr(worker, name) for name in ("build", "step", "turn", "gradient", "memory", "reference", "machine")
     }
     for line in sys.stdin:
         command = json.loads(line)

@@ -44,12 +44,14 @@ for seed in 0 1 2 3 4; do
   run maml "$seed" maml "${maml[@]}"
   run ta-maml "$seed" ta-maml "${attended[@]}" "${gamma[@]}"
   run uniform-2b-maml "$seed" custom --learner maml --rule uniform-2b "${maml[@]}"
-  if [ "$seed" -lt 2 ]; then
-    run ta-maml-reuse "$seed" ta-maml --attention-reuse-probe "${attended[@]}" "${gamma[@]}"
-    run taml "$seed" taml "${maml[@]}"
-    run replayed-maml "$seed" custom --learner maml --rule replayed \
-      --replay "$out/cifar-fs-5way1shot-ta-maml-seed$seed" "${attended[@]}"
-    run loss-softmax-maml "$seed" custom --learner maml --rule loss-softmax "${maml[@]}"
-    run ta-maml-as-released "$seed" ta-maml --faithful-to-release "${attended[@]}" "${gamma[@]}"
-  fi
+done
+for seed in 0 1; do
+  run ta-maml-reuse "$seed" ta-maml --attention-reuse-probe "${attended[@]}" "${gamma[@]}"
+  run taml "$seed" taml "${maml[@]}"
+  run replayed-maml "$seed" custom --learner maml --rule replayed \
+    --replay "$out/cifar-fs-5way1shot-ta-maml-seed$seed" "${attended[@]}"
+  run loss-softmax-maml "$seed" custom --learner maml --rule loss-softmax "${maml[@]}"
+  run ta-maml-as-released "$seed" ta-maml --faithful-to-release "${attended[@]}" "${gamma[@]}"
+  run ta-maml-equivariant "$seed" ta-maml --attention-architecture equivariant --attention-standardize \
+    "${attended[@]}" "${gamma[@]}"
 done

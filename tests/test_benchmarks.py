@@ -86,8 +86,21 @@ def test_ours_computes_the_reference(tmp_path: Path) -> None:
             assert reference.difference(found, weights, expected) < reference.LARGEST, algorithm
 
 
-def test_driver_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_turn_is_steps_until_the_time_is_over() -> None:
+    with Process() as process:
+        process.ask("build", entry="ours", algorithm="maml", setting=TINY.to_json(), speed_settings=True)
+        process.ask("step")
+        one = process.ask("turn", seconds=0.0)
+        many = process.ask("turn", seconds=0.5)
+    assert one["steps"] == 1
+    assert one["seconds"] > 0
+    assert many["steps"] > 1
+    assert 0.5 <= many["steps"] * many["seconds"] < 0.5 + 10 * many["seconds"]
+
+
+def test_driver_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours and a peer twice, each in a process of its own; then the three files."""
+    monkeypatch.setattr(speed, "TURN", 0.02)
     setting = replace(TINY, algorithms=("maml", "ta-maml-reuse"))
     result = speed.run([setting], ["ours", "torch_func"], rounds=2, out=tmp_path)
     assert json.loads((tmp_path / "speed.json").read_text()) == result

@@ -17,8 +17,8 @@ from benchmarks.table import LABELS, fastest_peer, spread
 from metaheed.config import ALGORITHMS
 from metaheed.evaluation import read_result
 from metaheed.figures import read_lines
-from metaheed.report.arms import attention_pairs, control_pairs, group, metalstm_pairs
-from metaheed.report.measures import holm
+from metaheed.report.arms import Arm, attention_pairs, control_pairs, group, metalstm_pairs
+from metaheed.report.measures import INPUTS, attention_log, holm
 from metaheed.report.reading import find
 from metaheed.report.tables import mean_accuracy, p_text, percent, points
 from metaheed.runs import RunFolder
@@ -45,11 +45,15 @@ def table(*studies: Path) -> str:
     return HEADER + "".join(row for study in studies if study.exists() for row in _rows(study))
 
 
-def _rows(study: Path) -> list[str]:
+def _arms(study: Path) -> list[Arm]:
     found = find([study])
     if found.unreadable:
         raise SystemExit(f"{': '.join(found.unreadable[0])}")
-    arms, _ = group(found.runs)
+    return group(found.runs)[0]
+
+
+def _rows(study: Path) -> list[str]:
+    arms = _arms(study)
     against: dict[int, list[str]] = defaultdict(list)
     for family in (metalstm_pairs(arms), attention_pairs(arms), control_pairs(arms)):
         tested = [c for c in family.compared if c.difference.p_value is not None]
@@ -77,6 +81,50 @@ def _rows(study: Path) -> list[str]:
 
 LISTED = 3
 """Up to so many seeds each is shown with its interval over test tasks; of more the mean over seeds with its own."""
+
+
+def weights(study: Path) -> str:
+    """One row an attended arm: how far its weights leave 1/B, and which of its inputs they follow."""
+    rows = []
+    for arm in _arms(study):
+        if arm.rule != "attended":
+            continue
+        logs = [attention_log(run.path / "tasks.jsonl") for run in arm.runs]
+        ends = [statistics.fmean(getattr(log, which).mean) for which in ("largest", "smallest") for log in logs]
+        largest, smallest = ends[: len(logs)], ends[len(logs) :]
+        followed = [
+            f"{statistics.fmean(log.correlations[name].per_batch for log in logs):+.2f}, "
+            f"{statistics.fmean(log.correlations[name].pooled for log in logs):+.2f}"
+            for name in INPUTS
+        ]
+        rank = statistics.fmean(statistics.fmean(log.rank.mean) for log in logs)
+        cells = (arm.label, str(len(logs)), f"{1 / logs[0].tasks:.3f}", f"{statistics.fmean(smallest):.3f}")
+        cells += (f"{statistics.fmean(largest):.3f}", *followed, f"{rank:.2f} of {logs[0].tasks}")
+        rows.append(f"| {' | '.join(cells)} |\n")
+    names = " | ".join(INPUTS.values())
+    header = f"| arm | seeds | 1/B | smallest weight | largest weight | {names} | rank of the largest loss |\n"
+    return header + "|---" * (header.count("|") - 1) + "|\n" + "".join(rows)
+
+
+def noise(study: Path) -> str:
+    """One row an arm: the interval over 300 test tasks, the paper's number, and what could be mistaken for it."""
+    header = (
+        "| arm | accuracy | ± by binomial noise alone | ± measured, 1.96 s/√300 | 1.96 s with accuracy as a share |\n"
+        "|---|---|---|---|---|\n"
+    )
+    rows = []
+    for arm in _arms(study):
+        results = [run.result for run in arm.results.values() if run.result is not None]
+        if not results:
+            continue
+        mean = statistics.fmean(r.accuracy for r in results)
+        spread_of_tasks = statistics.fmean(r.half_width * r.judged.tasks**0.5 for r in results)  # 1.96 s
+        questions = arm.setting.ways * (arm.config.episodes.test_queries or arm.config.episodes.queries)
+        binomial = 1.96 * (mean * (1 - mean) / questions / 300) ** 0.5
+        cells = (arm.label, percent(mean), percent(binomial), percent(spread_of_tasks / 300**0.5))
+        cells += (f"{spread_of_tasks:.2f}",)
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return header + "".join(rows)
 
 
 def curves(study: Path) -> str:

@@ -13,7 +13,7 @@ from metaheed.data import Episodes, load_dataset
 from metaheed.learners import MAML, Conv4, MetaSGD, closed_form
 from metaheed.learners.base import takes_batches
 from metaheed.outer import looped, task_gradient, vectorized
-from metaheed.types import Params
+from metaheed.types import Episode, Params
 from tests.conftest import make_batch
 
 WAYS = 3
@@ -224,8 +224,8 @@ def test_sums_of_planes_lose_nothing_whatever_their_size(shape: tuple[int, ...])
     y[0, :, 0] += torch.arange(shape[1])[:, None] % 7
     total, square = closed_form._moments(y)
     exact = y.double()
-    np.testing.assert_allclose(total, exact.sum((0, 2, 3)).numpy(), rtol=2e-5)
-    np.testing.assert_allclose(square, exact.square().sum((0, 2, 3)).numpy(), rtol=2e-5)
+    np.testing.assert_allclose(total, exact.sum((0, 2, 3)).numpy(), rtol=5e-6)
+    np.testing.assert_allclose(square, exact.square().sum((0, 2, 3)).numpy(), rtol=5e-6)
 
 
 def test_images_of_other_channels_are_refused_as_everywhere() -> None:
@@ -315,12 +315,22 @@ def test_planes_are_freed_without_the_garbage_collector(monkeypatch: pytest.Monk
 @pytest.mark.parametrize("shots", [1, 5])
 def test_float32_on_images_with_a_constant_background(shots: int) -> None:
     """Where every place has the same value, an inexact mean shifts all of them, and ReLUs and maxima flip."""
-    batch = Episodes(load_dataset("glyphs"), "train", 5, shots, 15, seed=0).batch(0, 2)
-    learner = MAML(Conv4(5, batch.support_x.shape[2:]), adaptation_steps=5, fast_lr=0.1)  # type: ignore[arg-type]
-    meta = learner.init(torch.Generator().manual_seed(0))
-    exact = {name: p.double() for name, p in meta.items()}
-    gradient, _ = vectorized(learner)(meta, batch)
-    x, y, query_x, query_y = batch
-    expected, _ = vectorized(learner)(exact, type(batch)(x.double(), y, query_x.double(), query_y))
-    off = torch.stack([(gradient[name] - expected[name]).square().sum() for name in meta]).sum()
-    assert off.sqrt() < 1e-4 * torch.stack([g.square().sum() for g in expected.values()]).sum().sqrt()
+    episodes = Episodes(load_dataset("glyphs"), "train", 5, shots, 15, seed=0)
+    off = []
+    for index in range(3):
+        x, y, query_x, query_y = episodes.batch(index, 1)
+        learner = MAML(Conv4(5, x.shape[2:]), adaptation_steps=5, fast_lr=0.01)  # type: ignore[arg-type]
+        meta = learner.init(torch.Generator().manual_seed(index))
+        exact = {name: p.double() for name, p in meta.items()}
+        gradient, _ = vectorized(learner)(meta, Episode(x, y, query_x, query_y))
+        expected, _ = vectorized(learner)(exact, Episode(x.double(), y, query_x.double(), query_y))
+        difference, size = (
+            torch.stack([g.double().square().sum() for g in tree.values()]).sum().sqrt()
+            for tree in ({name: gradient[name] - expected[name] for name in meta}, expected)
+        )
+        off.append(float(difference / size))
+        for images in (x[0], query_x[0]):
+            logits = learner.predict(meta, images).double()
+            exactly = learner.predict(exact, images.double())
+            assert (logits - exactly).square().mean().sqrt() < 2e-6 * exactly.square().mean().sqrt()
+    assert sorted(off)[1] < 3e-5  # two places that are all but equal may change order in any float32 computation

@@ -163,7 +163,9 @@ def map_together(
 
 
 def _copies(meta: Params, tasks: int) -> Params:
-    return {name: p.expand(tasks, *p.shape) for name, p in meta.items()}
+    """θ for each task; weights of convolutions lie in memory as the closed form wants them, and so will φ."""
+    laid = {n: p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for n, p in meta.items()}
+    return {name: p.expand(tasks, *p.shape) for name, p in laid.items()}
 
 
 def map_threaded(learner: Learner, function: Callable[[Learner, Params, Episode], T], workers: int) -> Execution[T]:
