@@ -93,6 +93,20 @@ def test_attention_log_of_many_batches(tmp_path: Path) -> None:
     assert (log.largest.mean <= log.largest.high).all()
 
 
+def test_weights_that_go_by_position_are_told_from_those_that_go_by_task(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    n = 1500  # read in two parts
+    losses = generator.gamma(2.0, size=(n, 4))
+    by_task = generator.dirichlet([5] * 4, size=n)
+    drifting = np.linspace(0, 1, n)[:, None]
+    by_position = drifting * [0.4, 0.3, 0.2, 0.1] + (1 - drifting) * [0.1, 0.2, 0.3, 0.4]
+    half = 0.25 + (by_position - 0.25) * (by_task - 0.25).std() / (by_position - 0.25).std() / 2 + (by_task - 0.25) / 2
+    expected = {"task": 0.01, "position": 1.0, "half": 0.5, "uniform": math.nan}
+    for name, weights in zip(expected, (by_task, by_position, half, np.full((n, 4), 0.25)), strict=True):
+        write_lines(tmp_path / name, [batch(i + 1, losses[i], weights[i]) for i in range(n)])
+        assert attention_log(tmp_path / name).by_position == pytest.approx(expected[name], abs=0.02, nan_ok=True), name
+
+
 def test_band_by_hand() -> None:
     summary = band(np.arange(1.0, 401), np.arange(400.0))
     assert len(summary.mean) == 20

@@ -25,6 +25,7 @@ _POINTS = 200  # of a curve: a figure has no more pixels to show
 _RANK_POINTS = 50  # of a rank, which jumps from batch to batch
 _STRETCH = 20  # batches in a stretch at least, where there are enough for ten
 _AT_ONCE = 1000  # batches: bounds memory
+_POSITION_STRETCH = 100  # batches
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -116,6 +117,10 @@ class AttentionLog(NamedTuple):
     """B."""
     batches: int
     """Of how many batches."""
+    by_position: float
+    """Share, in [0, 1], of the weights' variance about 1/B that a task's position in its batch alone explains: where the
+    weights go by position, the same place weighs the same in batch after batch, whatever task stands there. Means are
+    taken over stretches of about a hundred batches, so chance gives 1%. NaN: all weights are 1/B."""
 
 
 def attention_log(file: Path) -> AttentionLog:
@@ -131,9 +136,14 @@ def attention_log(file: Path) -> AttentionLog:
     pooled = {name: _Pooled() for name in INPUTS}
     sums, counts, skipped = (dict.fromkeys(INPUTS, 0.0), dict.fromkeys(INPUTS, 0), dict.fromkeys(INPUTS, 0))
     B = 0
+    by_position, variance = 0.0, 0.0
     for chunk, inputs, weights in _chunks(file):
         iterations += chunk
         B = weights.shape[1]
+        off = weights - 1 / B
+        variance += float((off**2).sum())
+        for stretch in np.array_split(off, max(1, len(off) // _POSITION_STRETCH)):
+            by_position += len(stretch) * float((stretch.mean(axis=0) ** 2).sum())
         largest.append(weights.max(axis=1))
         smallest.append(weights.min(axis=1))
         rank.append(ranks(inputs["query_loss"], weights))
@@ -155,7 +165,9 @@ def attention_log(file: Path) -> AttentionLog:
         )
         for name in INPUTS
     }
-    return AttentionLog(bands[0], bands[1], bands[2], correlations, B, len(iterations))
+    uniform = variance <= len(iterations) * B * 1e-12  # weights are float32
+    share = math.nan if uniform else by_position / variance
+    return AttentionLog(bands[0], bands[1], bands[2], correlations, B, len(iterations), share)
 
 
 def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
