@@ -118,7 +118,7 @@ class AttentionLog(NamedTuple):
     batches: int
     """Of how many batches."""
     by_position: float
-    """Share, in [0, 1], of the weights' variance about 1/B that a task's position in its batch alone explains: where the
+    """Share, in [0, 1], of the weights' variance about 1/B that a task's position in its batch explains: where the
     weights go by position, the same place weighs the same in batch after batch, whatever task stands there. Means are
     taken over stretches of about a hundred batches, so chance gives 1%. NaN: all weights are 1/B."""
 
