@@ -128,7 +128,7 @@ def evaluate_run(
         workers_ended(),
         cpu_threads(run.training),
         float32_products(run.training.tf32),
-        memory_explained(run, where, min(_AT_ONCE, setting.tasks)),
+        memory_explained(run, where, min(_AT_ONCE, setting.tasks), learner),
     ):
         adapted, initial = (
             evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)

@@ -16,6 +16,7 @@ import torch
 
 from metaheed.config import CHUNKED, RunConfig, TrainingConfig
 from metaheed.errors import ConfigError, OutOfMemoryError, WorkerError
+from metaheed.learners import Learner
 from metaheed.outer import tasks_at_once
 
 
@@ -118,7 +119,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @contextlib.contextmanager
 def memory_explained(
-    config: RunConfig, device: torch.device, tasks: int, task_bytes: Callable[[], int | None] = lambda: None
+    config: RunConfig,
+    device: torch.device,
+    tasks: int,
+    learner: Learner,
+    task_bytes: Callable[[], int | None] = lambda: None,
 ) -> Iterator[None]:
     """Turn a want of memory into OutOfMemoryError: what was computed at once, and what to set.
 
@@ -126,6 +131,7 @@ def memory_explained(
         config: the run's, its execution chosen.
         device: where it computes.
         tasks: of the batch.
+        learner: the run's.
         task_bytes: what one task needs, where that has been measured.
     """
     try:
@@ -133,7 +139,7 @@ def memory_explained(
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        at_once = tasks_at_once(config.training, tasks)
+        at_once = tasks_at_once(config.training, device, tasks, learner)
         available = None
         if device.type == "cuda":
             # What this process holds counts: the next one will have it.

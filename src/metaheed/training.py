@@ -281,7 +281,7 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         if session.dataset.origin:
             reporter.message(f"data: {session.dataset.origin}")
         fresh = _fresh(session)
-        with memory_explained(config, session.device, tasks=1):
+        with memory_explained(config, session.device, 1, session.learner):
             _try_out(session, fresh.state.meta)
         if checkpoint is None:
             checkpoint = fresh
@@ -292,9 +292,9 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             reporter.message(f"resuming {folder.path} after iteration {checkpoint.progress.iteration}")
         if config != folder.read_config():
             folder.write_config(config)
-        B = config.outer.meta_batch_size
-        reporter.message(describe_execution(training, session.device, B, session.streams.lie_on(session.device)))
-        with memory_explained(config, session.device, B, lambda: session.task_bytes):
+        B, images_there = config.outer.meta_batch_size, session.streams.lie_on(session.device)
+        reporter.message(describe_execution(training, session.device, B, session.learner, images_there))
+        with memory_explained(config, session.device, B, session.learner, lambda: session.task_bytes):
             _loop(session, folder, checkpoint, reporter, received)
 
 
@@ -329,7 +329,7 @@ def measure_speed(config: RunConfig, image_shape: tuple[int, int, int]) -> Speed
     config = replace(config, training=training)
     with workers_ended(), cpu_threads(training), float32_products(training.tf32):
         session = _set_up(config, _on_device(_noise(config, image_shape), device), None)
-        with memory_explained(config, device, config.outer.meta_batch_size):
+        with memory_explained(config, device, config.outer.meta_batch_size, session.learner):
             return Speed(_time_steps(session), _time_judging(session))
 
 

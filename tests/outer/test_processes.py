@@ -124,9 +124,9 @@ def test_a_worker_killed_for_memory_is_explained_and_another_death_is_said() -> 
     config = replace(config, training=replace(config.training, execution="processes", threads=2))
     cpu = torch.device("cpu")
     remedy = r"4 tasks at once.*--execution vectorized --chunk-size 2"
-    with pytest.raises(OutOfMemoryError, match=remedy), memory_explained(config, cpu, 4):
+    with pytest.raises(OutOfMemoryError, match=remedy), memory_explained(config, cpu, 4, learner_and_meta()[0]):
         raise WorkerError(-9)
-    with pytest.raises(WorkerError, match="status 1;"), memory_explained(config, cpu, 4):
+    with pytest.raises(WorkerError, match="status 1;"), memory_explained(config, cpu, 4, learner_and_meta()[0]):
         raise WorkerError(1)
 
 

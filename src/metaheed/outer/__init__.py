@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metaheed.config import (
+    TASKS_AT_ONCE,
     AttendedConfig,
     EquityConfig,
     ExecutionName,
@@ -51,7 +52,7 @@ from metaheed.outer.gradients import (
 )
 from metaheed.outer.optimizers import OptState, OuterOptimizer, adam, clipped, sgd
 from metaheed.outer.processes import AVAILABLE as PROCESSES_AVAILABLE
-from metaheed.outer.processes import TASKS_AT_ONCE, Workers
+from metaheed.outer.processes import Workers
 from metaheed.outer.rules import (
     OuterState,
     Rule,
@@ -257,9 +258,11 @@ def pick_for_run(config: RunConfig, name: ExecutionName, device: torch.device, t
     return pick_execution(name, device, config.training.threads, own_network, config.learner.has_closed_form, tasks)
 
 
-def tasks_at_once(config: TrainingConfig, tasks: int) -> int:
+def tasks_at_once(config: TrainingConfig, device: torch.device, tasks: int, learner: Learner) -> int:
     """How many of a meta-batch's tasks are in memory together under the execution of a config where it is not auto."""
     match config.execution:
+        case "vectorized" if device.type == "cpu" and has_closed_form(learner):
+            return min(tasks, config.chunk_size or TASKS_AT_ONCE)
         case "vectorized" | "im2col":
             return min(tasks, config.chunk_size or tasks)
         case "threaded":
@@ -271,9 +274,11 @@ def tasks_at_once(config: TrainingConfig, tasks: int) -> int:
     return 1
 
 
-def describe_execution(config: TrainingConfig, device: torch.device, tasks: int, images_there: bool = True) -> str:
+def describe_execution(
+    config: TrainingConfig, device: torch.device, tasks: int, learner: Learner, images_there: bool = True
+) -> str:
     """A line on how a run with this config, its images on the device or not, is executed, and what overrides it."""
-    at_once, threads = tasks_at_once(config, tasks), config.threads or torch.get_num_threads()
+    at_once, threads = tasks_at_once(config, device, tasks, learner), config.threads or torch.get_num_threads()
     what = "a task" if at_once == 1 else f"{at_once} tasks"
     if device.type == "cpu":
         plural = "s" * (threads > 1)

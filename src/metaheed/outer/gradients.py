@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.func import vmap
 
+from metaheed.config import TASKS_AT_ONCE
 from metaheed.errors import ConfigError
 from metaheed.learners.base import Learner, loss_gradient, takes_batches, task_loss
 from metaheed.learners.derivatives import detached, recorded
@@ -104,9 +105,10 @@ def looped(learner: Learner) -> Execution[tuple[Params, TaskInfo]]:
 
 
 def vectorized(learner: Learner, chunk_size: int | None = None) -> Execution[tuple[Params, TaskInfo]]:
-    """`task_gradient` of all tasks, or `chunk_size` at once, as one program; agrees with `looped` to rounding.
+    """`task_gradient` of `chunk_size` tasks at once as one program; agrees with `looped` to rounding.
 
-    Our own networks on a CPU in closed form (learners/closed_form.py); else by `torch.func.vmap`.
+    Our own networks on a CPU in closed form (learners/closed_form.py), without a chunk size TASKS_AT_ONCE of them at
+    once; else by `torch.func.vmap`, without a chunk size all.
     """
     return map_together(learner, task_gradient, chunk_size)
 
@@ -146,16 +148,16 @@ def map_vectorized(per_task: Callable[[Params, Episode], T], chunk_size: int | N
 def map_together(
     learner: Learner, function: Callable[[Learner, Params, Episode], T], chunk_size: int | None = None
 ) -> Execution[T]:
-    """function(learner, θ, task) over a batch, `chunk_size` tasks at once (none: all), as one program.
+    """function(learner, θ, task) over a batch, `chunk_size` tasks at once, as one program.
 
-    In closed form where the learner `takes_batches`; else as `map_vectorized`.
+    In closed form where the learner `takes_batches` (none: TASKS_AT_ONCE); else as `map_vectorized` (none: all).
     """
     general = map_vectorized(partial(function, learner), chunk_size)
 
     def run(meta: Params, batch: Episode) -> T:
         if not takes_batches(learner, meta, batch.support_x):
             return general(meta, batch)
-        chunks = zip(*(torch.split(part, chunk_size or len(part)) for part in batch), strict=True)
+        chunks = zip(*(torch.split(part, chunk_size or TASKS_AT_ONCE) for part in batch), strict=True)
         result: T = merge([function(learner, _copies(meta, len(c[0])), Episode(*c)) for c in chunks], torch.cat)
         return result
 

@@ -31,8 +31,6 @@ T = TypeVar("T")
 
 AVAILABLE = sys.platform.startswith("linux")
 """Elsewhere a forked process may not use the system's libraries."""
-TASKS_AT_ONCE = 4
-"""In a worker. More side by side save nothing and take memory."""
 _ALIGNMENT = 64
 
 
@@ -185,7 +183,7 @@ def _answer(learner: Learner, memory: mmap.mmap, pipe: Connection) -> None:
             return
         answer: tuple[Exception | None, Any]
         try:
-            execution: Execution[Any] = map_together(learner, function, TASKS_AT_ONCE)
+            execution: Execution[Any] = map_together(learner, function)
             result = execution(_loaded(memory, meta), Episode(*_loaded(memory, batch)))
             answer = (None, _stored(result, _Writer(memory)))
         except Exception as error:  # it is raised again in the parent
