@@ -511,9 +511,10 @@ class TrainingConfig:
     """CPU threads; none: PyTorch's choice, which is then recorded, for the sums' order depends on it."""
     execution: ExecutionName = "auto"
     """How the tasks of a batch are run: looped, one after another; threaded, each on one of --threads threads;
-    vectorized, as one program; processes, on --threads processes, each vectorized (Linux, CPU); im2col, vectorized with
-    products of patch matrices; streamed, each on a CUDA stream of its own. auto: on CUDA vectorized; on a CPU processes
-    where learner and network have a closed form, threaded for ProtoNet, looped for a network of one's own or one task.
+    vectorized, as one program; processes, on as many as there are tasks and --threads, each vectorized (Linux, CPU);
+    im2col, vectorized with products of patch matrices; streamed, each on a CUDA stream of its own. auto: on CUDA
+    vectorized; on a CPU processes where learner and network have a closed form, threaded for ProtoNet, looped for a
+    network of one's own or one task.
     Printed at the start."""
     chunk_size: int | None = None
     """Tasks at once under the executions vectorized (auto's choice where this is given) and im2col; none: the whole

@@ -182,6 +182,11 @@ def test_it_is_said_how_a_run_is_executed() -> None:
     assert said(cpu, execution="looped", threads=1) == (
         "execution: looped, a task at a time on 1 thread; --execution overrides"
     )
+    assert said(cpu, execution="processes", threads=2) == (
+        "execution: processes, 4 tasks at a time on 2 processes of 1 thread; --execution overrides"
+    )
+    assert "4 tasks at a time on 4 processes of 2 threads;" in said(cpu, execution="processes", threads=9)
+    assert "4 tasks at a time on 1 process of 1 thread;" in said(cpu, execution="processes", threads=1)
     assert said(cuda, execution="vectorized", chunk_size=3) == (
         "execution: vectorized, 3 tasks at a time on cuda:0, captured, in blocks of at most 100 iterations; "
         "--execution and --capture override"

@@ -52,7 +52,7 @@ from metaheed.outer.gradients import (
 )
 from metaheed.outer.optimizers import OptState, OuterOptimizer, adam, clipped, sgd
 from metaheed.outer.processes import AVAILABLE as PROCESSES_AVAILABLE
-from metaheed.outer.processes import Workers
+from metaheed.outer.processes import Workers, shared_out
 from metaheed.outer.rules import (
     OuterState,
     Rule,
@@ -208,7 +208,7 @@ def build_execution(
             return map_together(learner, function, config.chunk_size)
         case "processes":
             pool = _POOLS.get(learner)
-            if pool is None or pool.workers != workers:
+            if pool is None or pool.threads != workers:
                 pool = _POOLS[learner] = Workers(learner, workers)
 
             def run(meta: Params, batch: Episode, learner: Learner = learner, pool: Workers = pool) -> T:
@@ -281,9 +281,10 @@ def describe_execution(
     at_once, threads = tasks_at_once(config, device, tasks, learner), config.threads or torch.get_num_threads()
     what = "a task" if at_once == 1 else f"{at_once} tasks"
     if device.type == "cpu":
-        plural = "s" * (threads > 1)
-        kinds = {"threaded": "1 thread each", "processes": f"{threads} process{'es' * (threads > 1)} of 1 thread"}
-        where = kinds.get(config.execution, f"{threads} thread{plural}")
+        processes, each = shared_out(threads, tasks) if config.execution == "processes" else (1, threads)
+        where = "1 thread each" if config.execution == "threaded" else f"{each} thread{'s' * (each > 1)}"
+        if config.execution == "processes":
+            where = f"{processes} process{'es' * (processes > 1)} of {where}"
     else:
         where = str(device)
     line = f"execution: {config.execution}, {what} at a time on {where}"

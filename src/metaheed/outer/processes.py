@@ -15,6 +15,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -41,18 +42,19 @@ class Workers:
 
     Args:
         learner: as it is at the first use; later changes to it are not seen.
-        workers: how many at most; no more are started than there are tasks.
+        threads: of all together: so many workers of one thread each or, of fewer tasks, a worker for each with its
+            share of the threads. Where PyTorch's operations sum in an order of their threads', so do they here.
 
     Raises:
-        ConfigError: fewer than one worker, or a system where processes cannot be forked safely.
+        ConfigError: fewer than one thread, or a system where processes cannot be forked safely.
     """
 
-    def __init__(self, learner: Learner, workers: int) -> None:
-        if workers < 1:
-            raise ConfigError(f"{workers} worker processes: there must be at least 1")
+    def __init__(self, learner: Learner, threads: int) -> None:
+        if threads < 1:
+            raise ConfigError(f"worker processes of {threads} threads: there must be at least 1")
         if not AVAILABLE:
             raise ConfigError(f"the execution 'processes' needs Linux, but this is {sys.platform}: use 'threaded'")
-        self.workers = workers
+        self.threads = threads
         self._learner = weakref.ref(learner)  # so that workers kept for a learner end with it
         self._running: list[_Worker] = []
 
@@ -67,8 +69,8 @@ class Workers:
         Raises:
             WorkerError: a worker died. Whatever the function raises in one.
         """
-        shares = list(zip(*(torch.tensor_split(part, self.workers) for part in batch), strict=True))
-        shares = [share for share in shares if len(share[0])]
+        processes, threads = shared_out(self.threads, len(batch.support_y))
+        shares = list(zip(*(torch.tensor_split(part, processes) for part in batch), strict=True))
         # Results are a gradient a task at most, and a few numbers.
         results = len(shares[0][0]) * (_room(meta.values()) + 4096)
         needed = _room([*meta.values(), *shares[0]]) + results
@@ -84,7 +86,7 @@ class Workers:
         answers: list[Any] = []
         try:
             for worker, share in zip(at_work, shares, strict=True):
-                worker.begin(function, meta, Episode(*share))
+                worker.begin(threads, function, meta, Episode(*share))
             answers = [worker.end() for worker in at_work]
         finally:
             if len(answers) < len(at_work):  # some may still be at work, or gone
@@ -97,6 +99,12 @@ class Workers:
         for worker in self._running:
             worker.close()
         self._running.clear()
+
+
+def shared_out(threads: int, tasks: int) -> tuple[int, int]:
+    """How many workers are at work on so many tasks, and with how many threads each."""
+    processes = min(threads, tasks)
+    return processes, threads // processes
 
 
 class _Worker:
@@ -117,9 +125,11 @@ class _Worker:
         theirs.close()
         self._finalizer = weakref.finalize(self, _end, self._pid, self._pipe)
 
-    def begin(self, function: Callable[..., Any], meta: Params, batch: Episode) -> None:
+    def begin(self, threads: int, function: Callable[..., Any], meta: Params, batch: Episode) -> None:
         writer = _Writer(self._memory)
-        self._send((function, {n: writer.put(p) for n, p in meta.items()}, [writer.put(part) for part in batch]))
+        self._send(
+            (threads, function, {n: writer.put(p) for n, p in meta.items()}, [writer.put(part) for part in batch])
+        )
 
     def end(self) -> Any:
         try:
@@ -176,16 +186,27 @@ def _serve(learner: Learner, memory: mmap.mmap, pipe: Connection, parent: int) -
 
 
 def _answer(learner: Learner, memory: mmap.mmap, pipe: Connection) -> None:
+    now = 1
+
+    def work(threads: int, function: Callable[[Learner, Params, Episode], Any], meta: Any, batch: Any) -> Any:
+        nonlocal now
+        if now != threads:  # to set it makes libraries forget what they have prepared
+            torch.set_num_threads(threads)
+            now = threads
+        execution: Execution[Any] = map_together(learner, function)
+        return _stored(execution(_loaded(memory, meta), Episode(*_loaded(memory, batch))), _Writer(memory))
+
+    # OpenMP's threads belong to the thread that began them. Those of the one that was forked have stayed behind, and it
+    # would wait for them for ever; a new one begins its own.
+    apart = ThreadPoolExecutor(1)
     while True:
         try:
-            function, meta, batch = pipe.recv()
+            threads, *given = pipe.recv()
         except (EOFError, OSError):
             return
         answer: tuple[Exception | None, Any]
         try:
-            execution: Execution[Any] = map_together(learner, function)
-            result = execution(_loaded(memory, meta), Episode(*_loaded(memory, batch)))
-            answer = (None, _stored(result, _Writer(memory)))
+            answer = (None, work(1, *given) if threads == 1 else apart.submit(work, threads, *given).result())
         except Exception as error:  # it is raised again in the parent
             answer = (_portable(error), None)
         pipe.send(answer)
