@@ -1,3 +1,4 @@
+import io
 import os
 import signal
 import subprocess
@@ -6,7 +7,9 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -162,7 +165,35 @@ def test_no_more_workers_than_tasks() -> None:
     assert len(workers._running) == 3
 
 
-@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+class Held(io.StringIO):
+    """A stream in whose midst another thread writes, for ever."""
+
+    def write(self, text: str) -> int:
+        raise AssertionError("this would wait for ever")
+
+
+def writing(learner: Learner, meta: Params, task: Episode) -> torch.Tensor:
+    print("to standard output")
+    print("to standard error: ±", file=sys.stderr)
+    return torch.ones(task.query_y.shape[:-1])
+
+
+@pytest.mark.parametrize("held", [Held, lambda: None], ids=["held", "closed"])
+def test_workers_wait_for_no_stream_of_the_process_that_was_forked(
+    held: Callable[[], Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    learner, meta = learner_and_meta()
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", held())
+        patched.setattr(sys, "stderr", held())
+        Workers(learner, 2).map(writing, meta, make_batch(2, 3, 1, 2, SHAPE, torch.float32))
+    written = capfd.readouterr()
+    times = 0 if held() is None else 2
+    assert written.out.count("to standard output") == times
+    assert written.err.count("to standard error") == times
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, partial(torch.autocast, "cpu", torch.bfloat16)])
 def test_workers_do_not_keep_the_modes_of_their_first_use(mode: Callable[[], AbstractContextManager[None]]) -> None:
     learner, meta = learner_and_meta()
     workers = Workers(learner, 2)

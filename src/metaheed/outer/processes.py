@@ -38,7 +38,9 @@ _ALIGNMENT = 64
 class Workers:
     """Forked processes that run functions of a learner; they end with this object, and with the process.
 
-    They are forked at the first use, from the thread that makes it and must outlive them.
+    They are forked at the first use, from the thread that makes it and must outlive them. Threads of ours may be at work
+    then: those that draw batches are waited for (`apart_from_forks`), the streams that a progress bar writes to are opened
+    anew in the worker, which uses nothing else that they may hold. A user's own threads must hold no library's lock then.
 
     Args:
         learner: as it is at the first use; later changes to it are not seen.
@@ -112,8 +114,8 @@ class _Worker:
         self.room = room
         self._memory = mmap.mmap(-1, room)
         self._pipe, theirs = multiprocessing.Pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # none: closed before this process began
+            stream.flush()
         parent = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
@@ -179,9 +181,15 @@ def _serve(learner: Learner, memory: mmap.mmap, pipe: Connection, parent: int) -
     # Signals to all of a terminal's or a job's processes are the parent's business: it stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A progress bar's thread may have been writing when the process was forked: its lock is never given back here.
+    sys.stdout, sys.stderr = (
+        stream and open(number, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115  # for good
+        for number, stream in ((1, sys.stdout), (2, sys.stderr))
+    )
     torch.set_num_threads(1)
     gc.freeze()  # what was there at the fork need not be looked through again
-    with torch.inference_mode(False), torch.enable_grad():  # whatever was at work around the first use
+    # Whatever was at work around the first use.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         _answer(learner, memory, pipe)
 
 
