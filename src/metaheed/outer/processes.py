@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metaheed.errors import ConfigError, WorkerError
+from metaheed.errors import ConfigError, StartError, WorkerError
 from metaheed.learners.base import Learner
 from metaheed.outer.gradients import Execution, map_together, merge
 from metaheed.types import Episode, Params
@@ -38,9 +38,10 @@ _ALIGNMENT = 64
 class Workers:
     """Forked processes that run functions of a learner; they end with this object, and with the process.
 
-    They are forked at the first use, from the thread that makes it and must outlive them. Threads of ours may be at work
-    then: those that draw batches are waited for (`apart_from_forks`), the streams that a progress bar writes to are opened
-    anew in the worker, which uses nothing else that they may hold. A user's own threads must hold no library's lock then.
+    They are forked at the first use, from the thread that makes it and must outlive them. Threads of ours may be at
+    work then: those that draw batches are waited for (`apart_from_forks`), the streams that a progress bar writes to
+    are opened anew in the worker, and it uses nothing else that they may hold. A user's own threads must hold no lock
+    of a library then.
 
     Args:
         learner: as it is at the first use; later changes to it are not seen.
@@ -69,6 +70,7 @@ class Workers:
             batch: tasks.
 
         Raises:
+            StartError: the system starts no further process.
             WorkerError: a worker died. Whatever the function raises in one.
         """
         processes, threads = shared_out(self.threads, len(batch.support_y))
@@ -117,7 +119,10 @@ class _Worker:
         for stream in filter(None, (sys.stdout, sys.stderr)):  # none: closed before this process began
             stream.flush()
         parent = os.getpid()
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError as error:
+            raise StartError(str(error)) from error
         if self._pid == 0:
             try:
                 _close_all_but(theirs.fileno())
