@@ -20,7 +20,7 @@ from metaheed.outer import (
     build_optimizer,
     build_rule,
     initial_gradient,
-    pick_execution,
+    pick_for_run,
     plain_gradient,
     task_gradient,
 )
@@ -48,7 +48,7 @@ def run_config(setting: Setting, algorithm: str) -> RunConfig:
     if isinstance(rule, AttendedConfig):
         rule = replace(rule, attention_reuse_probe=algorithm == "ta-maml-reuse")
     threads = torch.get_num_threads()
-    execution = pick_execution(config.training.execution, _CPU, threads, tasks=setting.tasks)
+    execution = pick_for_run(config, config.training.execution, _CPU, setting.tasks)
     return replace(
         config,
         episodes=replace(config.episodes, queries=setting.queries),

@@ -1,6 +1,6 @@
 """Sampling: meta-batches a second, and its share of a training iteration.
 
-    python -m benchmarks.sampling [--ways] [--shares] [--settings a b c d e] [--rounds 3] [--out results/sampling]
+    python -m benchmarks.sampling [--ways] [--shares] [--settings a b c d e] [--rounds 3] [--out runs/bench]
 
 --ways: 84×84 RGB, 5-way 1-shot with 15 queries a class, 4 tasks a meta-batch (320 images), from random pixels of 64
 classes: from memory, from a memory-mapped file warm and cold (its pages dropped from the system's cache before every
@@ -73,7 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=3, help="to measure each way for, in each round")
     parser.add_argument("--images", type=int, default=600, help="of each of 64 classes of --ways (600: 813 MB)")
     parser.add_argument("--folder", type=Path, help="where files are put meanwhile; none: the system's own")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "sampling", help="folder of the result")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=ROOT / "runs" / "bench",
+        help="folder of the result (the evidence: results/sampling)",
+    )
     chosen = parser.parse_args(arguments)
     if min(chosen.rounds, chosen.iterations) < 1:
         parser.error(f"--rounds is {chosen.rounds} and --iterations {chosen.iterations}, but both must be at least 1")

@@ -2,7 +2,8 @@
 
 One setting (3×32×32, 5-way 1-shot, Q = 15, T = 5, B = 4, second-order MAML), of which one number is varied at a time; T
 also with --recompute.
-Every point is a process of its own, so that its peak memory is its own; they run one after another.
+Every point is a process of its own, so that its peak memory is its own; they run one after another. Its execution
+is the one that training would pick, and is written down: one task is looped, several are on worker processes.
 """
 
 import argparse
@@ -41,13 +42,13 @@ def varied(axis: str, value: int) -> Setting:
 
 
 def point(setting: Setting, repeats: int, algorithm: str) -> dict[str, Any]:
-    """Times of steps in seconds, and the process's peak memory in bytes."""
+    """Times of steps in seconds, the process's peak memory in bytes, and the execution, picked as training picks it."""
     with Process() as process:
-        process.ask("build", entry="ours", algorithm=algorithm, setting=setting.to_json(), speed_settings=True)
+        made = process.ask("build", entry="ours", algorithm=algorithm, setting=setting.to_json(), speed_settings=True)
         for _ in range(WARM_UP):
             process.ask("step")
         seconds = [process.ask("step")["seconds"] for _ in range(repeats)]
-        return {"seconds": seconds, **process.ask("memory")}
+        return {"seconds": seconds, **process.ask("memory"), **made}
 
 
 def run(axes: Sequence[str], repeats: int, out: Path) -> dict[str, Any]:

@@ -32,9 +32,14 @@ class Worker:
         self.steps = 0
 
     def build(self, entry: str, algorithm: str, setting: dict[str, Any], speed_settings: bool) -> dict[str, Any]:
-        """Make the entry: "ours" or a peer, the latter with our process-wide settings or without."""
+        """Make the entry: "ours" or a peer, the latter with our process-wide settings or without.
+
+        Of ours, the answer has the execution.
+        """
         chosen = Setting.from_json(setting)
+        made = {}
         if entry == "ours":
+            made["execution"] = ours.run_config(chosen, algorithm).training.execution
             self.entry = ours.build(chosen, algorithm)
         else:
             if speed_settings:
@@ -44,7 +49,7 @@ class Worker:
         gc.collect()
         gc.freeze()
         self.steps = 0
-        return {}
+        return made
 
     def step(self) -> dict[str, Any]:
         """One outer iteration, timed in seconds."""

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
+from metaheed.config import default_config
+from metaheed.outer import pick_for_run
 from metaheed.types import Params
 
 TINY = Setting("tiny", "tiny", (3, 16, 16), ways=3, shots=2, queries=4, steps=2, tasks=2)
@@ -252,6 +254,8 @@ def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("steps", 1, "maml"),
         ("steps", 1, "maml-recompute"),
     ]
+    several = pick_for_run(default_config("maml"), "auto", torch.device("cpu"), TINY.tasks)
+    assert [p["execution"] for p in result["points"]] == ["looped", several, several, several], "as training picks"
     assert json.loads((tmp_path / "scaling.json").read_text()) == result
     assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
     assert scaling.varied("side", 20).image_shape == (3, 20, 20)
@@ -277,8 +281,9 @@ def test_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(sampling, "SHARED", {"c": TINY})
     monkeypatch.setattr(sampling, "COUNTS", {"omniglot": (6, 20)})
     options = ["--settings", "c", "--rounds", "2", "--iterations", "2", "--seconds", "0.01", "--images", "20"]
-    sampling.main([*options, "--out", str(tmp_path)])
-    result = json.loads((tmp_path / "sampling.json").read_text())
+    monkeypatch.setattr(sampling, "ROOT", tmp_path)
+    sampling.main(options)
+    result = json.loads((tmp_path / "runs" / "bench" / "sampling.json").read_text())  # the evidence is left alone
     assert [row["algorithm"] for row in result["shares"]] == ["maml", "fomaml", "protonet"]
     for row in result["shares"]:
         assert 0 < row["waited_seconds"] < row["iteration_seconds"]

@@ -16,10 +16,11 @@ import yaml
 
 import metaheed.outer as package_outer
 from metaheed.config import CHUNKED, RunConfig, default_config, from_dict, to_dict
-from metaheed.learners import Learner
+from metaheed.learners import MAML, Learner
 from metaheed.process import float32_products, memory_explained, suggest_chunk
 from metaheed.types import Episode, Params
 from tests.conftest import Run
+from tests.networks import Tiny
 from tests.test_training import KILLER, SMALL, command, content, environment
 
 BLOCKS = [*SMALL, "--iterations", "10", "--capture", "on"]
@@ -180,9 +181,10 @@ def test_every_execution_has_its_remedy(execution: Any, remedy: str) -> None:
     config = default_config("maml", "omniglot")
     config = replace(config, training=replace(config.training, execution=execution, threads=4))
     text = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried …"
-    with pytest.raises(OutOfMemoryError, match=remedy), memory_explained(config, torch.device("cpu"), 16):
+    cpu, learner = torch.device("cpu"), MAML(Tiny(5, (1, 28, 28)))
+    with pytest.raises(OutOfMemoryError, match=remedy), memory_explained(config, cpu, 16, learner):
         raise RuntimeError(text)
-    with pytest.raises(RuntimeError, match=r"^other$"), memory_explained(config, torch.device("cpu"), 16):
+    with pytest.raises(RuntimeError, match=r"^other$"), memory_explained(config, cpu, 16, learner):
         raise RuntimeError("other")
 
 

@@ -1,15 +1,20 @@
 """The training loop through the command line: run folder, resume after any death, signals, faults."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +23,12 @@ from safetensors.torch import load_file, save_file
 
 import metaheed as package
 import metaheed.outer as package_outer
-from metaheed.config import default_config, from_dict, to_dict
+from metaheed import training
+from metaheed.config import MAMLConfig, default_config, from_dict, to_dict
+from metaheed.data import Dataset, load_dataset
+from metaheed.outer import processes
+from metaheed.outer.processes import AVAILABLE
+from metaheed.training import Silent
 from tests.conftest import ROOT, Run
 
 SMALL = [
@@ -512,3 +522,102 @@ def test_a_hand_edited_config_is_explained(change: tuple[str, object], message: 
     (tmp_path / "config.yaml").write_text("a: [")
     with pytest.raises(RunError, match=r"is not a config"):
         RunFolder(tmp_path).read_config()
+
+
+def _refused(*_: object) -> None:
+    raise RuntimeError("can't start new thread")
+
+
+def _no_fork() -> int:
+    raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--execution", "looped"],
+        ["--execution", "threaded", "--threads", 2],
+        ["--execution", "looped", "--capture", "on"],
+        pytest.param(
+            ["--execution", "processes", "--threads", 2, "--backbone", "conv4-32"],
+            marks=pytest.mark.skipif(not AVAILABLE, reason="processes are forked on Linux only"),
+        ),
+    ],
+    ids=lambda options: " ".join(map(str, options)),
+)
+def test_a_system_that_starts_no_more_is_explained(
+    options: list[object], metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under ulimit -u, which root has not."""
+    load_dataset("glyphs")  # it is drawn by threads, too, where it is not in the cache yet
+    monkeypatch.setattr(threading.Thread, "start", _refused)
+    monkeypatch.setattr(os, "fork", _no_fork)
+    status, _, err = metaheed("train", "maml", *SMALL, "--iterations", 9, *options, "--out", tmp_path / "run")
+    assert status == 1
+    reason = r"\[Errno 11\] Resource temporarily unavailable" if "processes" in options else "can't start new thread"
+    said = rf"error: the system starts no further thread or process here \({reason}\): set fewer --threads or another "
+    assert re.search(said + r"--execution \(looped .*\(ulimit -u\)\n$", err), err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="processes are forked on Linux only")
+def test_a_worker_killed_in_training_is_said(metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, original = [], processes._Worker.begin
+
+    def begin(self: Any, *arguments: Any) -> None:
+        original(self, *arguments)
+        began.append(self._pid)
+        if len(began) == 9:
+            os.kill(self._pid, signal.SIGKILL)
+
+    monkeypatch.setattr(processes._Worker, "begin", begin)
+    small = [*SMALL, "--queries", 1, "--backbone", "conv4-32", "--execution", "processes", "--threads", 2]
+    status, _, err = metaheed("train", "maml", *small, "--iterations", 9, "--out", tmp_path / "run")
+    assert status == 1
+    assert (
+        "error: a worker process was killed (signal 9), which most often means that memory ran out; if so: set " in err
+    )
+    assert "--execution vectorized --chunk-size 1. Checkpoints, if any, are kept" in err
+    assert metaheed("train", "--resume", tmp_path / "run")[0] == 0
+
+
+class Resident(Silent):
+    """Resident memory in bytes after every iteration."""
+
+    def __init__(self) -> None:
+        self.bytes: list[int] = []
+
+    def step(self, iteration: int, loss: float, accuracy: float) -> None:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        self.bytes.append(pages * os.sysconf("SC_PAGE_SIZE"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what is resident")
+@pytest.mark.parametrize(
+    ("algorithm", "iterations", "options"),
+    [("maml", 1000, {"execution": "looped"}), ("ta-maml", 300, {"execution": "vectorized", "capture": "on"})],
+    ids=["step by step", "in blocks"],
+)
+def test_memory_stays_flat(
+    algorithm: str,
+    iterations: int,
+    options: dict[str, Any],
+    small_dataset: Dataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """θ is 120 KB: one copy of it kept at every iteration would make 100 and 20 MB."""
+    monkeypatch.setattr(training, "load_dataset", lambda *_: small_dataset)
+    config = default_config(algorithm)
+    options = {"val_every": 50, "val_tasks": 2, "block": 50, "threads": 1, "device": "cpu", **options}
+    config = replace(
+        config,
+        episodes=replace(config.episodes, ways=2, queries=1),
+        learner=MAMLConfig(adaptation_steps=1),
+        outer=replace(config.outer, meta_batch_size=1),
+        training=replace(config.training, iterations=iterations, out=tmp_path / "run", **options),
+    )
+    resident = Resident()
+    training.train(config, resident)
+    assert len(resident.bytes) == iterations
+    assert max(resident.bytes[150:]) - max(resident.bytes[50:150]) < 4e6

@@ -485,6 +485,8 @@ class OuterConfig:
 ExecutionName = Literal["auto", "looped", "threaded", "vectorized", "processes", "im2col", "streamed"]
 CHUNKED = ("vectorized", "im2col")
 """Executions that can run a part of the meta-batch at a time."""
+TASKS_AT_ONCE = 4
+"""In closed form, in a process. More side by side save nothing and take memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -509,13 +511,14 @@ class TrainingConfig:
     """CPU threads; none: PyTorch's choice, which is then recorded, for the sums' order depends on it."""
     execution: ExecutionName = "auto"
     """How the tasks of a batch are run: looped, one after another; threaded, each on one of --threads threads;
-    vectorized, as one program; processes, on --threads processes, each vectorized (Linux, CPU); im2col, vectorized with
-    products of patch matrices; streamed, each on a CUDA stream of its own. auto: on CUDA vectorized; on a CPU processes
-    where learner and network have a closed form, threaded for ProtoNet, looped for a network of one's own or one task.
+    vectorized, as one program; processes, on as many as there are tasks and --threads, each vectorized (Linux, CPU);
+    im2col, vectorized with products of patch matrices; streamed, each on a CUDA stream of its own. auto: on CUDA
+    vectorized; on a CPU processes where learner and network have a closed form, threaded for ProtoNet, looped for a
+    network of one's own or one task.
     Printed at the start."""
     chunk_size: int | None = None
     """Tasks at once under the executions vectorized (auto's choice where this is given) and im2col; none: the whole
-    meta-batch."""
+    meta-batch, but a few on a CPU where learner and network have a closed form."""
     log_initial_loss: bool = False
     """Log every task's loss before adaptation also under rules that do not need it (all but attended): a forward pass
     of the query set more for each task."""

@@ -31,19 +31,36 @@ class OutOfMemoryError(MetaheedError, MemoryError):
     """The device's memory does not hold the tasks that are computed at once."""
 
 
+class StartError(MetaheedError, RuntimeError):
+    """The system starts no further thread or process."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            f"the system starts no further thread or process here ({reason}): set fewer --threads or another "
+            "--execution (looped takes the fewest), end other processes of this user, or raise its limit (ulimit -u)"
+        )
+        self.reason = reason
+        """In the system's words."""
+
+    def __reduce__(self) -> tuple[type["StartError"], tuple[str]]:
+        return type(self), (self.reason,)
+
+
 class WorkerError(MetaheedError, RuntimeError):
     """A worker process of the execution "processes" is gone."""
 
-    def __init__(self, status: int) -> None:
-        super().__init__(
-            f"a worker process ended unexpectedly (status {status}; -9 is what a system ends it with when memory runs "
-            "out): use fewer --threads, or --execution vectorized"
-        )
-        self.status = status
-        """How it ended: its exit status, or minus the number of the signal that killed it."""
+    def __init__(self, status: int, remedy: str = "use fewer --threads, or --execution vectorized") -> None:
+        if status < 0:
+            end = f"was killed (signal {-status})"
+            end += ", which most often means that memory ran out; if so" if status == -9 else ""
+        else:
+            end = f"ended unexpectedly (status {status})"
+        super().__init__(f"a worker process {end}: {remedy}")
+        self.status, self.remedy = status, remedy
+        """How it ended: its exit status, or minus the number of the signal that killed it. What to do about it."""
 
-    def __reduce__(self) -> tuple[type["WorkerError"], tuple[int]]:
-        return type(self), (self.status,)
+    def __reduce__(self) -> tuple[type["WorkerError"], tuple[int, str]]:
+        return type(self), (self.status, self.remedy)
 
 
 class NonFiniteError(MetaheedError, ArithmeticError):

@@ -25,7 +25,7 @@ from metaheed.outer import (
     pick_for_run,
     workers_ended,
 )
-from metaheed.process import cpu_threads, float32_products, memory_explained, pick_device
+from metaheed.process import cpu_threads, float32_products, memory_explained, pick_device, starts_explained
 from metaheed.runs import Pixels, RunFolder, check_writable, load_weights, recorded_pixels, write_whole
 from metaheed.types import Params
 
@@ -79,6 +79,7 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     return float(array.mean()), float(half_width)
 
 
+@starts_explained()
 def evaluate_run(
     path: Path,
     config: EvaluationConfig,
@@ -107,6 +108,7 @@ def evaluate_run(
     Raises:
         RunError, DataError, ConfigError: the run, its data or the setting cannot be used.
         OutOfMemoryError: the tasks computed at once do not fit.
+        StartError, WorkerError: a thread or worker process cannot be started, or a worker died.
     """
     folder = RunFolder(path)
     run = folder.read_config()
@@ -128,7 +130,7 @@ def evaluate_run(
         workers_ended(),
         cpu_threads(run.training),
         float32_products(run.training.tf32),
-        memory_explained(run, where, min(_AT_ONCE, setting.tasks)),
+        memory_explained(run, where, min(_AT_ONCE, setting.tasks), learner),
     ):
         adapted, initial = (
             evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)

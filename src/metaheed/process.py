@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from metaheed.config import CHUNKED, RunConfig, TrainingConfig
-from metaheed.errors import ConfigError, OutOfMemoryError, WorkerError
+from metaheed.errors import ConfigError, OutOfMemoryError, StartError, WorkerError
+from metaheed.learners import Learner
 from metaheed.outer import tasks_at_once
 
 
@@ -111,41 +112,65 @@ def signals_received(hangup: bool = False) -> Iterator[list[int]]:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether PyTorch, or a library below it, raised this for want of memory on a device or the host."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    if isinstance(error, WorkerError):
-        return error.status == -signal.SIGKILL  # as Linux ends a process when memory runs out
     return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
 
 
 @contextlib.contextmanager
 def memory_explained(
-    config: RunConfig, device: torch.device, tasks: int, task_bytes: Callable[[], int | None] = lambda: None
+    config: RunConfig,
+    device: torch.device,
+    tasks: int,
+    learner: Learner,
+    task_bytes: Callable[[], int | None] = lambda: None,
 ) -> Iterator[None]:
     """Turn a want of memory into OutOfMemoryError: what was computed at once, and what to set.
+
+    A killed worker's WorkerError is given the same remedy, for that is how Linux ends a process when memory runs out.
 
     Args:
         config: the run's, its execution chosen.
         device: where it computes.
         tasks: of the batch.
+        learner: the run's.
         task_bytes: what one task needs, where that has been measured.
     """
     try:
         yield
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        killed = isinstance(error, WorkerError) and error.status == -signal.SIGKILL
+        if not (killed or is_out_of_memory(error)):
             raise
-        at_once = tasks_at_once(config.training, tasks)
+        at_once = tasks_at_once(config.training, device, tasks, learner)
         available = None
         if device.type == "cuda":
             # What this process holds counts: the next one will have it.
             available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         size = f" ({available / 2**30:.1f} GiB)" if available is not None else ""
         remedy = _less_memory(config, at_once, suggest_chunk(at_once, available, task_bytes()))
+        if isinstance(error, WorkerError):
+            raise WorkerError(error.status, f"{remedy}. Checkpoints, if any, are kept") from error
         what = "task" if at_once == 1 else "tasks"
         raise OutOfMemoryError(
             f"the memory of {device}{size} does not hold {at_once} {what} at once, as the execution "
             f"{config.training.execution} computes batches of {tasks}: {remedy}. "
             "Checkpoints, if any, are kept"
         ) from error
+
+
+def cannot_start(error: RuntimeError) -> bool:
+    """Whether Python or PyTorch raised this because the system starts no further thread."""
+    return any(sign in str(error) for sign in ("can't start new thread", "Resource temporarily unavailable"))
+
+
+@contextlib.contextmanager
+def starts_explained() -> Iterator[None]:
+    """Turn a thread that cannot be started into StartError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, StartError) or not cannot_start(error):
+            raise
+        raise StartError(str(error)) from error
 
 
 def suggest_chunk(at_once: int, available: int | None, task_bytes: int | None) -> int:

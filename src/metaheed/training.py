@@ -48,6 +48,7 @@ from metaheed.outer import (
     workers_ended,
 )
 from metaheed.process import (
+    cannot_start,
     cpu_threads,
     describe_processor,
     float32_products,
@@ -56,6 +57,7 @@ from metaheed.process import (
     peak_memory,
     pick_device,
     signals_received,
+    starts_explained,
 )
 from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
 from metaheed.types import Episode, Params
@@ -116,6 +118,7 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
         RunError: the folder holds a run already, is being trained in, or cannot be written.
         NonFiniteError: a loss or gradient stopped being finite; the last checkpoint is kept.
         OutOfMemoryError: the tasks computed at once do not fit; the last checkpoint is kept.
+        StartError, WorkerError: a thread or worker process cannot be started, or a worker died; the same.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     check_name(config.episodes.data)
@@ -247,6 +250,7 @@ class _Session:
         return Pixels(self.dataset.mean, self.dataset.std)
 
 
+@starts_explained()
 def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
     training = config.training
     with workers_ended(), cpu_threads(training), float32_products(training.tf32), signals_received() as received:
@@ -281,7 +285,7 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         if session.dataset.origin:
             reporter.message(f"data: {session.dataset.origin}")
         fresh = _fresh(session)
-        with memory_explained(config, session.device, tasks=1):
+        with memory_explained(config, session.device, 1, session.learner):
             _try_out(session, fresh.state.meta)
         if checkpoint is None:
             checkpoint = fresh
@@ -292,9 +296,9 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             reporter.message(f"resuming {folder.path} after iteration {checkpoint.progress.iteration}")
         if config != folder.read_config():
             folder.write_config(config)
-        B = config.outer.meta_batch_size
-        reporter.message(describe_execution(training, session.device, B, session.streams.lie_on(session.device)))
-        with memory_explained(config, session.device, B, lambda: session.task_bytes):
+        B, images_there = config.outer.meta_batch_size, session.streams.lie_on(session.device)
+        reporter.message(describe_execution(training, session.device, B, session.learner, images_there))
+        with memory_explained(config, session.device, B, session.learner, lambda: session.task_bytes):
             _loop(session, folder, checkpoint, reporter, received)
 
 
@@ -312,6 +316,7 @@ _BLOCK = 10  # steps at once, where they are made in blocks
 _FEW = 4  # tasks judged
 
 
+@starts_explained()
 def measure_speed(config: RunConfig, image_shape: tuple[int, int, int]) -> Speed:
     """What a run's outer steps and its judging take on this machine, on images of noise; nothing is read or written.
 
@@ -329,7 +334,7 @@ def measure_speed(config: RunConfig, image_shape: tuple[int, int, int]) -> Speed
     config = replace(config, training=training)
     with workers_ended(), cpu_threads(training), float32_products(training.tf32):
         session = _set_up(config, _on_device(_noise(config, image_shape), device), None)
-        with memory_explained(config, device, config.outer.meta_batch_size):
+        with memory_explained(config, device, config.outer.meta_batch_size, session.learner):
             return Speed(_time_steps(session), _time_judging(session))
 
 
@@ -484,7 +489,7 @@ def _try_out(session: _Session, meta: Params) -> None:
     try:
         (_, info), (_, again) = execution(meta, task), execution(meta, task)
     except RuntimeError as error:
-        if is_out_of_memory(error) or isinstance(error, WorkerError):
+        if is_out_of_memory(error) or cannot_start(error) or isinstance(error, WorkerError):
             raise
         raise ConfigError(
             f"backbone {backbone!r} cannot be meta-learned under the {session.config.training.execution} execution "

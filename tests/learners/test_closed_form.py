@@ -157,18 +157,93 @@ def test_a_changed_network_is_not_taken_for_the_one_that_is_known(change: Callab
     assert not takes_batches(learner, meta, batch.support_x)
     gradient, info = vectorized(learner)(meta, batch)
     for task in range(2):
-        episode = type(batch)(*(part[task] for part in batch))
-        at = {n: p.clone().requires_grad_() for n, p in meta.items()}
-        network = network.double()
-        phi = at
-        for _ in range(2):
-            loss = nn.functional.cross_entropy(functional_call(network, phi, (episode.support_x,)), episode.support_y)
-            slope = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
-            phi = {n: p - 0.2 * g for (n, p), g in zip(phi.items(), slope, strict=True)}
-        loss = nn.functional.cross_entropy(functional_call(network, phi, (episode.query_x,)), episode.query_y)
-        torch.testing.assert_close(info.query_loss[task], loss.detach())
-        for name, g in zip(at, torch.autograd.grad(loss, list(at.values())), strict=True):
+        loss, slope = by_autograd(network.double(), meta, type(batch)(*(part[task] for part in batch)))
+        torch.testing.assert_close(info.query_loss[task], loss)
+        for name, g in slope.items():
             torch.testing.assert_close(gradient[name][task], g, rtol=1e-6, atol=1e-9)
+
+
+def by_autograd(network: nn.Module, meta: Params, episode: Episode) -> tuple[Tensor, Params]:
+    """Query loss after two steps of MAML with rate 0.2, and its gradient."""
+    at = {n: p.clone().requires_grad_() for n, p in meta.items()}
+    phi = at
+    for _ in range(2):
+        loss = nn.functional.cross_entropy(functional_call(network, phi, (episode.support_x,)), episode.support_y)
+        slope = torch.autograd.grad(loss, list(phi.values()), create_graph=True)
+        phi = {n: p - 0.2 * g for (n, p), g in zip(phi.items(), slope, strict=True)}
+    loss = nn.functional.cross_entropy(functional_call(network, phi, (episode.query_x,)), episode.query_y)
+    return loss.detach(), dict(zip(at, torch.autograd.grad(loss, list(at.values())), strict=True))
+
+
+def other_convolution(network: Any) -> None:
+    network.body[0].conv = nn.Conv2d(1, 4, 5, padding=2)
+
+
+def other_stride(network: Any) -> None:
+    network.body[0].conv.stride = (1, 1)
+
+
+def other_padding(network: Any) -> None:
+    network.body[1].conv.padding = (2, 0)
+
+
+def other_epsilon(network: Any) -> None:
+    network.body[3].norm.eps = 0.3
+
+
+def one_more_layer(network: Any) -> None:
+    network.body[2].append(nn.Tanh())
+
+
+def another_order(network: Any) -> None:
+    parts = network.body[1]._modules
+    parts["norm"] = parts.pop("norm")  # after ReLU
+
+
+def without_mean(network: Any) -> None:
+    network.body[4].output_size = (1, 2)
+    network.head = nn.Linear(8, WAYS)
+
+
+def other_class(network: Any) -> None:
+    network.body[2].relu.__class__ = nn.Sigmoid
+
+
+def running_statistics(network: Any) -> None:
+    norm = network.body[1].norm
+    norm.running_mean, norm.running_var = torch.ones(4).double(), torch.full((4,), 2.0).double()
+    norm.eval()
+
+
+def half_frozen(network: Any) -> None:
+    network.body[0].norm.bias.requires_grad_(False)
+
+
+LATER: list[Callable[[Any], None]] = [
+    *(other_convolution, other_stride, other_padding, other_epsilon, one_more_layer, another_order, without_mean),
+    *(other_class, running_statistics, half_frozen, hooked, other_norm, other_activation, weight_norm),
+]
+
+
+@pytest.mark.parametrize("change", LATER)
+def test_a_network_changed_after_the_learner_was_made_is_followed(change: Callable[[Any], None]) -> None:
+    learner = MAML(Conv4(WAYS, (1, 24, 24), hidden=4, downsample="stride"), adaptation_steps=2, fast_lr=0.2)
+    batch = make_batch(2, WAYS, 1, 2, (1, 24, 24))
+    meta = {n: p.double() for n, p in learner.init(torch.Generator().manual_seed(0)).items()}
+    assert takes_batches(learner, meta, batch.support_x)
+    network: Any = learner.backbone.module
+    change(network)
+    made = {n: p.detach().double() for n, p in network.named_parameters()}
+    meta = {n: meta[n] if n in meta and meta[n].shape == p.shape else p for n, p in made.items()}
+    assert not takes_batches(learner, meta, batch.support_x)
+    for execution in (looped(learner), vectorized(learner)):
+        gradient, info = execution(meta, batch)
+        for task in range(2):
+            episode = type(batch)(*(part[task] for part in batch))
+            loss, slope = by_autograd(network, meta, episode)
+            torch.testing.assert_close(info.query_loss[task], loss)
+            for name, g in slope.items():
+                torch.testing.assert_close(gradient[name][task], g, rtol=1e-6, atol=1e-9)
 
 
 def test_gains_of_zero_have_autograds_choice_of_maxima() -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,19 +12,23 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, vmap
 
-from metaheed.config import TrainingConfig
+from metaheed.config import TASKS_AT_ONCE, TrainingConfig
 from metaheed.learners import MAML, Conv4
+from metaheed.learners.closed_form import ClosedForm
 from metaheed.outer import (
     describe_execution,
+    looped,
     map_im2col,
     map_looped,
     map_streamed,
     pick_execution,
     task_gradient,
     tasks_at_once,
+    vectorized,
 )
 from metaheed.outer import executions as module
-from tests.conftest import make_batch
+from tests.conftest import Run, make_batch
+from tests.networks import Tiny
 from tests.reference import assert_close
 
 CONVOLUTIONS: dict[str, dict[str, Any]] = {
@@ -166,8 +171,10 @@ def test_execution_is_picked_by_device_network_and_size() -> None:
 def test_it_is_said_how_a_run_is_executed() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda:0")
 
+    closed, general = MAML(Conv4(3, (1, 16, 16), hidden=4)), MAML(Tiny(3, (1, 16, 16)))
+
     def said(device: torch.device, images_there: bool = True, **settings: Any) -> str:
-        return describe_execution(TrainingConfig(**settings), device, 4, images_there)
+        return describe_execution(TrainingConfig(**settings), device, 4, closed, images_there)
 
     assert said(cpu, execution="threaded", threads=2) == (
         "execution: threaded, 2 tasks at a time on 1 thread each; --execution overrides"
@@ -175,6 +182,11 @@ def test_it_is_said_how_a_run_is_executed() -> None:
     assert said(cpu, execution="looped", threads=1) == (
         "execution: looped, a task at a time on 1 thread; --execution overrides"
     )
+    assert said(cpu, execution="processes", threads=2) == (
+        "execution: processes, 4 tasks at a time on 2 processes of 1 thread; --execution overrides"
+    )
+    assert "4 tasks at a time on 4 processes of 2 threads;" in said(cpu, execution="processes", threads=9)
+    assert "4 tasks at a time on 1 process of 1 thread;" in said(cpu, execution="processes", threads=1)
     assert said(cuda, execution="vectorized", chunk_size=3) == (
         "execution: vectorized, 3 tasks at a time on cuda:0, captured, in blocks of at most 100 iterations; "
         "--execution and --capture override"
@@ -182,5 +194,42 @@ def test_it_is_said_how_a_run_is_executed() -> None:
     assert ", captured, " not in said(cuda, execution="threaded", threads=2)
     assert said(cuda, images_there=False, execution="streamed").endswith("on cuda:0; --execution overrides")
     assert ", not captured, in blocks of at most 7 " in said(cpu, execution="streamed", capture="on", block=7)
-    assert tasks_at_once(TrainingConfig(execution="im2col"), 4) == 4
-    assert tasks_at_once(TrainingConfig(execution="threaded", threads=8), 4) == 4
+    assert tasks_at_once(TrainingConfig(execution="im2col"), cpu, 40, closed) == 40
+    assert tasks_at_once(TrainingConfig(execution="threaded", threads=8), cpu, 4, closed) == 4
+    assert tasks_at_once(TrainingConfig(execution="vectorized"), cpu, 40, closed) == TASKS_AT_ONCE
+    assert tasks_at_once(TrainingConfig(execution="vectorized", chunk_size=9), cpu, 40, closed) == 9
+    assert tasks_at_once(TrainingConfig(execution="vectorized"), cpu, 40, general) == 40
+    assert tasks_at_once(TrainingConfig(execution="vectorized"), cuda, 40, closed) == 40
+
+
+@pytest.mark.parametrize(("chunk_size", "expected"), [(None, {TASKS_AT_ONCE, 1}), (3, {3}), (20, {9})])
+def test_memory_is_bounded_in_closed_form(
+    chunk_size: int | None, expected: set[int], rng: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = MAML(Conv4(3, (1, 16, 16), hidden=4), adaptation_steps=1)
+    batch, meta, seen = make_batch(9, 3, 1, 2, (1, 16, 16), torch.float32), learner.init(rng), set()
+    original = ClosedForm.gradient
+
+    def noted(self: Any, params: Any, x: Tensor, *rest: Any, **named: Any) -> Any:
+        seen.add(len(x))
+        return original(self, params, x, *rest, **named)
+
+    monkeypatch.setattr(ClosedForm, "gradient", noted)
+    gradient, _ = vectorized(learner, chunk_size)(meta, batch)
+    assert seen == expected
+    assert_close(gradient, looped(learner)(meta, batch)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"), [([], "4 tasks"), (["--chunk-size", 5], "5 tasks"), (["--execution", "im2col"], "6 tasks")]
+)
+def test_the_start_line_says_how_many_tasks_are_together(
+    options: list[object], said: str, metaheed: Run, tmp_path: Path
+) -> None:
+    small = ["--meta-batch-size", 6, "--queries", 1, "--adaptation-steps", 1, "--iterations", 1, "--val-tasks", 1]
+    status, _, err = metaheed(
+        "train", "maml", *small, "--threads", 1, *options, "--device", "cpu", "--out", tmp_path / "run"
+    )
+    assert status == 0
+    name = "im2col" if "im2col" in options else "vectorized"
+    assert f"execution: {name}, {said} at a time on 1 thread; --execution overrides" in err

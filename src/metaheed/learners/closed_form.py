@@ -31,7 +31,8 @@ arithmetic.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -125,6 +126,7 @@ class ClosedForm:
     def __init__(self, module: Conv4) -> None:
         blocks: list[Any] = [block for block in module.body if isinstance(block, nn.Sequential)]
         self._modules = list(module.modules())
+        self._parts = [*map(_Part.of, self._modules)]
         self.names = frozenset(name for name, _ in module.named_parameters())
         self._shapes = [
             _Shape(f"body.{i}", block.conv.stride[0], hasattr(block, "pool"), block.norm.eps)
@@ -134,15 +136,21 @@ class ClosedForm:
 
     @property
     def applies(self) -> bool:
-        """Whether calling the module would do nothing else: there is no hook in it or for all, nor another forward."""
+        """Whether calling the module would do nothing else: it is as it was when this was made of it, and there is no
+        hook in it or for all, nor another forward.
+        """
         for_all = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        return not for_all and not any(
-            m._forward_hooks
-            or m._forward_pre_hooks
-            or m._backward_hooks
-            or m._backward_pre_hooks
-            or "forward" in m.__dict__
-            for m in self._modules
+        return (
+            not for_all
+            and _unchanged(self._parts)
+            and not any(
+                m._forward_hooks
+                or m._forward_pre_hooks
+                or m._backward_hooks
+                or m._backward_pre_hooks
+                or "forward" in m.__dict__
+                for m in self._modules
+            )
         )
 
     def fits(self, params: Params, x: Tensor) -> bool:
@@ -273,6 +281,45 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     usual = all(map(_as_built, blocks)) and [*module.body] == blocks + rest
     usual = usual and [repr(part) for part in rest] in ([], [repr(nn.AdaptiveAvgPool2d(1))])
     return ClosedForm(module) if usual and type(module.head) is nn.Linear and module.head.bias is not None else None
+
+
+_SETTINGS: dict[type[nn.Module], Callable[[dict[str, Any]], Any]] = {
+    nn.Conv2d: itemgetter("stride", "padding", "dilation", "groups", "padding_mode"),
+    nn.BatchNorm2d: lambda norm: (norm["eps"], norm["track_running_stats"], *norm["_buffers"].values()),
+    nn.MaxPool2d: itemgetter("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"),
+    nn.AdaptiveAvgPool2d: itemgetter("output_size"),
+}
+"""What decides what a module computes, apart from its parameters and the modules in it, out of its attributes."""
+
+
+class _Part(NamedTuple):
+    """A module as it was when a closed form was made; it is asked for at every step, so by comparisons alone."""
+
+    module: nn.Module
+    kind: type[nn.Module]
+    inside: tuple[tuple[str, nn.Module | None], ...]
+    read: Callable[[dict[str, Any]], Any]
+    settings: Any
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "_Part":
+        read: Callable[[dict[str, Any]], Any] = _SETTINGS.get(type(module), _nothing)
+        return cls(module, type(module), (*module._modules.items(),), read, read(module.__dict__))
+
+
+def _nothing(attributes: dict[str, Any]) -> None:
+    """Of a module that has no settings."""
+
+
+def _unchanged(parts: list[_Part]) -> bool:
+    for module, kind, inside, read, settings in parts:
+        attributes = module.__dict__  # which are quicker to come by than a module's own
+        if type(module) is not kind or (*attributes["_modules"].items(),) != inside or read(attributes) != settings:
+            return False
+        for parameter in attributes["_parameters"].values():
+            if parameter is None or not parameter.requires_grad:
+                return False
+    return True
 
 
 def _as_built(block: nn.Sequential) -> bool:

@@ -31,6 +31,11 @@ def detached(tree: Params) -> Params:
     return {name: leaf.detach() for name, leaf in tree.items()}
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """The same values, of which derivatives can be recorded even if they were made under torch.inference_mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
+
+
 def value_and_pullback(function: Callable[[Params], T], at: Params) -> tuple[T, Callable[[T], Params]]:
     """function(at), and its vector-Jacobian product there: a cotangent of the value -> a cotangent of `at`."""
     value, pull = vjp(function, at)  # type: ignore[misc]  # torch's annotation covers its has_aux form too

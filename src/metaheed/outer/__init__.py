@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metaheed.config import (
+    TASKS_AT_ONCE,
     AttendedConfig,
     EquityConfig,
     ExecutionName,
@@ -51,7 +52,7 @@ from metaheed.outer.gradients import (
 )
 from metaheed.outer.optimizers import OptState, OuterOptimizer, adam, clipped, sgd
 from metaheed.outer.processes import AVAILABLE as PROCESSES_AVAILABLE
-from metaheed.outer.processes import TASKS_AT_ONCE, Workers
+from metaheed.outer.processes import Workers, shared_out
 from metaheed.outer.rules import (
     OuterState,
     Rule,
@@ -207,7 +208,7 @@ def build_execution(
             return map_together(learner, function, config.chunk_size)
         case "processes":
             pool = _POOLS.get(learner)
-            if pool is None or pool.workers != workers:
+            if pool is None or pool.threads != workers:
                 pool = _POOLS[learner] = Workers(learner, workers)
 
             def run(meta: Params, batch: Episode, learner: Learner = learner, pool: Workers = pool) -> T:
@@ -257,9 +258,11 @@ def pick_for_run(config: RunConfig, name: ExecutionName, device: torch.device, t
     return pick_execution(name, device, config.training.threads, own_network, config.learner.has_closed_form, tasks)
 
 
-def tasks_at_once(config: TrainingConfig, tasks: int) -> int:
+def tasks_at_once(config: TrainingConfig, device: torch.device, tasks: int, learner: Learner) -> int:
     """How many of a meta-batch's tasks are in memory together under the execution of a config where it is not auto."""
     match config.execution:
+        case "vectorized" if device.type == "cpu" and has_closed_form(learner):
+            return min(tasks, config.chunk_size or TASKS_AT_ONCE)
         case "vectorized" | "im2col":
             return min(tasks, config.chunk_size or tasks)
         case "threaded":
@@ -271,14 +274,17 @@ def tasks_at_once(config: TrainingConfig, tasks: int) -> int:
     return 1
 
 
-def describe_execution(config: TrainingConfig, device: torch.device, tasks: int, images_there: bool = True) -> str:
+def describe_execution(
+    config: TrainingConfig, device: torch.device, tasks: int, learner: Learner, images_there: bool = True
+) -> str:
     """A line on how a run with this config, its images on the device or not, is executed, and what overrides it."""
-    at_once, threads = tasks_at_once(config, tasks), config.threads or torch.get_num_threads()
+    at_once, threads = tasks_at_once(config, device, tasks, learner), config.threads or torch.get_num_threads()
     what = "a task" if at_once == 1 else f"{at_once} tasks"
     if device.type == "cpu":
-        plural = "s" * (threads > 1)
-        kinds = {"threaded": "1 thread each", "processes": f"{threads} process{'es' * (threads > 1)} of 1 thread"}
-        where = kinds.get(config.execution, f"{threads} thread{plural}")
+        processes, each = shared_out(threads, tasks) if config.execution == "processes" else (1, threads)
+        where = "1 thread each" if config.execution == "threaded" else f"{each} thread{'s' * (each > 1)}"
+        if config.execution == "processes":
+            where = f"{processes} process{'es' * (processes > 1)} of {where}"
     else:
         where = str(device)
     line = f"execution: {config.execution}, {what} at a time on {where}"

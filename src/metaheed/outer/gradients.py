@@ -4,26 +4,44 @@ Legend: B tasks; Params with a leading B hold one gradient a task; TaskInfo batc
 """
 
 import copy
+import functools
 import queue
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
+from metaheed.config import TASKS_AT_ONCE
 from metaheed.errors import ConfigError
 from metaheed.learners.base import Learner, loss_gradient, takes_batches, task_loss
-from metaheed.learners.derivatives import detached, recorded
+from metaheed.learners.derivatives import detached, ordinary, recorded, transformed
 from metaheed.types import Episode, Params, TaskInfo
 
+F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
 Execution = Callable[[Params, Episode], T]
 """(θ, batched Episode) -> the per-task results with a leading B."""
 
 
+def _in_any_mode(function: F) -> F:
+    """The function of a task, its derivatives recorded even under torch.inference_mode, and of tensors made there."""
+
+    @functools.wraps(function)
+    def outside(learner: Learner, meta: Params, episode: Episode, *args: Any, **kwargs: Any) -> Any:
+        if transformed():  # torch.func records in any mode
+            return function(learner, meta, episode, *args, **kwargs)
+        with torch.inference_mode(False):
+            meta, episode = {name: ordinary(p) for name, p in meta.items()}, Episode(*map(ordinary, episode))
+            return function(learner, meta, episode, *args, **kwargs)
+
+    return cast(F, outside)
+
+
+@_in_any_mode
 def task_gradient(learner: Learner, meta: Params, episode: Episode, initial: bool = True) -> tuple[Params, TaskInfo]:
     """g = ∇_θ L*(φᵀ) of one task, and what attention sees of it.
 
@@ -59,6 +77,7 @@ def plain_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Pa
     return task_gradient(learner, meta, episode, initial=False)
 
 
+@_in_any_mode
 def initial_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, Tensor]:
     """∇_θ L*(φ⁰) of one task and L*(φ⁰), 0-d: the query loss before adaptation, which equity rules weigh."""
     start, pullback = recorded(learner.initial, detached(meta))
@@ -104,9 +123,10 @@ def looped(learner: Learner) -> Execution[tuple[Params, TaskInfo]]:
 
 
 def vectorized(learner: Learner, chunk_size: int | None = None) -> Execution[tuple[Params, TaskInfo]]:
-    """`task_gradient` of all tasks, or `chunk_size` at once, as one program; agrees with `looped` to rounding.
+    """`task_gradient` of `chunk_size` tasks at once as one program; agrees with `looped` to rounding.
 
-    Our own networks on a CPU in closed form (learners/closed_form.py); else by `torch.func.vmap`.
+    Our own networks on a CPU in closed form (learners/closed_form.py), without a chunk size TASKS_AT_ONCE of them at
+    once; else by `torch.func.vmap`, without a chunk size all.
     """
     return map_together(learner, task_gradient, chunk_size)
 
@@ -117,8 +137,10 @@ def threaded(learner: Learner, workers: int) -> Execution[tuple[Params, TaskInfo
     On CPUs with several cores: small convolutions gain more from a task a core than from a convolution over all cores.
     For that PyTorch's own threads must be one (`torch.set_num_threads(1)`), which the command line sees to.
 
-    Each thread works on a copy of the learner. Switches that PyTorch keeps for the whole process (`sdpa_kernel` and
-    other `torch.backends` contexts) must not be thrown inside the network's forward: throw them around the call.
+    Each thread works on a copy of the learner as it is at its first use, and outside of the caller's contexts that
+    PyTorch keeps for a thread (`torch.autocast` above all). Switches that PyTorch keeps for the whole process
+    (`sdpa_kernel` and other `torch.backends` contexts) must not be thrown inside the network's forward: throw them
+    around the call.
     """
     return map_threaded(learner, task_gradient, workers)
 
@@ -134,9 +156,15 @@ def map_looped(per_task: Callable[[Params, Episode], T]) -> Execution[T]:
 
 
 def map_vectorized(per_task: Callable[[Params, Episode], T], chunk_size: int | None = None) -> Execution[T]:
-    """Any per-task function over a batch, `chunk_size` tasks at once (none: all), by `torch.func.vmap`."""
+    """Any per-task function over a batch, `chunk_size` tasks at once (none: all), by `torch.func.vmap`.
+
+    Under a CPU's autocast one after another: PyTorch 2.13's vmap of a batch norm's derivative refuses mixed types.
+    """
+    looped = map_looped(per_task)
 
     def run(meta: Params, batch: Episode) -> T:
+        if batch.support_x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            return looped(meta, batch)
         result: T = vmap(partial(per_task, meta), chunk_size=chunk_size)(batch)
         return result
 
@@ -146,16 +174,16 @@ def map_vectorized(per_task: Callable[[Params, Episode], T], chunk_size: int | N
 def map_together(
     learner: Learner, function: Callable[[Learner, Params, Episode], T], chunk_size: int | None = None
 ) -> Execution[T]:
-    """function(learner, θ, task) over a batch, `chunk_size` tasks at once (none: all), as one program.
+    """function(learner, θ, task) over a batch, `chunk_size` tasks at once, as one program.
 
-    In closed form where the learner `takes_batches`; else as `map_vectorized`.
+    In closed form where the learner `takes_batches` (none: TASKS_AT_ONCE); else as `map_vectorized` (none: all).
     """
     general = map_vectorized(partial(function, learner), chunk_size)
 
     def run(meta: Params, batch: Episode) -> T:
         if not takes_batches(learner, meta, batch.support_x):
             return general(meta, batch)
-        chunks = zip(*(torch.split(part, chunk_size or len(part)) for part in batch), strict=True)
+        chunks = zip(*(torch.split(part, chunk_size or TASKS_AT_ONCE) for part in batch), strict=True)
         result: T = merge([function(learner, _copies(meta, len(c[0])), Episode(*c)) for c in chunks], torch.cat)
         return result
 

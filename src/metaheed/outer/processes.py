@@ -15,6 +15,7 @@ import signal
 import sys
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metaheed.errors import ConfigError, WorkerError
+from metaheed.errors import ConfigError, StartError, WorkerError
 from metaheed.learners.base import Learner
 from metaheed.outer.gradients import Execution, map_together, merge
 from metaheed.types import Episode, Params
@@ -31,30 +32,32 @@ T = TypeVar("T")
 
 AVAILABLE = sys.platform.startswith("linux")
 """Elsewhere a forked process may not use the system's libraries."""
-TASKS_AT_ONCE = 4
-"""In a worker. More side by side save nothing and take memory."""
 _ALIGNMENT = 64
 
 
 class Workers:
     """Forked processes that run functions of a learner; they end with this object, and with the process.
 
-    They are forked at the first use, from the thread that makes it and must outlive them.
+    They are forked at the first use, from the thread that makes it and must outlive them. Threads of ours may be at
+    work then: those that draw batches are waited for (`apart_from_forks`), the streams that a progress bar writes to
+    are opened anew in the worker, and it uses nothing else that they may hold. A user's own threads must hold no lock
+    of a library then.
 
     Args:
         learner: as it is at the first use; later changes to it are not seen.
-        workers: how many at most; no more are started than there are tasks.
+        threads: of all together: so many workers of one thread each or, of fewer tasks, a worker for each with its
+            share of the threads. Where PyTorch's operations sum in an order of their threads', so do they here.
 
     Raises:
-        ConfigError: fewer than one worker, or a system where processes cannot be forked safely.
+        ConfigError: fewer than one thread, or a system where processes cannot be forked safely.
     """
 
-    def __init__(self, learner: Learner, workers: int) -> None:
-        if workers < 1:
-            raise ConfigError(f"{workers} worker processes: there must be at least 1")
+    def __init__(self, learner: Learner, threads: int) -> None:
+        if threads < 1:
+            raise ConfigError(f"worker processes of {threads} threads: there must be at least 1")
         if not AVAILABLE:
             raise ConfigError(f"the execution 'processes' needs Linux, but this is {sys.platform}: use 'threaded'")
-        self.workers = workers
+        self.threads = threads
         self._learner = weakref.ref(learner)  # so that workers kept for a learner end with it
         self._running: list[_Worker] = []
 
@@ -67,10 +70,11 @@ class Workers:
             batch: tasks.
 
         Raises:
+            StartError: the system starts no further process.
             WorkerError: a worker died. Whatever the function raises in one.
         """
-        shares = list(zip(*(torch.tensor_split(part, self.workers) for part in batch), strict=True))
-        shares = [share for share in shares if len(share[0])]
+        processes, threads = shared_out(self.threads, len(batch.support_y))
+        shares = list(zip(*(torch.tensor_split(part, processes) for part in batch), strict=True))
         # Results are a gradient a task at most, and a few numbers.
         results = len(shares[0][0]) * (_room(meta.values()) + 4096)
         needed = _room([*meta.values(), *shares[0]]) + results
@@ -86,7 +90,7 @@ class Workers:
         answers: list[Any] = []
         try:
             for worker, share in zip(at_work, shares, strict=True):
-                worker.begin(function, meta, Episode(*share))
+                worker.begin(threads, function, meta, Episode(*share))
             answers = [worker.end() for worker in at_work]
         finally:
             if len(answers) < len(at_work):  # some may still be at work, or gone
@@ -101,15 +105,24 @@ class Workers:
         self._running.clear()
 
 
+def shared_out(threads: int, tasks: int) -> tuple[int, int]:
+    """How many workers are at work on so many tasks, and with how many threads each."""
+    processes = min(threads, tasks)
+    return processes, threads // processes
+
+
 class _Worker:
     def __init__(self, learner: Learner, room: int) -> None:
         self.room = room
         self._memory = mmap.mmap(-1, room)
         self._pipe, theirs = multiprocessing.Pipe()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # none: closed before this process began
+            stream.flush()
         parent = os.getpid()
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError as error:
+            raise StartError(str(error)) from error
         if self._pid == 0:
             try:
                 _close_all_but(theirs.fileno())
@@ -119,9 +132,11 @@ class _Worker:
         theirs.close()
         self._finalizer = weakref.finalize(self, _end, self._pid, self._pipe)
 
-    def begin(self, function: Callable[..., Any], meta: Params, batch: Episode) -> None:
+    def begin(self, threads: int, function: Callable[..., Any], meta: Params, batch: Episode) -> None:
         writer = _Writer(self._memory)
-        self._send((function, {n: writer.put(p) for n, p in meta.items()}, [writer.put(part) for part in batch]))
+        self._send(
+            (threads, function, {n: writer.put(p) for n, p in meta.items()}, [writer.put(part) for part in batch])
+        )
 
     def end(self) -> Any:
         try:
@@ -171,23 +186,40 @@ def _serve(learner: Learner, memory: mmap.mmap, pipe: Connection, parent: int) -
     # Signals to all of a terminal's or a job's processes are the parent's business: it stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A progress bar's thread may have been writing when the process was forked: its lock is never given back here.
+    sys.stdout, sys.stderr = (
+        stream and open(number, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115  # for good
+        for number, stream in ((1, sys.stdout), (2, sys.stderr))
+    )
     torch.set_num_threads(1)
     gc.freeze()  # what was there at the fork need not be looked through again
-    with torch.inference_mode(False), torch.enable_grad():  # whatever was at work around the first use
+    # Whatever was at work around the first use.
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         _answer(learner, memory, pipe)
 
 
 def _answer(learner: Learner, memory: mmap.mmap, pipe: Connection) -> None:
+    now = 1
+
+    def work(threads: int, function: Callable[[Learner, Params, Episode], Any], meta: Any, batch: Any) -> Any:
+        nonlocal now
+        if now != threads:  # to set it makes libraries forget what they have prepared
+            torch.set_num_threads(threads)
+            now = threads
+        execution: Execution[Any] = map_together(learner, function)
+        return _stored(execution(_loaded(memory, meta), Episode(*_loaded(memory, batch))), _Writer(memory))
+
+    # OpenMP's threads belong to the thread that began them. Those of the one that was forked have stayed behind, and it
+    # would wait for them for ever; a new one begins its own.
+    apart = ThreadPoolExecutor(1)
     while True:
         try:
-            function, meta, batch = pipe.recv()
+            threads, *given = pipe.recv()
         except (EOFError, OSError):
             return
         answer: tuple[Exception | None, Any]
         try:
-            execution: Execution[Any] = map_together(learner, function, TASKS_AT_ONCE)
-            result = execution(_loaded(memory, meta), Episode(*_loaded(memory, batch)))
-            answer = (None, _stored(result, _Writer(memory)))
+            answer = (None, work(1, *given) if threads == 1 else apart.submit(work, threads, *given).result())
         except Exception as error:  # it is raised again in the parent
             answer = (_portable(error), None)
         pipe.send(answer)
