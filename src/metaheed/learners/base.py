@@ -69,7 +69,7 @@ def takes_batches(learner: Learner, meta: Params, x: Tensor) -> bool:
     assert isinstance(learner, NetworkLearner)
     assert learner.network is not None
     fast = learner.network.closed_form(start := learner.initial(meta), x)
-    return fast is not None and fast.fits(start, x)
+    return fast is not None and fast.applies and fast.fits(start, x)
 
 
 def loss_gradient(
@@ -262,12 +262,10 @@ class Backbone:
     def closed_form(self, params: Params, x: Tensor) -> ClosedForm | None:
         """The network's derivatives without autograd, where they are known and apply to these very tensors."""
         fast = self.known
-        if fast is None or not fast.applies or not _plain([x, *params.values()]) or x.requires_grad:
+        if fast is None or not _plain([x, *params.values()]) or x.requires_grad or set(params) != fast.names:
             return None
-        if set(params) != fast.names:
-            return None
-        # Many tasks at once have no other form to fall back to: `takes_batches` has asked.
-        return fast if x.dim() == 5 or fast.fits(params, x) else None
+        # Many tasks at once have no other form to fall back to: `takes_batches` has asked about network and shapes.
+        return fast if x.dim() == 5 or (fast.applies and fast.fits(params, x)) else None
 
     def place_constants(self, device: torch.device) -> None:
         """Move frozen parameters and buffers to where the network is called, lest every call copy them there."""

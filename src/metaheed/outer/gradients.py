@@ -158,7 +158,7 @@ def map_looped(per_task: Callable[[Params, Episode], T]) -> Execution[T]:
 def map_vectorized(per_task: Callable[[Params, Episode], T], chunk_size: int | None = None) -> Execution[T]:
     """Any per-task function over a batch, `chunk_size` tasks at once (none: all), by `torch.func.vmap`.
 
-    Under a CPU's autocast one after another: PyTorch 2.13's vmap of a batch norm's derivative refuses mixed types.
+    Under a CPU's autocast one after another: there PyTorch 2.13's vmap of a network's derivatives fails on mixed types.
     """
     looped = map_looped(per_task)
 
