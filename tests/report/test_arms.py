@@ -1,5 +1,6 @@
 """Which runs belong together, which are paired, and what is said of the others."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,9 @@ def test_damaged_runs_are_named(file: str, content: str | None, message: str, tm
     [
         ({"accuracies": [0.5, 1.5], "tasks": 2}, "from 0 to 1"),
         ({"accuracy": 0.9}, "tasks' mean is 0.5"),
+        ({"accuracy": math.nan}, "its accuracy is nan"),
+        ({"half_width_95": math.nan}, "half_width_95 is nan"),
+        ({"half_width_95": math.inf}, "half_width_95 is inf"),
         ({"ways": "5"}, "ways is '5'"),
         ({"trained_on": ["cifar-fs"]}, "its trained_on is"),
     ],
@@ -276,6 +280,38 @@ def test_where_there_is_no_run(tmp_path: Path) -> None:
         find([tmp_path])
     with pytest.raises(RunError, match="is not a folder"):
         find([tmp_path / "nowhere"])
+
+
+def test_trials_of_a_search_are_read_where_they_are_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    for number in range(3):
+        trial = tmp_path / "search" / "trials" / f"{number:03d}"
+        make_run(trial, accuracies=None, learner={"fast_lr": 0.1 * (number + 2)})
+    (tmp_path / "search" / "search.yaml").write_text("search: {}\n")
+    found = find([tmp_path])
+    assert [run.path.name for run in found.runs] == ["run"]
+    assert found.studies == ((str(tmp_path / "search"), "trials of a search (3): name a trial's folder to see it"),)
+    assert [run.path.name for run in find([trial, tmp_path]).runs] == ["002", "run"]
+    with pytest.raises(RunError, match="trials of a search"):
+        find([tmp_path / "search"])
+
+
+def test_another_programs_config_hides_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("site: mine\n")
+    make_run(tmp_path / "deep" / "run")
+    found = find([tmp_path])
+    assert [run.path.name for run in found.runs] == ["run"]
+    assert [name for name, _ in found.unreadable] == [str(tmp_path)]
+
+
+def test_linked_runs_are_found_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "disk" / "run")
+    named = tmp_path / "named"
+    named.mkdir()
+    (named / "link").symlink_to(run)
+    (named / "round").symlink_to(named)
+    assert [run.path.name for run in find([named]).runs] == ["link"]
+    assert len(find([named, tmp_path]).runs) == 1
 
 
 def test_cost_is_of_the_place_where_most_was_computed(tmp_path: Path) -> None:

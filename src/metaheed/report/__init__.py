@@ -149,7 +149,7 @@ def _report(
             Section(
                 "Runs",
                 (
-                    left_out_table(unfinished, [*found.unreadable, *_unjudged(arms), *doubled, *notes]),
+                    left_out_table(unfinished, [*found.unreadable, *_unjudged(arms), *doubled, *notes, *found.studies]),
                     settings_table(arms),
                     runs_table(arms),
                 ),

@@ -28,7 +28,7 @@ from metaheed.report.reading import Judged, Run, plain
 
 _WITHOUT_EFFECT = ("learner.recompute",)
 """Settings that change where memory goes, and no number."""
-_RATES = (
+RATES = (
     *("learner.fast_lr", "learner.forget_bias", "learner.input_bias", "outer.meta_lr", "outer.clip_norm"),
     *("rule.attention_lr", "rule.equity_lambda", "rule.loss_temperature"),
 )
@@ -208,7 +208,7 @@ def _options(config: RunConfig) -> list[str]:
     """The options of learner and rule that make it another algorithm than the default, as the command line has them."""
     found, default = [], (LEARNERS[config.learner.name](), RULES[config.rule.name]())
     usual = {"learner": to_dict(default[0]), "rule": to_dict(default[1])}
-    neutral = (*_RATES, "learner.backbone", "learner.adaptation_steps")
+    neutral = (*RATES, "learner.backbone", "learner.adaptation_steps")
     for name, value in settings_of(config).items():
         part, _, option = name.partition(".")
         if part in usual and name not in neutral and value != usual[part][option]:
@@ -309,7 +309,7 @@ def protocol_mismatches(arm: Arm, other: Arm) -> list[str]:
     found = []
     for name in {**arm.settings, **other.settings}:
         ours, theirs = arm.settings.get(name), other.settings.get(name)
-        if ours != theirs and not name.startswith("rule.") and name not in _RATES:
+        if ours != theirs and not name.startswith("rule.") and name not in RATES:
             option = name.partition(".")[2].replace("_", "-")
             found.append(plain(f"{option} is {_value(ours)} against {_value(theirs)}"))
     return found
@@ -335,7 +335,7 @@ def pair(arm: Arm, other: Arm) -> Outcome:
 
 def _differing_rates(arm: Arm, other: Arm) -> list[str]:
     """Tuned values that both sides have, and not the same."""
-    both = (name for name in _RATES if name in arm.settings and name in other.settings)
+    both = (name for name in RATES if name in arm.settings and name in other.settings)
     return [name for name in both if arm.settings[name] != other.settings[name]]
 
 
