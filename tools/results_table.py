@@ -40,16 +40,25 @@ CURVES = "\n| algorithm | validations | last validation | jitter of the validati
 
 def table(*studies: Path) -> str:
     """One row an arm (runs of one config but for the seed), differences paired on the same test tasks; of those studies
-    that are there.
+    that are there. Runs that are in no row, as one that diverged, are named below with the reason.
     """
-    return HEADER + "".join(row for study in studies if study.exists() for row in _rows(study))
+    parts = [_rows(study) for study in studies if study.exists()]
+    left_out = [f"`results/{name}` ({reason})" for _, runs in parts for name, reason in runs]
+    below = f"\nIn no row: {'; '.join(left_out)}.\n" if left_out else ""
+    return HEADER + "".join(row for rows, _ in parts for row in rows) + below
 
 
-def _rows(study: Path) -> list[str]:
+def _rows(study: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """The rows of a study, and its runs that are in none."""
     found = find([study])
     if found.unreadable:
         raise SystemExit(f"{': '.join(found.unreadable[0])}")
-    arms, _ = group(found.runs)
+    arms, doubled = group(found.runs)
+    reasons = [(run.name, run.problem) for run in found.runs if run.problem is not None] + doubled
+    # The same wherever this checkout lies.
+    left_out = [
+        (Path(name).relative_to(study.parent).as_posix(), why.replace(f"{study}/", "")) for name, why in reasons
+    ]
     against: dict[int, list[str]] = defaultdict(list)
     for family in (metalstm_pairs(arms), attention_pairs(arms), control_pairs(arms)):
         tested = [c for c in family.compared if c.difference.p_value is not None]
@@ -72,7 +81,7 @@ def _rows(study: Path) -> list[str]:
             "<br>".join(against[id(arm)]) or "—",
         )
         rows.append(f"| {' | '.join(cells)} |\n")
-    return rows
+    return rows, left_out
 
 
 LISTED = 3

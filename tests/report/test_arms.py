@@ -72,6 +72,20 @@ def test_replayed_runs_of_several_seeds_are_one_arm(tmp_path: Path) -> None:
     assert len(arm.runs) == 2
 
 
+def test_replays_of_different_algorithms_are_never_averaged(tmp_path: Path) -> None:
+    for seed, options in enumerate(({}, {"attention_reuse_probe": True})):
+        make_run(tmp_path / f"ta{seed}", "ta-maml", seed, rule=options)
+        make_run(tmp_path / f"replay{seed}", "replayed-maml", seed, rule={"replay": Path(f"/elsewhere/ta{seed}")})
+    found = {arm.label: [*arm.results] for arm in arms_of(tmp_path) if arm.rule == "replayed"}
+    assert found == {
+        "MAML, replayed and permuted [replay TA-MAML]": [0],
+        "MAML, replayed and permuted [replay TA-MAML (attention-reuse-probe)]": [1],
+    }
+    # What is not among the runs tells nothing apart.
+    alone = group(find([tmp_path / "replay0", tmp_path / "replay1", tmp_path / "ta1"]).runs)[0]
+    assert [len(arm.runs) for arm in alone if arm.rule == "replayed"] == [2]
+
+
 def test_paired_difference_by_hand(tmp_path: Path) -> None:
     for seed, shift in enumerate((0.01, 0.02, 0.06)):
         make_run(tmp_path / f"m{seed}", "maml", seed)
