@@ -58,8 +58,8 @@ def test_runs_that_are_in_no_row_are_named(tool: ModuleType, tmp_path: Path) -> 
     rows, _, below = tool.table(study, tmp_path / "nowhere").removeprefix(tool.HEADER).partition("\n\n")
     assert rows.startswith("| `results/study` | cifar-fs | 5-way 1-shot | MAML | 4 | 0 | 50.00 ± 25.00 | — |")
     assert below == (
-        "In no row: `results/study/cut` (unfinished: 3 of 4 iterations); `results/study/raw` (not judged: run 'metaheed "
-        "evaluate' on it); `results/study/again` (a second run of that config with seed 0; a is used).\n"
+        "In no row: `results/study/cut` (unfinished: 3 of 4 iterations); `results/study/raw` (not judged: run "
+        "'metaheed evaluate' on it); `results/study/again` (a second run of that config with seed 0; a is used).\n"
     )
 
 
