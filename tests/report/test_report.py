@@ -156,6 +156,20 @@ def test_what_is_not_as_in_the_paper_is_said_below_its_tables(tmp_path: Path) ->
     }
 
 
+def test_settings_that_the_paper_lacks_have_a_table_of_their_own(tmp_path: Path) -> None:
+    for data, shift in (("cifar-fs", 0.1), ("fc100", 0.2), ("miniimagenet", 0.0)):
+        make_run(tmp_path / "in" / data, "ta-maml", accuracies=shifted(shift), data=data)
+    make_run(tmp_path / "in" / "other", "ta-maml", data="glyphs", accuracies=None)
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    rows = [row for row in page_of(tmp_path / "out").rows if len(row) == 3]
+    assert rows[0] == ["", "cifar-fs5-way 1-shot", "fc1005-way 1-shot"]
+    assert ["TA-MAML", "60.00 (1 seed)", "70.00 (1 seed)"] in rows
+    assert ["MAML", "—", "—"] in rows
+    assert "2 of 16 cells are filled" in (tmp_path / "out" / "report.md").read_text()
+    report([tmp_path / "in" / "miniimagenet"], tmp_path / "paper", ReportConfig(toy=False))
+    assert "that the paper's tables lack" not in (tmp_path / "paper" / "report.md").read_text()
+
+
 def test_the_papers_differences_beside_ours(tmp_path: Path) -> None:
     for algorithm in ("maml", "ta-maml", "taml"):
         make_run(tmp_path / "in" / algorithm, algorithm, data="miniimagenet")
@@ -415,6 +429,11 @@ def test_a_folder_of_something_else_is_not_replaced(study: Path, metaheed: Run, 
     (tmp_path / "file").write_text("x")
     assert "is not a folder: choose another --out" in metaheed("report", study, "--out", tmp_path / "file")[2]
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_no_run_named_is_an_error(metaheed: Run, tmp_path: Path) -> None:
+    status, _, err = metaheed("report", "--out", tmp_path / "out")
+    assert (status, err) == (1, "error: no run was named: name run folders, or folders that hold some\n")
 
 
 def test_no_judged_run_is_an_error(metaheed: Run, tmp_path: Path) -> None:

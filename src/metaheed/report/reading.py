@@ -127,8 +127,10 @@ def find(paths: Sequence[Path]) -> Found:
     Links are followed. The trials of a search are no repetitions of anything: they are read only where they are named.
 
     Raises:
-        RunError: one is not a folder or cannot be looked into, or no run is found.
+        RunError: none is named, one is not a folder or cannot be looked into, or no run is found.
     """
+    if not paths:
+        raise RunError("no run was named: name run folders, or folders that hold some")
     runs: list[Run] = []
     unreadable: list[tuple[str, str]] = []
     toys: list[Path] = []

@@ -58,29 +58,59 @@ def mean_accuracy(arm: Arm) -> str:
 def paper_table(name: str, arms: Sequence[Arm]) -> Table:
     """A table of the paper, every algorithm twice: the paper's numbers, and ours below them."""
     paper = PAPER_TABLES[name]
-    cells = {(s, a): _of_cell(arms, s, a) for a in paper.rows for s in paper.columns}
-    shown = [chosen[0] for chosen in cells.values() if chosen]
-    lengths = {arm.config.training.iterations for arm in shown}
-    others = [f"{title(arm.setting)} {arm.label}" for chosen in cells.values() for arm in chosen[1:]]
-    otherwise = [f"{title(arm.setting)} {arm.label}: {what}" for arm in shown if (what := _otherwise(arm))]
+    ours, filled, remarks = _our_cells(tuple(paper.rows), paper.columns, arms)
     rows: list[tuple[str, ...]] = []
     for algorithm, values in paper.rows.items():
-        ours = [_cell_text(cells[setting, algorithm], several=len(lengths) > 1) for setting in paper.columns]
         rows.append((LABELS[algorithm], "paper", *(f"{value:.2f}" for value in values)))
-        rows.append((LABELS[algorithm], "ours", *ours))
-    filled = sum(cell != MISSING for row in rows[1::2] for cell in row[2:])
+        rows.append((LABELS[algorithm], "ours", *ours[algorithm]))
     caption = (
         f"Test accuracy in %. Ours: the mean over training seeds ± the half-width of its 95% t-interval over seeds; "
-        f"{filled} of {len(paper.rows) * len(paper.columns)} cells are filled, {MISSING} is missing. "
+        f"{filled} of {len(paper.rows) * len(paper.columns)} cells are filled, {MISSING} is missing. {remarks}"
+        "Most of the ± that the paper prints for 5 and 10 ways cannot be 95% intervals of a mean over 300 tasks "
+        "(binomial noise alone gives more), so they are not repeated here."
+    )
+    columns = ("", "", *map(_head, paper.columns))
+    return Table(f"Table {name.removeprefix('table')} of the paper, and ours", caption, columns, tuple(rows))
+
+
+def elsewhere_table(arms: Sequence[Arm]) -> Table | None:
+    """The algorithms of the paper's tables in settings that these lack; none: there is no such run."""
+    papers = {setting for paper in PAPER_TABLES.values() for setting in paper.columns}
+    columns = [s for s in dict.fromkeys(arm.setting for arm in arms) if s not in papers]
+    ours, filled, remarks = _our_cells(tuple(LABELS), columns, arms)
+    there = [k for k in range(len(columns)) if any(ours[algorithm][k] != MISSING for algorithm in ours)]
+    if not there:
+        return None
+    rows = [(LABELS[algorithm], *(cells[k] for k in there)) for algorithm, cells in ours.items()]
+    caption = (
+        "Test accuracy in %: the mean over training seeds ± the half-width of its 95% t-interval over seeds; "
+        f"{filled} of {len(rows) * len(there)} cells are filled, {MISSING} is missing. {remarks}"
+    )
+    heads = ("", *(_head(columns[k]) for k in there))
+    return Table("The same algorithms in settings that the paper's tables lack", caption.strip(), heads, tuple(rows))
+
+
+def _head(setting: Setting) -> str:
+    return f"{plain(setting.data)}\n{setting.ways}-way {setting.shots}-shot"
+
+
+def _our_cells(
+    algorithms: Sequence[str], columns: Sequence[Setting], arms: Sequence[Arm]
+) -> tuple[dict[str, list[str]], int, str]:
+    """Algorithm -> our cells, column by column; how many are filled; and what is to be said of them."""
+    chosen = {(a, s): _of_cell(arms, s, a) for a in algorithms for s in columns}
+    shown = [found[0] for found in chosen.values() if found]
+    lengths = {arm.config.training.iterations for arm in shown}
+    others = [f"{title(arm.setting)} {arm.label}" for found in chosen.values() for arm in found[1:]]
+    otherwise = [f"{title(arm.setting)} {arm.label}: {what}" for arm in shown if (what := _otherwise(arm))]
+    cells = {a: [_cell_text(chosen[a, s], several=len(lengths) > 1) for s in columns] for a in algorithms}
+    remarks = (
         f"The paper trains for {ITERATIONS:,} iterations"
         + (f", ours were {_listed(f'{n:,}' for n in sorted(lengths))}. " if lengths else ". ")
         + (f"Shown is the longest run of each cell; also there: {_listed(others)}. " if others else "")
         + (f"Not as in the paper but for rates and iterations: {'; '.join(otherwise)}. " if otherwise else "")
-        + "Most of the ± that the paper prints for 5 and 10 ways cannot be 95% intervals of a mean over 300 tasks "
-        "(binomial noise alone gives more), so they are not repeated here."
     )
-    heads = tuple(f"{plain(s.data)}\n{s.ways}-way {s.shots}-shot" for s in paper.columns)
-    return Table(f"Table {name.removeprefix('table')} of the paper, and ours", caption, ("", "", *heads), tuple(rows))
+    return cells, len(shown), remarks
 
 
 def _cell_text(chosen: Sequence[Arm], several: bool) -> str:
