@@ -1,5 +1,6 @@
 """metaheed reproduce: what is chosen, what is refused, and that the same command always goes on where things stand."""
 
+import errno
 import json
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 
 from metaheed import recipes
 from metaheed.config import ReproduceConfig, default_config
-from metaheed.errors import ConfigError
+from metaheed.errors import ConfigError, RunError
 from metaheed.figures import read_lines
 from metaheed.paper import TABLES
 from metaheed.progress import BoardLines
@@ -398,6 +399,15 @@ def test_a_lock_is_held_until_it_is_closed(tmp_path: Path) -> None:
     again = lock(tmp_path, "run")
     assert again is not None
     again.close()
+
+
+def test_a_disk_without_locks_is_said_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(RunError, match=r"alone.lock cannot be locked \(No locks available\).* another disk"):
+        lock(tmp_path, "alone")
 
 
 def test_time_of_several_at_once() -> None:
