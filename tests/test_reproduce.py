@@ -17,7 +17,7 @@ import torch
 
 from metaheed import recipes
 from metaheed.config import ReproduceConfig, default_config
-from metaheed.errors import ConfigError, RunError
+from metaheed.errors import ConfigError
 from metaheed.figures import read_lines
 from metaheed.paper import TABLES
 from metaheed.progress import BoardLines
@@ -406,7 +406,7 @@ def test_a_disk_without_locks_is_said_and_not_waited_for(tmp_path: Path, monkeyp
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.raises(RunError, match=r"alone.lock cannot be locked \(No locks available\).* another disk"):
+    with pytest.raises(OSError, match=r"no locks \(No locks available\); put the folder on another disk: .*alone.lock"):
         lock(tmp_path, "alone")
 
 

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import IO, Any
 
-from metaheed.errors import RunError
-
 _HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # what systems say of another's lock
 
 
@@ -32,7 +30,7 @@ def try_lock(file: IO[Any]) -> bool:
     """Lock an open file for this process, unless another has it; the system frees it when the process ends, however.
 
     Raises:
-        RunError: its file system has no locks, so that waiting for one would never end.
+        OSError: its file system has no locks, so that waiting for one would never end.
     """
     try:
         if os.name == "nt":
@@ -46,8 +44,6 @@ def try_lock(file: IO[Any]) -> bool:
     except OSError as error:
         if error.errno in _HELD:
             return False
-        raise RunError(
-            f"{getattr(file, 'name', 'a file')} cannot be locked ({error.strerror}): its file system has no locks; "
-            "put the folder on another disk"
-        ) from error
+        words = f"its file system has no locks ({error.strerror}); put the folder on another disk"
+        raise OSError(error.errno, words, getattr(file, "name", None)) from error
     return True
