@@ -5,11 +5,14 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from tests.conftest import ROOT, Run
+from tests.report.making import make_run
 from tests.test_training import SMALL
 
 README = (ROOT / "README.md").read_text()
@@ -33,12 +36,34 @@ def test_snippets_run(in_folder: Path, monkeypatch: pytest.MonkeyPatch, metaheed
     assert names["logits"].shape == (9, 5)  # type: ignore[attr-defined]
 
 
-def test_results_table_is_the_evidences() -> None:
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
     sys.path.insert(0, str(ROOT / "tools"))
     try:
-        tool = importlib.import_module("results_table")
+        return importlib.import_module("results_table")
     finally:
         sys.path.pop(0)
+
+
+def test_runs_that_are_in_no_row_are_named(tool: ModuleType, tmp_path: Path) -> None:
+    study = tmp_path / "study"
+    made: tuple[tuple[str, int, dict[str, Any]], ...] = (
+        ("a", 0, {}),
+        ("again", 0, {}),
+        ("cut", 1, {"done": 3}),
+        ("raw", 2, {"accuracies": None}),
+    )
+    for name, seed, options in made:
+        make_run(study / name, "maml", seed, **options)
+    rows, _, below = tool.table(study, tmp_path / "nowhere").removeprefix(tool.HEADER).partition("\n\n")
+    assert rows.startswith("| `results/study` | cifar-fs | 5-way 1-shot | MAML | 4 | 0 | 50.00 ± 25.00 | — |")
+    assert below == (
+        "In no row: `results/study/cut` (unfinished: 3 of 4 iterations); `results/study/raw` (not judged: run "
+        "'metaheed evaluate' on it); `results/study/again` (a second run of that config with seed 0; a is used).\n"
+    )
+
+
+def test_results_table_is_the_evidences(tool: ModuleType) -> None:
     assert "README.md" in tool.TABLES
     for name, write in tool.TABLES.items():
         if (ROOT / name).exists():

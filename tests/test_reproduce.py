@@ -1,5 +1,6 @@
 """metaheed reproduce: what is chosen, what is refused, and that the same command always goes on where things stand."""
 
+import errno
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from metaheed.reproduce.plan import Place, Run, ToyJob, make_jobs
 from metaheed.runs import RunFolder
 from tests.conftest import ROOT
 from tests.conftest import Run as Metaheed
+from tests.report.making import make_run
 
 Write = Callable[..., None]
 COMMON = ("--recipes", "recipes", "--out", "out", "--tasks", "6", "--threads", "1")
@@ -179,12 +181,35 @@ def test_one_that_fails_does_not_end_the_others(write: Write, metaheed: Metaheed
     assert (in_folder / "out" / "report" / "report.html").exists()
     last = err[err.index("error: ") :]
     assert "1 of 2 failed" in last
+    # A run that was begun and cannot be ended, as one that diverges, does not vanish from the page.
+    make_run(in_folder / "out" / "diverged-seed0", done=3)
+    metaheed("reproduce", "table2", *COMMON, "--only", "plain")
+    page = (in_folder / "out" / "report" / "report.md").read_text()
+    assert re.search(r"\| out/diverged-seed0 \| unfinished: 3 of 4 iterations \|", page)
     log = Path("out/logs/broken-seed0.log")
     assert f"(log: {log})" in last
     reason = log.read_text().strip().splitlines()[-1].removeprefix("error: ")
     assert f"broken-seed0: {reason}" in last
     assert "Absent" in reason
     assert out == ""
+
+
+def test_a_folder_that_cannot_be_is_named_with_the_remedy(write: Write, metaheed: Metaheed, in_folder: Path) -> None:
+    write("plain")
+    (in_folder / "file").touch()
+    for out in ("file", "file/below"):
+        status, _, err = metaheed("reproduce", "table2", *COMMON, "--out", out)
+        assert status == 1
+        assert err.startswith(f"error: cannot write {out}")
+        assert "choose another folder" in err
+
+
+def test_recipes_may_have_any_name(write: Write, metaheed: Metaheed, in_folder: Path) -> None:
+    write("My Recipe ü")
+    write("plain")
+    status, out, err = metaheed("reproduce", "table2", *COMMON, "--only", "My Recipe ü", "MAML", "--dry-run")
+    assert (status, "1 runs: 1 missing" in out) == (0, True), err
+    assert out.startswith("My Recipe ü-seed0 ")
 
 
 def test_two_at_once_do_nothing_twice(write: Write, in_folder: Path) -> None:
@@ -374,6 +399,15 @@ def test_a_lock_is_held_until_it_is_closed(tmp_path: Path) -> None:
     again = lock(tmp_path, "run")
     assert again is not None
     again.close()
+
+
+def test_a_disk_without_locks_is_said_and_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(OSError, match=r"no locks \(No locks available\); put the folder on another disk: .*alone.lock"):
+        lock(tmp_path, "alone")
 
 
 def test_time_of_several_at_once() -> None:

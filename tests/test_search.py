@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pwd
+import shlex
 import shutil
 import signal
 import socket
@@ -23,6 +24,8 @@ from PIL import Image
 
 from metaheed import recipes
 from metaheed.config import SearchConfig, default_config, default_pair
+from metaheed.errors import RunError
+from metaheed.search.database import sqlite_url
 from metaheed.search.draws import configured, used
 from tests.conftest import Run
 from tests.test_training import SMALL, command, environment
@@ -129,7 +132,7 @@ def test_a_finished_search_says_so_and_leaves_the_same(study: Path, metaheed: Ru
     assert status == 0
     assert "10 of 10 trials are done" in err
     assert "10 trials, 40 iterations in all" in out
-    assert f"metaheed train --recipe {study / 'best.yaml'}" in out
+    assert f"metaheed train --recipe {shlex.quote(str(study / 'best.yaml'))}" in out
     assert (study / "trials.csv").read_bytes() == before
 
 
@@ -549,6 +552,30 @@ def test_mistakes_get_a_line_and_leave_nothing(
     assert message in " ".join((out + err).replace("│", " ").split())
     assert "secret" not in out + err
     assert not list(in_folder.iterdir())
+
+
+def test_the_study_stays_in_its_folder_whatever_that_is_called(metaheed: Run, in_folder: Path) -> None:
+    out = Path("100%25 ü {x}?y=z")
+    try:
+        sqlite_url(out)
+    except RunError:
+        out = Path("100%25 ü {x}")  # as far as SQLAlchemy before 2.1 goes
+    status, text, err = metaheed("search", "maml", *SMALL, "--trials", 1, "--iterations", 1, "--out", out)
+    assert status == 0, err
+    assert [path.name for path in in_folder.iterdir()] == [out.name]
+    assert (out / "study.db").stat().st_size > 0
+    assert f"metaheed train --recipe '{out}/best.yaml'" in text, "as a shell takes it"
+    assert metaheed("search", "--resume", out, "--trials", 2)[0] == 0
+    assert [row["state"] for row in rows(out)] == ["complete"] * 2
+
+
+@pytest.mark.parametrize("out", ["file", "file/below"])
+def test_a_folder_that_cannot_be(out: str, metaheed: Run, in_folder: Path) -> None:
+    (in_folder / "file").touch()
+    status, _, err = metaheed("search", "maml", *SMALL, "--out", out)
+    assert status == 1
+    assert f"the study folder {out} cannot be made" in err
+    assert "choose another --out" in err.lower()
 
 
 def test_a_file_that_is_no_database(metaheed: Run, in_folder: Path) -> None:

@@ -40,20 +40,29 @@ CURVES = "\n| algorithm | validations | last validation | jitter of the validati
 
 def table(*studies: Path) -> str:
     """One row an arm (runs of one config but for the seed), differences paired on the same test tasks; of those studies
-    that are there.
+    that are there. Runs that are in no row, as one that diverged, are named below with the reason.
     """
-    return HEADER + "".join(row for study in studies if study.exists() for row in _rows(study))
+    parts = [_rows(study) for study in studies if study.exists()]
+    left_out = [f"`results/{name}` ({reason})" for _, runs in parts for name, reason in runs]
+    below = f"\nIn no row: {'; '.join(left_out)}.\n" if left_out else ""
+    return HEADER + "".join(row for rows, _ in parts for row in rows) + below
 
 
-def _arms(study: Path) -> list[Arm]:
+def _read(study: Path) -> tuple[list[Arm], list[tuple[str, str]]]:
+    """The arms of a study, and its runs that are in none with the reason, the same wherever this checkout lies."""
     found = find([study])
     if found.unreadable:
         raise SystemExit(f"{': '.join(found.unreadable[0])}")
-    return group(found.runs)[0]
+    arms, doubled = group(found.runs)
+    reasons = [(run.name, run.problem) for run in found.runs if run.problem is not None] + doubled
+    return arms, [
+        (Path(name).relative_to(study.parent).as_posix(), why.replace(f"{study}/", "")) for name, why in reasons
+    ]
 
 
-def _rows(study: Path) -> list[str]:
-    arms = _arms(study)
+def _rows(study: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """The rows of a study, and its runs that are in none."""
+    arms, left_out = _read(study)
     against: dict[int, list[str]] = defaultdict(list)
     for family in (metalstm_pairs(arms), attention_pairs(arms), control_pairs(arms)):
         tested = [c for c in family.compared if c.difference.p_value is not None]
@@ -76,7 +85,7 @@ def _rows(study: Path) -> list[str]:
             "<br>".join(against[id(arm)]) or "—",
         )
         rows.append(f"| {' | '.join(cells)} |\n")
-    return rows
+    return rows, left_out
 
 
 LISTED = 3
@@ -86,7 +95,7 @@ LISTED = 3
 def weights(study: Path) -> str:
     """One row an attended arm: how far its weights leave 1/B, and which of its inputs they follow."""
     rows = []
-    for arm in _arms(study):
+    for arm in _read(study)[0]:
         if arm.rule != "attended":
             continue
         logs = [attention_log(run.path / "tasks.jsonl") for run in arm.runs]
@@ -113,7 +122,7 @@ def noise(study: Path) -> str:
         "|---|---|---|---|---|\n"
     )
     rows = []
-    for arm in _arms(study):
+    for arm in _read(study)[0]:
         results = [run.result for run in arm.results.values() if run.result is not None]
         if not results:
             continue

@@ -565,7 +565,7 @@ def _search(command: Search) -> int:
         return 1
     recipe = done.folder / "best.yaml"
     print(f"best: trial {done.best}, validation accuracy {done.accuracy:.2%}")
-    print(f"'metaheed train --recipe {recipe}' trains it")
+    print(f"to train it: metaheed train --recipe {shlex.quote(str(recipe))}")
     return 0
 
 

@@ -1,9 +1,12 @@
 """Files that are whole or not there, and locks that end with their process."""
 
 import contextlib
+import errno
 import os
 from pathlib import Path
 from typing import IO, Any
+
+_HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # what systems say of another's lock
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -24,7 +27,11 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def try_lock(file: IO[Any]) -> bool:
-    """Lock an open file for this process, unless another has it; the system frees it when the process ends, however."""
+    """Lock an open file for this process, unless another has it; the system frees it when the process ends, however.
+
+    Raises:
+        OSError: its file system has no locks, so that waiting for one would never end.
+    """
     try:
         if os.name == "nt":
             import msvcrt
@@ -34,6 +41,9 @@ def try_lock(file: IO[Any]) -> bool:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        words = f"its file system has no locks ({error.strerror}); put the folder on another disk"
+        raise OSError(error.errno, words, getattr(file, "name", None)) from error
     return True

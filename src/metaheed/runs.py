@@ -137,12 +137,20 @@ class RunFolder:
             yield
 
     def is_held(self) -> bool:
-        """Whether a living process holds the folder at this moment."""
+        """Whether a living process holds the folder at this moment.
+
+        Raises:
+            RunError: it cannot be written, so that nobody can tell.
+        """
         try:
             with self.lock_file.open("r+") as file:
                 return not try_lock(file)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            raise RunError(
+                f"cannot write {self.lock_file}: {error.strerror}. Grant permission there, or choose another folder"
+            ) from error
 
     def read_config(self) -> RunConfig:
         """The run's config.

@@ -1,5 +1,6 @@
 """Which runs belong together, which are paired, and what is said of the others."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,20 @@ def test_replayed_runs_of_several_seeds_are_one_arm(tmp_path: Path) -> None:
         make_run(tmp_path / str(seed), "replayed-maml", seed, rule={"replay": Path(f"/runs/ta-maml-seed{seed}")})
     (arm,) = arms_of(tmp_path)
     assert len(arm.runs) == 2
+
+
+def test_replays_of_different_algorithms_are_never_averaged(tmp_path: Path) -> None:
+    for seed, options in enumerate(({}, {"attention_reuse_probe": True})):
+        make_run(tmp_path / f"ta{seed}", "ta-maml", seed, rule=options)
+        make_run(tmp_path / f"replay{seed}", "replayed-maml", seed, rule={"replay": Path(f"/elsewhere/ta{seed}")})
+    found = {arm.label: [*arm.results] for arm in arms_of(tmp_path) if arm.rule == "replayed"}
+    assert found == {
+        "MAML, replayed and permuted [replay TA-MAML]": [0],
+        "MAML, replayed and permuted [replay TA-MAML (attention-reuse-probe)]": [1],
+    }
+    # What is not among the runs tells nothing apart.
+    alone = group(find([tmp_path / "replay0", tmp_path / "replay1", tmp_path / "ta1"]).runs)[0]
+    assert [len(arm.runs) for arm in alone if arm.rule == "replayed"] == [2]
 
 
 def test_paired_difference_by_hand(tmp_path: Path) -> None:
@@ -261,6 +276,9 @@ def test_damaged_runs_are_named(file: str, content: str | None, message: str, tm
     [
         ({"accuracies": [0.5, 1.5], "tasks": 2}, "from 0 to 1"),
         ({"accuracy": 0.9}, "tasks' mean is 0.5"),
+        ({"accuracy": math.nan}, "its accuracy is nan"),
+        ({"half_width_95": math.nan}, "half_width_95 is nan"),
+        ({"half_width_95": math.inf}, "half_width_95 is inf"),
         ({"ways": "5"}, "ways is '5'"),
         ({"trained_on": ["cifar-fs"]}, "its trained_on is"),
     ],
@@ -276,6 +294,38 @@ def test_where_there_is_no_run(tmp_path: Path) -> None:
         find([tmp_path])
     with pytest.raises(RunError, match="is not a folder"):
         find([tmp_path / "nowhere"])
+
+
+def test_trials_of_a_search_are_read_where_they_are_named(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    for number in range(3):
+        trial = tmp_path / "search" / "trials" / f"{number:03d}"
+        make_run(trial, accuracies=None, learner={"fast_lr": 0.1 * (number + 2)})
+    (tmp_path / "search" / "search.yaml").write_text("search: {}\n")
+    found = find([tmp_path])
+    assert [run.path.name for run in found.runs] == ["run"]
+    assert found.studies == ((str(tmp_path / "search"), "trials of a search (3): name a trial's folder to see it"),)
+    assert [run.path.name for run in find([trial, tmp_path]).runs] == ["002", "run"]
+    with pytest.raises(RunError, match="trials of a search"):
+        find([tmp_path / "search"])
+
+
+def test_another_programs_config_hides_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("site: mine\n")
+    make_run(tmp_path / "deep" / "run")
+    found = find([tmp_path])
+    assert [run.path.name for run in found.runs] == ["run"]
+    assert [name for name, _ in found.unreadable] == [str(tmp_path)]
+
+
+def test_linked_runs_are_found_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "disk" / "run")
+    named = tmp_path / "named"
+    named.mkdir()
+    (named / "link").symlink_to(run)
+    (named / "round").symlink_to(named)
+    assert [run.path.name for run in find([named]).runs] == ["link"]
+    assert len(find([named, tmp_path]).runs) == 1
 
 
 def test_cost_is_of_the_place_where_most_was_computed(tmp_path: Path) -> None:

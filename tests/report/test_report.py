@@ -139,6 +139,37 @@ def test_the_papers_tables_with_missing_cells(tmp_path: Path) -> None:
     assert "Figure 1: not drawn" in text
 
 
+def test_what_is_not_as_in_the_paper_is_said_below_its_tables(tmp_path: Path) -> None:
+    small: dict[str, Any] = {"learner": {"backbone": "conv4-64"}, "episodes": {"queries": 3}}
+    make_run(tmp_path / "in" / "m", "maml", data="miniimagenet", learner={"fast_lr": 0.3})
+    make_run(tmp_path / "in" / "t", "taml", data="miniimagenet", **small)
+    make_run(tmp_path / "in" / "long", "metasgd", data="miniimagenet", training={"iterations": 6})
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "ours were 4, 6. " in text
+    said = "Not as in the paper but for rates and iterations: miniimagenet 5-way 1-shot TAML: queries 3 instead of 15, "
+    assert f"{said}backbone conv4-64 instead of conv4-32. " in text
+    cells = {row[0]: row[2] for row in page_of(tmp_path / "out").rows if row[1:2] == ["ours"] and row[2] != "—"}
+    assert cells == {
+        **dict.fromkeys(("MAML", "TAML"), "50.00 (1 seed)4 iterations"),
+        "MetaSGD": "50.00 (1 seed)6 iterations",
+    }
+
+
+def test_settings_that_the_paper_lacks_have_a_table_of_their_own(tmp_path: Path) -> None:
+    for data, shift in (("cifar-fs", 0.1), ("fc100", 0.2), ("miniimagenet", 0.0)):
+        make_run(tmp_path / "in" / data, "ta-maml", accuracies=shifted(shift), data=data)
+    make_run(tmp_path / "in" / "other", "ta-maml", data="glyphs", accuracies=None)
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    rows = [row for row in page_of(tmp_path / "out").rows if len(row) == 3]
+    assert rows[0] == ["", "cifar-fs5-way 1-shot", "fc1005-way 1-shot"]
+    assert ["TA-MAML", "60.00 (1 seed)", "70.00 (1 seed)"] in rows
+    assert ["MAML", "—", "—"] in rows
+    assert "2 of 16 cells are filled" in (tmp_path / "out" / "report.md").read_text()
+    report([tmp_path / "in" / "miniimagenet"], tmp_path / "paper", ReportConfig(toy=False))
+    assert "that the paper's tables lack" not in (tmp_path / "paper" / "report.md").read_text()
+
+
 def test_the_papers_differences_beside_ours(tmp_path: Path) -> None:
     for algorithm in ("maml", "ta-maml", "taml"):
         make_run(tmp_path / "in" / algorithm, algorithm, data="miniimagenet")
@@ -196,6 +227,21 @@ def test_iterations_to_an_accuracy(tmp_path: Path, metaheed: Run) -> None:
     }
     status, _, err = metaheed(*arguments, "--thresholds", 0)
     assert (status, "each must be a percentage above 0" in err) == (1, True)
+
+
+def test_of_several_uniform_arms_the_nearest_is_the_measure(tmp_path: Path) -> None:
+    slow, quick = {2: 0.2, 4: 0.3}, {2: 0.3, 4: 0.4}
+    make_run(tmp_path / "in" / "a", "maml", learner={"fast_lr": 0.01}, validations=slow)
+    make_run(tmp_path / "in" / "b", "maml", learner={"fast_lr": 0.3}, validations=quick)
+    make_run(tmp_path / "in" / "t", "ta-maml", learner={"fast_lr": 0.3}, validations=quick, tasks=attention_lines())
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False, thresholds=(30.0,)))
+    rows = page_of(tmp_path / "out").rows
+    ratios = {row[2]: (row[3], row[5]) for row in rows if len(row) == 9 and row[1] == "30.00"}
+    assert ratios == {
+        "MAML [fast-lr 0.01]": ("4", "1.00"),
+        "MAML [fast-lr 0.3]": ("2", "1.00"),
+        "TA-MAML": ("2", "1.00"),
+    }
 
 
 def test_cost(tmp_path: Path) -> None:
@@ -383,6 +429,11 @@ def test_a_folder_of_something_else_is_not_replaced(study: Path, metaheed: Run, 
     (tmp_path / "file").write_text("x")
     assert "is not a folder: choose another --out" in metaheed("report", study, "--out", tmp_path / "file")[2]
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_no_run_named_is_an_error(metaheed: Run, tmp_path: Path) -> None:
+    status, _, err = metaheed("report", "--out", tmp_path / "out")
+    assert (status, err) == (1, "error: no run was named: name run folders, or folders that hold some\n")
 
 
 def test_no_judged_run_is_an_error(metaheed: Run, tmp_path: Path) -> None:

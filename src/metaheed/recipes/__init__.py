@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from metaheed.config import RunConfig, default_config, from_dict, to_dict
-from metaheed.errors import ConfigError
+from metaheed.errors import ConfigError, RunError
 from metaheed.files import write_synced
 from metaheed.paper import ITERATIONS, Cell, all_cells
 
@@ -75,13 +75,18 @@ def write(recipe: Recipe, path: Path) -> None:
     """Write a recipe, whole or not at all.
 
     Raises:
-        OSError: it cannot be written; nothing is left behind.
+        RunError: it cannot be written; nothing is left behind.
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(part, text(recipe, path.name).encode())
         part.replace(path)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {error.filename or path}: {error.strerror or error}. "
+            "Make room or grant permission there, or choose another folder"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -30,6 +30,7 @@ from metaheed.report.tables import (
     cost_table,
     count,
     difference_table,
+    elsewhere_table,
     left_out_table,
     not_compared_table,
     paper_table,
@@ -102,6 +103,8 @@ def _report(
     table1, attention, controls = metalstm_pairs(arms), attention_pairs(arms), control_pairs(arms)
     attended = [(arm, logs[id(arm)]) for arm in arms if logs.get(id(arm))]
     unfinished = [run for run in found.runs if not run.finished]
+    lacked = elsewhere_table(arms)
+    elsewhere = () if lacked is None else (lacked,)
     figures: list[Picture | Note] = []
     for number, absent in MISSING_FIGURES.items():
         drawn = [picture for picture in pictures if picture.name.startswith(f"figure{number}")]
@@ -117,7 +120,7 @@ def _report(
             "not be paired is listed with the reason.",
         ),
         (
-            Section("The paper's tables", (paper_table("table1", arms), paper_table("table2", arms))),
+            Section("The paper's tables", (paper_table("table1", arms), paper_table("table2", arms), *elsewhere)),
             Section(
                 "Differences",
                 (
@@ -149,7 +152,7 @@ def _report(
             Section(
                 "Runs",
                 (
-                    left_out_table(unfinished, [*found.unreadable, *_unjudged(arms), *doubled, *notes]),
+                    left_out_table(unfinished, [*found.unreadable, *_unjudged(arms), *doubled, *notes, *found.studies]),
                     settings_table(arms),
                     runs_table(arms),
                 ),

@@ -8,6 +8,7 @@ validation and test, the network, T, B and the number of iterations. What preven
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from metaheed.config import (
@@ -15,6 +16,7 @@ from metaheed.config import (
     LEARNERS,
     RULES,
     AttendedConfig,
+    ReplayedConfig,
     RunConfig,
     SequentialConfig,
     Uniform2BConfig,
@@ -28,7 +30,7 @@ from metaheed.report.reading import Judged, Run, plain
 
 _WITHOUT_EFFECT = ("learner.recompute",)
 """Settings that change where memory goes, and no number."""
-_RATES = (
+RATES = (
     *("learner.fast_lr", "learner.forget_bias", "learner.input_bias", "outer.meta_lr", "outer.clip_norm"),
     *("rule.attention_lr", "rule.equity_lambda", "rule.loss_temperature"),
 )
@@ -162,9 +164,11 @@ def group(runs: Iterable[Run]) -> tuple[list[Arm], list[tuple[str, str]]]:
     Unfinished runs are in none.
     """
     by_config: dict[str, list[Run]] = defaultdict(list)
+    runs = [*runs]
+    settings = _settings_with_sources(runs)
     for run in runs:
         if run.finished:
-            by_config[repr((run.setting, sorted(settings_of(run.config).items())))].append(run)
+            by_config[repr((run.setting, sorted(settings[run.path].items())))].append(run)
     arms: list[Arm] = []
     doubled: list[tuple[str, str]] = []
     for members in by_config.values():
@@ -184,9 +188,32 @@ def group(runs: Iterable[Run]) -> tuple[list[Arm], list[tuple[str, str]]]:
                     )
             ordered = tuple(by_seed[seed] for seed in sorted(by_seed))
             config = ordered[0].config
-            arms.append(Arm(ordered[0].setting, ordered, settings_of(config), judged, _label(config)))
+            arms.append(Arm(ordered[0].setting, ordered, settings[ordered[0].path], judged, _label(config)))
     arms.sort(key=_order)
     return _told_apart(arms), doubled
+
+
+def _settings_with_sources(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
+    """Run -> its settings; with what it replays, where runs of one config are known to replay different algorithms."""
+    settings = {run.path: settings_of(run.config) for run in runs}
+    # By the folders' names: runs are moved after they were replayed, all of a study together.
+    attended: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        if isinstance(run.config.rule, AttendedConfig):
+            attended[run.path.name].add(_label(run.config))
+    replaying: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        rule = run.config.rule
+        if isinstance(rule, ReplayedConfig) and rule.replay is not None:
+            names = attended.get(rule.replay.name, set())
+            source = min(names) if len(names) == 1 else ""
+            replaying[repr((run.setting, sorted(settings[run.path].items())))][source].append(run)
+    for by_source in replaying.values():
+        if len({*by_source} - {""}) > 1:
+            for source, members in by_source.items():
+                for run in members:
+                    settings[run.path]["rule.replay"] = source or "a run that is not here"
+    return settings
 
 
 def _order(arm: Arm) -> tuple[Any, ...]:
@@ -208,7 +235,7 @@ def _options(config: RunConfig) -> list[str]:
     """The options of learner and rule that make it another algorithm than the default, as the command line has them."""
     found, default = [], (LEARNERS[config.learner.name](), RULES[config.rule.name]())
     usual = {"learner": to_dict(default[0]), "rule": to_dict(default[1])}
-    neutral = (*_RATES, "learner.backbone", "learner.adaptation_steps")
+    neutral = (*RATES, "learner.backbone", "learner.adaptation_steps")
     for name, value in settings_of(config).items():
         part, _, option = name.partition(".")
         if part in usual and name not in neutral and value != usual[part][option]:
@@ -309,7 +336,7 @@ def protocol_mismatches(arm: Arm, other: Arm) -> list[str]:
     found = []
     for name in {**arm.settings, **other.settings}:
         ours, theirs = arm.settings.get(name), other.settings.get(name)
-        if ours != theirs and not name.startswith("rule.") and name not in _RATES:
+        if ours != theirs and not name.startswith("rule.") and name not in RATES:
             option = name.partition(".")[2].replace("_", "-")
             found.append(plain(f"{option} is {_value(ours)} against {_value(theirs)}"))
     return found
@@ -335,7 +362,7 @@ def pair(arm: Arm, other: Arm) -> Outcome:
 
 def _differing_rates(arm: Arm, other: Arm) -> list[str]:
     """Tuned values that both sides have, and not the same."""
-    both = (name for name in _RATES if name in arm.settings and name in other.settings)
+    both = (name for name in RATES if name in arm.settings and name in other.settings)
     return [name for name in both if arm.settings[name] != other.settings[name]]
 
 

@@ -20,6 +20,7 @@ from metaheed.paper import Setting
 from metaheed.runs import RunFolder, stream_lines
 
 TOY_FILE = "toy.json"
+_STUDY_FILE = "search.yaml"  # of a folder that `metaheed search` keeps
 _MOST = 10**9  # iterations that a config can ask for
 
 
@@ -111,6 +112,8 @@ class Found(NamedTuple):
     """Run folder, and why it cannot be read."""
     toys: tuple[Path, ...]
     """Files that `metaheed toy` wrote."""
+    studies: tuple[tuple[str, str], ...]
+    """Folder of a search whose trials were passed over, and what to say of it."""
 
 
 def plain(text: str) -> str:
@@ -121,41 +124,57 @@ def plain(text: str) -> str:
 def find(paths: Sequence[Path]) -> Found:
     """Read the run folders among these folders and, recursively, inside them. A folder named twice counts once.
 
+    Links are followed. The trials of a search are no repetitions of anything: they are read only where they are named.
+
     Raises:
-        RunError: one is not a folder or cannot be looked into, or no run is found.
+        RunError: none is named, one is not a folder or cannot be looked into, or no run is found.
     """
+    if not paths:
+        raise RunError("no run was named: name run folders, or folders that hold some")
     runs: list[Run] = []
     unreadable: list[tuple[str, str]] = []
     toys: list[Path] = []
+    studies: list[tuple[str, str]] = []
     seen: set[Path] = set()
     for path in paths:
         if not path.is_dir():
             raise RunError(f"{path} is not a folder: name run folders, or folders that hold some")
-        for folder, files in _walk(path):
-            if folder.resolve() in seen:
-                continue
-            seen.add(folder.resolve())
+        for folder, below, files in _walk(path, seen):
             if TOY_FILE in files:
                 toys.append(folder / TOY_FILE)
+            if _STUDY_FILE in files:
+                below.clear()
+                trials = len([*folder.glob("trials/*/config.yaml")])
+                studies.append((plain(str(folder)), f"trials of a search ({trials}): name a trial's folder to see it"))
             if "config.yaml" in files:
                 try:
                     runs.append(read_run(folder))
+                    below.clear()  # what is inside a run is that run's
                 except RunError as error:
+                    # Other programs have a config.yaml as well, with runs below it.
                     unreadable.append((plain(str(folder)), plain(str(error))))
     if not runs and not unreadable:
-        raise RunError(f"no run folder (one with a config.yaml) is in {', '.join(map(str, paths))}: train one first")
-    return Found(tuple(runs), tuple(unreadable), tuple(toys))
+        passed = "".join(f"; {name} holds {what}" for name, what in studies)
+        raise RunError(
+            f"no run folder (one with a config.yaml) is in {', '.join(map(str, paths))}: train one first{passed}"
+        )
+    return Found(tuple(runs), tuple(unreadable), tuple(toys), tuple(studies))
 
 
-def _walk(path: Path) -> Iterator[tuple[Path, list[str]]]:
+def _walk(path: Path, seen: set[Path]) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Folders, the names of those below each, which may be taken out, and of its files; none that was seen before."""
+
     def refuse(error: OSError) -> None:
         raise RunError(f"{error.filename} cannot be looked into: {error.strerror}") from error
 
-    for folder, below, files in os.walk(path, onerror=refuse):
+    for folder, below, files in os.walk(path, onerror=refuse, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen:  # named twice, or a link that leads back
+            below.clear()
+            continue
+        seen.add(real)
         below.sort()
-        yield Path(folder), files
-        if "config.yaml" in files:
-            below.clear()  # what is inside a run is that run's
+        yield Path(folder), below, files
 
 
 def read_run(path: Path) -> Run:
@@ -212,10 +231,12 @@ def _read_result(path: Path, run: Run) -> tuple[Result | None, str | None]:
     if not all(isinstance(a, float | int) and 0 <= a <= 1 for a in accuracies) or len(accuracies) < 2:
         raise RunError(f"{path / 'result.json'}: its accuracies are not two or more numbers from 0 to 1")
     mean = math.fsum(accuracies) / len(accuracies)
-    if abs(mean - found["accuracy"]) > 1e-5:  # each is rounded to a millionth
+    if not abs(mean - found["accuracy"]) <= 1e-5:  # each is rounded to a millionth; NaN is not
         raise RunError(
             f"{path / 'result.json'}: its accuracy is {found['accuracy']}, but its tasks' mean is {mean:.6f}"
         )
+    if not 0 <= found["half_width_95"] < math.inf:
+        raise RunError(f"{path / 'result.json'}: half_width_95 is {found['half_width_95']}: judge the run again")
     config = run.config
     if (found["seed"], found["algorithm"]) != (run.seed, config.algorithm):
         return None, f"its result.json is of {plain(found['algorithm'])} with seed {found['seed']}"

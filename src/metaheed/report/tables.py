@@ -6,10 +6,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from metaheed.config import default_config
 from metaheed.evaluation import t_interval
 from metaheed.paper import ITERATIONS, LABELS, Cell, Setting, accuracy
 from metaheed.paper import TABLES as PAPER_TABLES
-from metaheed.report.arms import Arm, Comparison, NotCompared, Pairs, protocol_mismatches, title
+from metaheed.report.arms import RATES, Arm, Comparison, NotCompared, Pairs, protocol_mismatches, settings_of, title
 from metaheed.report.measures import INPUTS, AttentionLog, first_reaching, holm, mean_curve
 from metaheed.report.reading import Run, plain
 
@@ -57,30 +58,78 @@ def mean_accuracy(arm: Arm) -> str:
 def paper_table(name: str, arms: Sequence[Arm]) -> Table:
     """A table of the paper, every algorithm twice: the paper's numbers, and ours below them."""
     paper = PAPER_TABLES[name]
+    ours, filled, remarks = _our_cells(tuple(paper.rows), paper.columns, arms)
     rows: list[tuple[str, ...]] = []
-    lengths: set[int] = set()
-    others: list[str] = []
     for algorithm, values in paper.rows.items():
-        ours = []
-        for setting in paper.columns:
-            chosen = _of_cell(arms, setting, algorithm)
-            ours.append(mean_accuracy(chosen[0]) if chosen else MISSING)
-            lengths |= {arm.config.training.iterations for arm in chosen[:1]}
-            others += [f"{title(setting)} {arm.label}" for arm in chosen[1:]]
         rows.append((LABELS[algorithm], "paper", *(f"{value:.2f}" for value in values)))
-        rows.append((LABELS[algorithm], "ours", *ours))
-    filled = sum(cell != MISSING for row in rows[1::2] for cell in row[2:])
+        rows.append((LABELS[algorithm], "ours", *ours[algorithm]))
     caption = (
         f"Test accuracy in %. Ours: the mean over training seeds ± the half-width of its 95% t-interval over seeds; "
-        f"{filled} of {len(paper.rows) * len(paper.columns)} cells are filled, {MISSING} is missing. "
+        f"{filled} of {len(paper.rows) * len(paper.columns)} cells are filled, {MISSING} is missing. {remarks}"
+        "Most of the ± that the paper prints for 5 and 10 ways cannot be 95% intervals of a mean over 300 tasks "
+        "(binomial noise alone gives more), so they are not repeated here."
+    )
+    columns = ("", "", *map(_head, paper.columns))
+    return Table(f"Table {name.removeprefix('table')} of the paper, and ours", caption, columns, tuple(rows))
+
+
+def elsewhere_table(arms: Sequence[Arm]) -> Table | None:
+    """The algorithms of the paper's tables in settings that these lack; none: there is no such run."""
+    papers = {setting for paper in PAPER_TABLES.values() for setting in paper.columns}
+    columns = [s for s in dict.fromkeys(arm.setting for arm in arms) if s not in papers]
+    ours, filled, remarks = _our_cells(tuple(LABELS), columns, arms)
+    there = [k for k in range(len(columns)) if any(ours[algorithm][k] != MISSING for algorithm in ours)]
+    if not there:
+        return None
+    rows = [(LABELS[algorithm], *(cells[k] for k in there)) for algorithm, cells in ours.items()]
+    caption = (
+        "Test accuracy in %: the mean over training seeds ± the half-width of its 95% t-interval over seeds; "
+        f"{filled} of {len(rows) * len(there)} cells are filled, {MISSING} is missing. {remarks}"
+    )
+    heads = ("", *(_head(columns[k]) for k in there))
+    return Table("The same algorithms in settings that the paper's tables lack", caption.strip(), heads, tuple(rows))
+
+
+def _head(setting: Setting) -> str:
+    return f"{plain(setting.data)}\n{setting.ways}-way {setting.shots}-shot"
+
+
+def _our_cells(
+    algorithms: Sequence[str], columns: Sequence[Setting], arms: Sequence[Arm]
+) -> tuple[dict[str, list[str]], int, str]:
+    """Algorithm -> our cells, column by column; how many are filled; and what is to be said of them."""
+    chosen = {(a, s): _of_cell(arms, s, a) for a in algorithms for s in columns}
+    shown = [found[0] for found in chosen.values() if found]
+    lengths = {arm.config.training.iterations for arm in shown}
+    others = [f"{title(arm.setting)} {arm.label}" for found in chosen.values() for arm in found[1:]]
+    otherwise = [f"{title(arm.setting)} {arm.label}: {what}" for arm in shown if (what := _otherwise(arm))]
+    cells = {a: [_cell_text(chosen[a, s], several=len(lengths) > 1) for s in columns] for a in algorithms}
+    remarks = (
         f"The paper trains for {ITERATIONS:,} iterations"
         + (f", ours were {_listed(f'{n:,}' for n in sorted(lengths))}. " if lengths else ". ")
         + (f"Shown is the longest run of each cell; also there: {_listed(others)}. " if others else "")
-        + "Most of the ± that the paper prints for 5 and 10 ways cannot be 95% intervals of a mean over 300 tasks "
-        "(binomial noise alone gives more), so they are not repeated here."
+        + (f"Not as in the paper but for rates and iterations: {'; '.join(otherwise)}. " if otherwise else "")
     )
-    heads = tuple(f"{plain(s.data)}\n{s.ways}-way {s.shots}-shot" for s in paper.columns)
-    return Table(f"Table {name.removeprefix('table')} of the paper, and ours", caption, ("", "", *heads), tuple(rows))
+    return cells, len(shown), remarks
+
+
+def _cell_text(chosen: Sequence[Arm], several: bool) -> str:
+    """The accuracy of a cell, where the cells are of several lengths with its own."""
+    if not chosen:
+        return MISSING
+    return mean_accuracy(chosen[0]) + (f"\n{chosen[0].config.training.iterations:,} iterations" if several else "")
+
+
+def _otherwise(arm: Arm) -> str:
+    """In what an arm of a cell differs from the paper's setting, but for what is tuned, and how long and often."""
+    config = default_config(arm.algorithm, *arm.setting)
+    found = []
+    for name, papers in settings_of(config).items():
+        ours = arm.settings.get(name)
+        if ours != papers and name not in (*RATES, "training.iterations", "training.val_every"):
+            option = name.partition(".")[2].replace("_", "-")
+            found.append(plain(f"{option} {ours} instead of {papers}"))
+    return _listed(found)
 
 
 def _of_cell(arms: Sequence[Arm], setting: Setting, algorithm: str) -> list[Arm]:
@@ -287,15 +336,16 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
             continue
         asked = thresholds or [t for t in (float(own.values.max()) - below for below in _BELOW_BEST) if t > 0]
         for threshold in asked:
-            reference = first_reaching(own, threshold)
             for arm in family:
+                base = unattended(arm, family) or first
+                reference = first_reaching(curves[id(base)], threshold)
                 reached = first_reaching(curves[id(arm)], threshold)
                 seeds = [first_reaching(mean_curve([run.validations]), threshold) for run in arm.runs]
                 there = [s for s in seeds if s is not None]
                 rows.append(
                     (
                         *(title(arm.setting), percent(threshold), arm.label),
-                        *_reached(arm, reached, first, reference),
+                        *_reached(arm, reached, base, reference),
                         f"{len(there)} of {len(seeds)}"
                         + (f", median {statistics.median(there):,.0f}" if there else ""),
                     )
@@ -304,12 +354,13 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
         "Iterations to a given accuracy",
         "The first validation at which the mean curve over seeds is at the accuracy or above (so no finer than one "
         "validation to the next), what that is in outer steps and in training tasks seen, and each as a multiple of "
-        "what the same learner under the uniform rule took: at equal updates and at equal tasks seen. "
+        "what the same learner under the uniform rule took (of several such arms the one that is like it in most "
+        "settings): at equal updates and at equal tasks seen. "
         + (
             "The accuracies were asked for."
             if thresholds
             else "The accuracies are 5 and 1 points below the best of that learner's mean curve under the uniform rule "
-            "(where there is none: of the first arm)."
+            "(of the first such arm; where there is none, of the first arm)."
         ),
         (
             *(
@@ -327,15 +378,15 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
     )
 
 
-def _reached(arm: Arm, reached: int | None, first: Arm, reference: int | None) -> tuple[str, ...]:
+def _reached(arm: Arm, reached: int | None, base: Arm, reference: int | None) -> tuple[str, ...]:
     if reached is None:
         return "not reached", *[MISSING] * 4
     steps, tasks = reached * arm.updates_per_iteration, reached * arm.tasks_per_iteration
     ratios = (MISSING, MISSING)
     if reference is not None:
         ratios = (
-            f"{steps / (reference * first.updates_per_iteration):.2f}",
-            f"{tasks / (reference * first.tasks_per_iteration):.2f}",
+            f"{steps / (reference * base.updates_per_iteration):.2f}",
+            f"{tasks / (reference * base.tasks_per_iteration):.2f}",
         )
     return f"{reached:,}", f"{steps:,}", ratios[0], f"{tasks:,}", ratios[1]
 

@@ -8,6 +8,7 @@ Nothing is remembered but what lies in the output folder: the same command goes 
 """
 
 import os
+import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from metaheed.process import pick_device, signals_received
 from metaheed.progress import make_board
 from metaheed.reproduce.crew import Crew, Failure, lock
 from metaheed.reproduce.estimate import Estimate, estimate, spread_over
-from metaheed.reproduce.plan import TOY, Job, Place, Run, Standing, make_jobs
+from metaheed.reproduce.plan import RECIPES, TOY, Job, Place, Run, Standing, make_jobs
 
 
 def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], None] = print) -> Path:
@@ -159,7 +160,7 @@ def _explain(absent: dict[str, DataError], experiment: str, config: ReproduceCon
     for data, error in absent.items():
         remedy = ""
         if isinstance(error, MissingDataError) and data in {**PUBLISHED, **BY_HAND}:
-            root = config.data_root or "DATA"
+            root = shlex.quote(str(config.data_root or "DATA"))
             does = "says how to get it" if data in BY_HAND else "fetches it"
             remedy = f"\n    'metaheed data download {data} --data-root {root}' {does}"
         lines.append(f"\n  {data}: {error}{remedy}")
@@ -170,11 +171,11 @@ def _explain(absent: dict[str, DataError], experiment: str, config: ReproduceCon
 
 
 def _report(experiment: str, config: ReproduceConfig, say: Callable[[str], None]) -> Path | None:
-    """The page on all runs of the folder that are judged; none: none is."""
+    """The page on all runs of the folder, those that failed named on it; none: none is judged."""
     from metaheed.report import report
 
-    runs = sorted(file.parent for file in config.out.glob("*/result.json"))
-    if not runs:
+    runs = sorted(file.parent for file in config.out.glob("*/config.yaml") if file.parent.name != RECIPES)
+    if not any((run / "result.json").exists() for run in runs):
         return None
     drawn = config.out / TOY
     toy = (drawn / "toy.json").exists()

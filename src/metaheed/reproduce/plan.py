@@ -20,7 +20,7 @@ from metaheed.paper import ANALOGOUS, experiment_algorithms, experiment_cells
 from metaheed.recipes import Recipe, difference, of_cell, read_folder, without_run
 from metaheed.runs import Progress, RunFolder
 
-TOY = "toy"
+TOY, RECIPES = "toy", "recipes"
 
 
 class Place(NamedTuple):
@@ -206,7 +206,7 @@ def make_jobs(experiment: str, config: ReproduceConfig) -> list[Job]:
                 )
             run = f"{name}-seed{seed}"
             iterations = config.iterations or recipe.config.training.iterations
-            file, folder = config.out / "recipes" / f"{name}.yaml", RunFolder(config.out / run)
+            file, folder = config.out / RECIPES / f"{name}.yaml", RunFolder(config.out / run)
             jobs.append(Run(run, recipe, file, seed, folder, iterations, config.tasks, config.data_root))
     return jobs
 
@@ -223,9 +223,10 @@ def _choose(experiment: str, config: ReproduceConfig) -> tuple[dict[str, Recipe]
             raise ConfigError(
                 f"no recipe in {config.recipes} is of an algorithm of {experiment}, which are {', '.join(algorithms)}"
             )
-    words = {word.lower() for word in config.only}
     known = {word: kind for recipe in recipes.values() for kind, word in _words(recipe).items()}
     known |= {name: "recipe" for name in recipes if name not in known}
+    # Files of one's own may have capitals in their names.
+    words = {word if word in known else word.lower() for word in config.only}
     has_toy = experiment == "figures"
     for word in sorted(words - {TOY} if has_toy else words):
         if word not in known:

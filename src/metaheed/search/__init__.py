@@ -36,7 +36,7 @@ from metaheed.data import Episodes, check_name, load_dataset
 from metaheed.errors import ConfigError, DataError, Interrupted, RunError
 from metaheed.learners import build_learner, find_backbone
 from metaheed.process import pick_device
-from metaheed.search.database import FAILURES, reason, shown_as, sqlite_file
+from metaheed.search.database import FAILURES, reason, shown_as, sqlite_file, sqlite_url
 from metaheed.search.draws import first_rung, search_name
 from metaheed.search.results import Summary, write_results
 from metaheed.search.study import SharedStudy, read_settings
@@ -117,7 +117,7 @@ def _anywhere(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, Sea
     storage = settings.storage
     file = sqlite_file(storage)
     if file is not None:
-        storage = f"sqlite:///{file.expanduser().absolute()}"
+        storage = sqlite_url(file)
     config = replace(
         config,
         learner=learner,

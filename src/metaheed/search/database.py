@@ -42,6 +42,19 @@ def sqlite_file(storage: str | None) -> Path | None:
     return Path(url.database)
 
 
+def sqlite_url(file: Path) -> str:
+    """The URL of a SQLite database in a file.
+
+    Raises:
+        RunError: its name cannot stand in a URL, as SQLAlchemy before 2.1 writes them.
+    """
+    name = str(file.expanduser().absolute())
+    url = sqlalchemy.engine.URL.create("sqlite", database=name).render_as_string()
+    if sqlalchemy.engine.make_url(url).database != name:  # it would be kept in another file
+        raise RunError(f"the database {name} cannot be named in a URL: choose another --out, without ? in it")
+    return url
+
+
 def connect(url: str, shown: str) -> RDBStorage:
     """Open a database, making its tables where there are none.
 

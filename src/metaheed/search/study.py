@@ -19,7 +19,7 @@ from metaheed import recipes
 from metaheed.config import RunConfig, SearchConfig, build, from_dict, to_dict
 from metaheed.errors import RunError
 from metaheed.runs import RunFolder, write_whole
-from metaheed.search.database import connect, exclusive, shown_as, sqlite_file
+from metaheed.search.database import connect, exclusive, shown_as, sqlite_file, sqlite_url
 from metaheed.search.draws import make_pruner, make_sampler
 
 _SETTLE = 2.0  # seconds in which others who want the same trial on another machine have said so
@@ -33,7 +33,7 @@ class SharedStudy:
         self.config, self.settings, self.out = config, settings, out
         self._lock = lock
         self.record = _record(config, settings)
-        url = settings.storage or f"sqlite:///{out.absolute() / 'study.db'}"
+        url = settings.storage or sqlite_url(out / "study.db")
         self.shown = shown_as(settings.storage, out)
         with self.alone():
             self.storage = connect(url, self.shown)
@@ -52,7 +52,7 @@ class SharedStudy:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         lock, database = None, sqlite_file(settings.storage)
         if settings.storage is None:
-            out.mkdir(parents=True, exist_ok=True)
+            _make(out)
             database = out / "study.db"
         if database is not None:
             if not database.parent.is_dir():
@@ -60,7 +60,7 @@ class SharedStudy:
             # SQLite has no lock on a row, so that two processes could take one trial.
             lock = database.with_name(f"{database.name}.lock")
         shared = cls(config, settings, out, lock)
-        out.mkdir(parents=True, exist_ok=True)
+        _make(out)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             try:
@@ -188,6 +188,13 @@ class SharedStudy:
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """Alone among the workers that write into this study folder."""
         return exclusive(self.out / "search.lock")
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"the study folder {out} cannot be made: {error.strerror}. Choose another --out") from error
 
 
 def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import platform
+import shlex
 import threading
 import time
 import uuid
@@ -30,7 +31,7 @@ _POLL = 2.0  # seconds between two looks for work
 
 def how_to_go_on(out: Path) -> str:
     """Said wherever work stops before its end."""
-    return f"the same command goes on, and so does 'metaheed search --resume {out}'"
+    return f"the same command goes on, and so does: metaheed search --resume {shlex.quote(str(out))}"
 
 
 class Presence:
