@@ -18,9 +18,10 @@ from metaheed.config import ALGORITHMS
 from metaheed.evaluation import read_result
 from metaheed.figures import read_lines
 from metaheed.report.arms import Arm, attention_pairs, control_pairs, group, metalstm_pairs
-from metaheed.report.measures import INPUTS, attention_log, holm
+from metaheed.report.measures import attention_log, holm
+from metaheed.report.page import markdown_table
 from metaheed.report.reading import find
-from metaheed.report.tables import mean_accuracy, p_text, percent, points
+from metaheed.report.tables import correlation_table, mean_accuracy, p_text, percent, points, weights_table
 from metaheed.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
@@ -93,26 +94,10 @@ LISTED = 3
 
 
 def weights(study: Path) -> str:
-    """One row an attended arm: how far its weights leave 1/B, and which of its inputs they follow."""
-    rows = []
-    for arm in _read(study)[0]:
-        if arm.rule != "attended":
-            continue
-        logs = [attention_log(run.path / "tasks.jsonl") for run in arm.runs]
-        ends = [statistics.fmean(getattr(log, which).mean) for which in ("largest", "smallest") for log in logs]
-        largest, smallest = ends[: len(logs)], ends[len(logs) :]
-        followed = [
-            f"{statistics.fmean(log.correlations[name].per_batch for log in logs):+.2f}, "
-            f"{statistics.fmean(log.correlations[name].pooled for log in logs):+.2f}"
-            for name in INPUTS
-        ]
-        rank = statistics.fmean(statistics.fmean(log.rank.mean) for log in logs)
-        cells = (arm.label, str(len(logs)), f"{1 / logs[0].tasks:.3f}", f"{statistics.fmean(smallest):.3f}")
-        cells += (f"{statistics.fmean(largest):.3f}", *followed, f"{rank:.2f} of {logs[0].tasks}")
-        rows.append(f"| {' | '.join(cells)} |\n")
-    names = " | ".join(INPUTS.values())
-    header = f"| arm | seeds | 1/B | smallest weight | largest weight | {names} | rank of the largest loss |\n"
-    return header + "|---" * (header.count("|") - 1) + "|\n" + "".join(rows)
+    """What the weights of the attended arms did, as the report has it."""
+    attended = [arm for arm in _read(study)[0] if arm.rule == "attended"]
+    logs = [(arm, [attention_log(run.path / "tasks.jsonl") for run in arm.runs]) for arm in attended]
+    return "\n\n".join(markdown_table(made(logs)) for made in (weights_table, correlation_table)) + "\n"
 
 
 def noise(study: Path) -> str:

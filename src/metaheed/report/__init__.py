@@ -37,6 +37,7 @@ from metaheed.report.tables import (
     reach_table,
     runs_table,
     settings_table,
+    weights_table,
 )
 from metaheed.toy import OPTIMA, RULES, follow
 
@@ -105,6 +106,7 @@ def _report(
     unfinished = [run for run in found.runs if not run.finished]
     lacked = elsewhere_table(arms)
     elsewhere = () if lacked is None else (lacked,)
+    of_weights = (weights_table(attended), correlation_table(attended)) if attended else ()
     figures: list[Picture | Note] = []
     for number, absent in MISSING_FIGURES.items():
         drawn = [picture for picture in pictures if picture.name.startswith(f"figure{number}")]
@@ -146,7 +148,7 @@ def _report(
                     not_compared_table([*table1.missing, *attention.missing, *controls.missing]),
                 ),
             ),
-            Section("Figures", (*figures, *([correlation_table(attended)] if attended else []))),
+            Section("Figures", (*figures, *of_weights)),
             Section("Cost of attention", (cost_table(arms),)),
             Section("Iterations to an accuracy", (reach_table(arms, [t / 100 for t in config.thresholds]),)),
             Section(

@@ -84,14 +84,15 @@ def to_markdown(report: Report) -> str:
                 case Note():
                     parts.append(_escaped(block.text))
                 case Table():
-                    parts += [f"### {_escaped(block.title)}", _escaped(block.caption), _markdown_table(block)]
+                    parts += [f"### {_escaped(block.title)}", _escaped(block.caption), markdown_table(block)]
                 case Picture():
                     image = f"![{_escaped(block.alternative)}]({FIGURES}/{block.name}.png)"
                     parts += [f"### {_escaped(block.title)}", image, _escaped(block.caption)]
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """Its columns and rows."""
     if not table.rows:
         return "(none)"
 

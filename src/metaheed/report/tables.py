@@ -429,6 +429,39 @@ def correlation_table(logs: Sequence[tuple[Arm, Sequence[AttentionLog]]]) -> Tab
     )
 
 
+def weights_table(logs: Sequence[tuple[Arm, Sequence[AttentionLog]]]) -> Table:
+    """The numbers of figures 4 and 5 (b), and what of the weights a task's position explains."""
+    rows = []
+    for arm, of_runs in logs:
+        B = of_runs[0].tasks
+        smallest, largest, rank = (
+            statistics.fmean(float(band.mean.mean()) for band in bands)
+            for bands in zip(*((log.smallest, log.largest, log.rank) for log in of_runs), strict=True)
+        )
+        shares = [log.by_position for log in of_runs if math.isfinite(log.by_position)]
+        by_position = f"{100 * statistics.fmean(shares):.0f}%" if shares else "undefined"
+        if len({f"{100 * share:.0f}" for share in shares}) > 1:
+            by_position += f" ({100 * min(shares):.0f}% – {100 * max(shares):.0f}%)"
+        rows.append(
+            (
+                *(title(arm.setting), arm.label, str(len(of_runs))),
+                *(f"{1 / B:.3f}", f"{smallest:.3f}", f"{largest:.3f}", by_position, f"{rank:.2f} of {B}"),
+            )
+        )
+    return Table(
+        "How far attention's weights leave 1/B",
+        "Each batch's smallest and largest weight, means over batches and seeds. By position: how much of the weights' "
+        "variance about 1/B that a task's position in its batch explains by itself (means over stretches of a hundred "
+        "batches, so chance gives 1%). Which task stands where is drawn at random: 100% means that the weights say "
+        "nothing of the tasks. Rank: by weight, of the task with the largest loss after adaptation; 1 weighs most.",
+        (
+            *("setting", "arm", "seeds", "1/B", "smallest weight", "largest weight", "by position"),
+            "rank of the largest loss",
+        ),
+        tuple(rows),
+    )
+
+
 def _mean_text(values: Sequence[float]) -> str:
     finite = [v for v in values if math.isfinite(v)]
     if not finite:
