@@ -8,6 +8,7 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -93,9 +94,9 @@ LISTED = 3
 """Up to so many seeds each is shown with its interval over test tasks; of more the mean over seeds with its own."""
 
 
-def weights(study: Path) -> str:
+def weights(*studies: Path) -> str:
     """What the weights of the attended arms did, as the report has it."""
-    attended = [arm for arm in _read(study)[0] if arm.rule == "attended"]
+    attended = [arm for study in studies for arm in _read(study)[0] if arm.rule == "attended"]
     logs = [(arm, [attention_log(run.path / "tasks.jsonl") for run in arm.runs]) for arm in attended]
     return "\n\n".join(markdown_table(made(logs)) for made in (weights_table, correlation_table)) + "\n"
 
@@ -157,19 +158,32 @@ def speed(file: Path) -> str:
     return about + SPEED + "".join(rows)
 
 
-TABLES = {
-    "README.md": lambda: table(*(ROOT / "results" / study for study in STUDIES)),
-    "results/eight_algorithms/README.md": lambda: (
-        table(ROOT / "results" / "eight_algorithms") + curves(ROOT / "results" / "eight_algorithms")
+_RESULTS = ROOT / "results"
+TABLES: dict[str, tuple[Callable[[], str], ...]] = {
+    "README.md": (lambda: table(*(_RESULTS / study for study in STUDIES)),),
+    "results/eight_algorithms/README.md": (
+        lambda: table(_RESULTS / "eight_algorithms") + curves(_RESULTS / "eight_algorithms"),
     ),
-    "docs/performance.md": lambda: speed(ROOT / "results" / "speed" / "speed.json"),
+    "docs/performance.md": (lambda: speed(_RESULTS / "speed" / "speed.json"),),
+    "docs/findings.md": (
+        lambda: table(_RESULTS / "cifar_fs"),
+        lambda: weights(*(_RESULTS / study for study in (*STUDIES, "eight_algorithms"))),
+        lambda: noise(_RESULTS / "cifar_fs"),
+    ),
 }
-"""File -> what stands between its markers."""
+"""File -> what stands between each pair of its markers, in order."""
+
+
+def filled(text: str, tables: Sequence[Callable[[], str]]) -> str:
+    """A file's text with the tables between its markers."""
+    first, *rest = text.split(BEGIN)
+    if len(rest) != len(tables):
+        raise SystemExit(f"{len(rest)} pairs of markers for {len(tables)} tables")
+    return first + "".join(
+        BEGIN + write() + END + part.split(END)[1] for part, write in zip(rest, tables, strict=True)
+    )
+
 
 if __name__ == "__main__":
-    for name, write in TABLES.items():
-        file = ROOT / name
-        if file.exists():
-            before, rest = file.read_text().split(BEGIN)
-            _, after = rest.split(END)
-            file.write_text(before + BEGIN + write() + END + after)
+    for name, tables in TABLES.items():
+        (ROOT / name).write_text(filled((ROOT / name).read_text(), tables))
