@@ -179,9 +179,7 @@ def filled(text: str, tables: Sequence[Callable[[], str]]) -> str:
     first, *rest = text.split(BEGIN)
     if len(rest) != len(tables):
         raise SystemExit(f"{len(rest)} pairs of markers for {len(tables)} tables")
-    return first + "".join(
-        BEGIN + write() + END + part.split(END)[1] for part, write in zip(rest, tables, strict=True)
-    )
+    return first + "".join(BEGIN + write() + END + part.split(END)[1] for part, write in zip(rest, tables, strict=True))
 
 
 if __name__ == "__main__":
