@@ -9,6 +9,7 @@ import statistics
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -19,7 +20,7 @@ from metaheed.config import ALGORITHMS
 from metaheed.evaluation import read_result
 from metaheed.figures import read_lines
 from metaheed.report.arms import Arm, attention_pairs, control_pairs, group, metalstm_pairs
-from metaheed.report.measures import attention_log, holm
+from metaheed.report.measures import AttentionLog, attention_log, holm
 from metaheed.report.page import markdown_table
 from metaheed.report.reading import find
 from metaheed.report.tables import correlation_table, mean_accuracy, p_text, percent, points, weights_table
@@ -95,10 +96,19 @@ LISTED = 3
 
 
 def weights(*studies: Path) -> str:
-    """What the weights of the attended arms did, as the report has it."""
-    attended = [arm for study in studies for arm in _read(study)[0] if arm.rule == "attended"]
-    logs = [(arm, [attention_log(run.path / "tasks.jsonl") for run in arm.runs]) for arm in attended]
-    return "\n\n".join(markdown_table(made(logs)) for made in (weights_table, correlation_table)) + "\n"
+    """What the weights of the attended arms did, as the report has it: how far they go in all of the studies, and what
+    they follow in the first.
+    """
+    evidence = [(study, _attended(study)) for study in studies]
+    tables = [(study, weights_table(logs)) for study, logs in evidence]
+    rows = tuple((f"results/{study.name}", *row) for study, table in tables for row in table.rows)
+    how_far = replace(tables[0][1], columns=("evidence", *tables[0][1].columns), rows=rows)
+    return "\n\n".join(map(markdown_table, (how_far, correlation_table(evidence[0][1])))) + "\n"
+
+
+def _attended(study: Path) -> list[tuple[Arm, list[AttentionLog]]]:
+    arms = [arm for arm in _read(study)[0] if arm.rule == "attended"]
+    return [(arm, [attention_log(run.path / "tasks.jsonl") for run in arm.runs]) for arm in arms]
 
 
 def noise(study: Path) -> str:
