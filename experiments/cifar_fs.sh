@@ -5,9 +5,9 @@
 #     experiments/cifar_fs.sh train DATA_ROOT OUT       4,000 iterations of every arm, judged on 600 frozen tasks
 #
 # DATA_ROOT holds cifar-100-python. Every command may be given again, or in several terminals: what is done is left, what
-# was cut off goes on. MAML and TA-MAML have the settings that their searches chose (validation only). Arms without
-# attention and TAML have MAML's; attended arms, and the replayed control, which asks whether it matters who gets a
-# weight, have TA-MAML's.
+# was cut off goes on. To train with the search that was made here, copy results/cifar_fs_search/search-* into OUT first.
+# MAML and TA-MAML have the settings that their searches chose (validation only). Arms without attention and TAML have
+# MAML's; attended arms, and the replayed control, which asks whether it matters who gets a weight, have TA-MAML's.
 set -euo pipefail
 what=$1 data=$2 out=$3
 setting=(--data cifar-fs --data-root "$data" --ways 5 --shots 1 --threads 1)
@@ -35,6 +35,7 @@ run() { # NAME SEED, then what to train
   elif [ ! -e "$folder" ]; then
     metaheed train "$@" "${setting[@]}" --seed "$seed" --iterations 4000 --out "$folder"
   else
+    echo "$folder has no checkpoint yet: another terminal has just begun it; if none has, remove it" >&2
     return 0
   fi
   metaheed evaluate "$folder" --tasks 600

@@ -96,14 +96,13 @@ LISTED = 3
 
 
 def weights(*studies: Path) -> str:
-    """What the weights of the attended arms did, as the report has it: how far they go in all of the studies, and what
-    they follow in the first.
-    """
-    evidence = [(study, _attended(study)) for study in studies]
-    tables = [(study, weights_table(logs)) for study, logs in evidence]
-    rows = tuple((f"results/{study.name}", *row) for study, table in tables for row in table.rows)
-    how_far = replace(tables[0][1], columns=("evidence", *tables[0][1].columns), rows=rows)
-    return "\n\n".join(map(markdown_table, (how_far, correlation_table(evidence[0][1])))) + "\n"
+    """What the weights of the attended arms did, as the report has it: how far they go, and what they follow."""
+    parts = []
+    for made in (weights_table, correlation_table):
+        tables = [(study, made(_attended(study))) for study in studies]
+        rows = tuple((f"results/{study.name}", *row) for study, table in tables for row in table.rows)
+        parts.append(replace(tables[0][1], columns=("evidence", *tables[0][1].columns), rows=rows))
+    return "\n\n".join(map(markdown_table, parts)) + "\n"
 
 
 def _attended(study: Path) -> list[tuple[Arm, list[AttentionLog]]]:

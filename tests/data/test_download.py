@@ -308,6 +308,8 @@ sys.exit(main(["data", "download", "omniglot", "--data-root", "data"]))
 def start(folder: Path, *urls: str, **options: Any) -> "subprocess.Popen[str]":
     command = [sys.executable, "-c", SCRIPT, MD5, *urls]
     pipe = subprocess.PIPE
+    # A shell's background jobs ignore SIGINT, and so would what they start.
+    options.setdefault("preexec_fn", lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     return subprocess.Popen(command, cwd=folder, env=environment(), stdout=pipe, stderr=pipe, text=True, **options)
 
 

@@ -101,6 +101,12 @@ def test_weights_that_go_by_position_are_told_from_those_that_go_by_task(tmp_pat
     drifting = np.linspace(0, 1, n)[:, None]
     by_position = drifting * [0.4, 0.3, 0.2, 0.1] + (1 - drifting) * [0.1, 0.2, 0.3, 0.4]
     half = 0.25 + (by_position - 0.25) * (by_task - 0.25).std() / (by_position - 0.25).std() / 2 + (by_task - 0.25) / 2
+    by_loss = [0.4, 0.3, 0.2, 0.1] + 0.01 * (losses - losses.mean(axis=1, keepdims=True)) / losses.max()
+    write_lines(tmp_path / "loss", [batch(i + 1, losses[i], by_loss[i]) for i in range(n)])
+    log = attention_log(tmp_path / "loss")
+    assert log.by_position > 0.98
+    assert abs(log.correlations["query_loss"].pooled) < 0.1
+    assert log.apart_from_position["query_loss"] > 0.9
     expected = {"task": 0.01, "position": 1.0, "half": 0.5, "uniform": math.nan}
     for name, weights in zip(expected, (by_task, by_position, half, np.full((n, 4), 0.25)), strict=True):
         write_lines(tmp_path / name, [batch(i + 1, losses[i], weights[i]) for i in range(n)])

@@ -121,6 +121,10 @@ class AttentionLog(NamedTuple):
     """Share, in [0, 1], of the weights' variance about 1/B that a task's position in its batch explains: where the
     weights go by position, the same place weighs the same in batch after batch, whatever task stands there. Means are
     taken over stretches of about a hundred batches, so chance gives 1%. NaN: all weights are 1/B."""
+    apart_from_position: dict[str, float]
+    """Input -> its pooled correlation with what position leaves of the weights: each position's mean over a stretch is
+    taken off the weights, and each batch's mean off the input. What attention does with a task where most of its
+    weights' variance goes by position, which the other correlations drown in. NaN: undefined."""
 
 
 def attention_log(file: Path) -> AttentionLog:
@@ -137,13 +141,16 @@ def attention_log(file: Path) -> AttentionLog:
     sums, counts, skipped = (dict.fromkeys(INPUTS, 0.0), dict.fromkeys(INPUTS, 0), dict.fromkeys(INPUTS, 0))
     B = 0
     by_position, variance = 0.0, 0.0
+    apart = {name: _Pooled() for name in INPUTS}
     for chunk, inputs, weights in _chunks(file):
         iterations += chunk
         B = weights.shape[1]
         off = weights - 1 / B
         variance += float((off**2).sum())
-        for stretch in np.array_split(off, max(1, len(off) // _POSITION_STRETCH)):
-            by_position += len(stretch) * float((stretch.mean(axis=0) ** 2).sum())
+        stretches = max(1, len(off) // _POSITION_STRETCH)
+        means = [part.mean(axis=0, keepdims=True).repeat(len(part), 0) for part in np.array_split(off, stretches)]
+        of_position = np.concatenate(means)
+        by_position += float((of_position**2).sum())
         largest.append(weights.max(axis=1))
         smallest.append(weights.min(axis=1))
         rank.append(ranks(inputs["query_loss"], weights))
@@ -154,6 +161,8 @@ def attention_log(file: Path) -> AttentionLog:
             counts[name] += int(defined.sum())
             skipped[name] += int((~defined).sum())
             pooled[name].add(values.ravel(), weights.ravel())
+            with np.errstate(all="ignore"):
+                apart[name].add((values - values.mean(axis=1, keepdims=True)).ravel(), (off - of_position).ravel())
     if not iterations:
         raise RunError(f"{file} is empty: it holds the weights of no batch")
     steps = np.array(iterations, dtype=np.float64)
@@ -167,7 +176,8 @@ def attention_log(file: Path) -> AttentionLog:
     }
     uniform = variance <= len(iterations) * B * 1e-12  # weights are float32
     share = math.nan if uniform else by_position / variance
-    return AttentionLog(bands[0], bands[1], bands[2], correlations, B, len(iterations), share)
+    left = {name: math.nan if uniform else apart[name].value() for name in INPUTS}
+    return AttentionLog(bands[0], bands[1], bands[2], correlations, B, len(iterations), share, left)
 
 
 def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -417,14 +417,17 @@ def correlation_table(logs: Sequence[tuple[Arm, Sequence[AttentionLog]]]) -> Tab
                     _mean_text([c.per_batch for c in found]),
                     f"{sum(c.skipped for c in found):,} of {sum(c.skipped + c.batches for c in found):,}",
                     _mean_text([c.pooled for c in found]),
+                    _mean_text([log.apart_from_position[name] for log in of_runs]),
                 )
             )
     return Table(
         "Correlation of attention's inputs with its weights",
         "Pearson's, over the tasks of each batch and then averaged over batches; and over the tasks of all batches "
         "together. Means over seeds (smallest – largest). Batches in which an input, or the weights, are the same for "
-        "all tasks have no correlation: they are skipped and counted.",
-        ("setting", "arm", "input", "seeds", "within batches", "batches skipped", "pooled"),
+        "all tasks have no correlation: they are skipped and counted. Apart from position: pooled, a position's mean "
+        "over a hundred batches taken off its weights and each batch's mean off the input, for where most of the "
+        "weights' variance goes by position, nothing else can correlate much with them.",
+        ("setting", "arm", "input", "seeds", "within batches", "batches skipped", "pooled", "apart from position"),
         tuple(rows),
     )
 
