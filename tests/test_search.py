@@ -336,7 +336,7 @@ def test_machines_share_a_database_server(postgres: str, study: Path, tmp_path: 
 
 
 def test_a_machine_that_dies_is_replaced_by_another(postgres: str, long: Path, metaheed: Run, tmp_path: Path) -> None:
-    search = ["search", "maml", *LONG, "--trials", 2, "--lost-after", 2, "--storage", postgres, "--study", "dying"]
+    search = ["search", "maml", *LONG, "--trials", 2, "--lost-after", 8, "--storage", postgres, "--study", "dying"]
     killed = start(*search, "--out", tmp_path / "killed")
     wait_for(lambda: steps(tmp_path / "killed" / "trials" / "000") >= 10, killed)
     killed.kill()
