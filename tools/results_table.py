@@ -98,8 +98,9 @@ LISTED = 3
 def weights(*studies: Path) -> str:
     """What the weights of the attended arms did, as the report has it: how far they go, and what they follow."""
     parts = []
+    logs = {study: _attended(study) for study in studies}
     for made in (weights_table, correlation_table):
-        tables = [(study, made(_attended(study))) for study in studies]
+        tables = [(study, made(attended)) for study, attended in logs.items()]
         rows = tuple((f"results/{study.name}", *row) for study, table in tables for row in table.rows)
         parts.append(replace(tables[0][1], columns=("evidence", *tables[0][1].columns), rows=rows))
     return "\n\n".join(map(markdown_table, parts)) + "\n"

@@ -46,8 +46,6 @@ from metaheed.types import Params
 _aten = torch.ops.aten
 _SLICE_BYTES = 1 << 22
 """Of a full-size plane at once: measured; about what a core's second-level cache holds."""
-
-
 _SUMS_AT_ONCE = 2048
 """Numbers of a plane side by side, which fit into a core's first-level cache."""
 _ROWS_AT_ONCE = 64
@@ -125,8 +123,7 @@ class ClosedForm:
 
     def __init__(self, module: Conv4) -> None:
         blocks: list[Any] = [block for block in module.body if isinstance(block, nn.Sequential)]
-        self._modules = list(module.modules())
-        self._parts = [*map(_Part.of, self._modules)]
+        self._parts = [*map(_Part.of, module.modules())]
         self.names = frozenset(name for name, _ in module.named_parameters())
         self._shapes = [
             _Shape(f"body.{i}", block.conv.stride[0], hasattr(block, "pool"), block.norm.eps)
@@ -140,18 +137,7 @@ class ClosedForm:
         hook in it or for all, nor another forward.
         """
         for_all = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        return (
-            not for_all
-            and _unchanged(self._parts)
-            and not any(
-                m._forward_hooks
-                or m._forward_pre_hooks
-                or m._backward_hooks
-                or m._backward_pre_hooks
-                or "forward" in m.__dict__
-                for m in self._modules
-            )
-        )
+        return not for_all and _unchanged(self._parts)
 
     def fits(self, params: Params, x: Tensor) -> bool:
         """Whether it holds for these values: no γ is zero, and every norm has more than one place to average over.
@@ -290,6 +276,7 @@ _SETTINGS: dict[type[nn.Module], Callable[[dict[str, Any]], Any]] = {
     nn.AdaptiveAvgPool2d: itemgetter("output_size"),
 }
 """What decides what a module computes, apart from its parameters and the modules in it, out of its attributes."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class _Part(NamedTuple):
@@ -315,6 +302,8 @@ def _unchanged(parts: list[_Part]) -> bool:
     for module, kind, inside, read, settings in parts:
         attributes = module.__dict__  # which are quicker to come by than a module's own
         if type(module) is not kind or (*attributes["_modules"].items(),) != inside or read(attributes) != settings:
+            return False
+        if "forward" in attributes or any(attributes[hooks] for hooks in _HOOKS):
             return False
         for parameter in attributes["_parameters"].values():
             if parameter is None or not parameter.requires_grad:
@@ -586,8 +575,8 @@ def _sliced_sums(block: _Block, a: Tensor, b: Tensor, mean: np.ndarray, r: np.nd
 def _moments(y: Tensor) -> np.ndarray:
     """Per channel Σ y and Σ y², (2, C) float64, in one pass.
 
-    The kernel adds one float32 after another. It is shown several places of a channel as as many channels, and some
-    hundreds of each at once.
+    The kernel adds one float32 after another. It is shown several places of a channel as as many channels, and a few
+    dozens of each at once.
     """
     C, flat = y.shape[1], _flat(y)
     M = y.numel() // C
@@ -600,21 +589,13 @@ def _moments(y: Tensor) -> np.ndarray:
 
 def _squares(rows: Tensor, C: int) -> np.ndarray:
     """The moments of rows of several places of C channels each."""
-    zeros, ones = _constants(rows.shape[1], rows.dtype)
+    dtype = np.float32 if rows.dtype == torch.float32 else np.float64
+    zeros, ones = np.zeros(rows.shape[1], dtype), np.ones(rows.shape[1], dtype)
     moments = np.zeros((2, C))
-    for part in torch.split(rows, _ROWS_AT_ONCE) if len(rows) > _ROWS_AT_ONCE else [rows]:
-        _, squares, sums = _aten.native_batch_norm_backward(
-            part, part, None, None, None, zeros, ones, True, 0.0, [False, True, True]
-        )
-        for moment, found in zip(moments, (sums, squares), strict=True):
-            moment += found.numpy().reshape(-1, C).sum(0, dtype=np.float64)
+    for part in torch.split(rows, _ROWS_AT_ONCE):
+        for moment, found in zip(moments, _sums(part, part, zeros, ones), strict=True):
+            moment += found.reshape(-1, C).sum(0, dtype=np.float64)
     return moments
-
-
-@functools.lru_cache(maxsize=64)
-def _constants(count: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Zeros and ones."""
-    return torch.zeros(count, dtype=dtype, device="cpu"), torch.ones(count, dtype=dtype, device="cpu")
 
 
 def _add_at(plane: Tensor, place: Tensor | None, values: Tensor) -> None:
