@@ -12,9 +12,9 @@ from pathlib import Path
 
 import yaml
 
-from metaheed.runs import RunFolder
+from metaheed.runs import STUDY_FILE, RunFolder
 
-SEARCH, OF_SEARCH = "search.yaml", ("best.yaml", "trials.csv", "parallel_coordinate.png", "importances.png")
+OF_SEARCH = ("best.yaml", "trials.csv", "parallel_coordinate.png", "importances.png")
 
 
 def keep_run(path: Path, place: Path, tasks: bool = True) -> None:
@@ -38,14 +38,14 @@ def keep_search(path: Path, place: Path) -> None:
     for name in OF_SEARCH:
         if (path / name).exists():  # importances need ten trials
             shutil.copy(path / name, place)
-    settings = yaml.safe_load((path / SEARCH).read_text())
+    settings = yaml.safe_load((path / STUDY_FILE).read_text())
     settings["config"]["episodes"]["data_root"] = None
-    (place / SEARCH).write_text(yaml.safe_dump(settings, sort_keys=False))
+    (place / STUDY_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
     for trial in sorted((path / "trials").iterdir()):
         keep_run(trial, place / "trials" / trial.name, tasks=False)
 
 
 study = Path(__file__).parents[1] / "results" / sys.argv[1]
 for folder in map(Path, sys.argv[2:]):
-    (keep_search if (folder / SEARCH).exists() else keep_run)(folder, study / folder.name)
+    (keep_search if (folder / STUDY_FILE).exists() else keep_run)(folder, study / folder.name)
     print(study / folder.name)

@@ -40,6 +40,8 @@ from metaheed.learners import Learner, build_learner
 from metaheed.outer import OuterState
 from metaheed.types import Params
 
+STUDY_FILE = "search.yaml"
+"""In a folder that `metaheed search` keeps, whose run folders are trials."""
 _FORMAT = 1
 
 

@@ -17,10 +17,9 @@ from metaheed.config import RunConfig
 from metaheed.errors import RunError
 from metaheed.evaluation import read_result
 from metaheed.paper import Setting
-from metaheed.runs import RunFolder, stream_lines
+from metaheed.runs import STUDY_FILE, RunFolder, stream_lines
 
 TOY_FILE = "toy.json"
-_STUDY_FILE = "search.yaml"  # of a folder that `metaheed search` keeps
 _MOST = 10**9  # iterations that a config can ask for
 
 
@@ -142,7 +141,7 @@ def find(paths: Sequence[Path]) -> Found:
         for folder, below, files in _walk(path, seen):
             if TOY_FILE in files:
                 toys.append(folder / TOY_FILE)
-            if _STUDY_FILE in files:
+            if STUDY_FILE in files:
                 below.clear()
                 trials = len([*folder.glob("trials/*/config.yaml")])
                 studies.append((plain(str(folder)), f"trials of a search ({trials}): name a trial's folder to see it"))

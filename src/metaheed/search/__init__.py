@@ -36,6 +36,7 @@ from metaheed.data import Episodes, check_name, load_dataset
 from metaheed.errors import ConfigError, DataError, Interrupted, RunError
 from metaheed.learners import build_learner, find_backbone
 from metaheed.process import pick_device
+from metaheed.runs import STUDY_FILE
 from metaheed.search.database import FAILURES, reason, shown_as, sqlite_file, sqlite_url
 from metaheed.search.draws import first_rung, search_name
 from metaheed.search.results import Summary, write_results
@@ -143,7 +144,7 @@ def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
     check_name(data.data)
     find_backbone(config.learner.backbone, config.learner.backbone_path)
     pick_device(training.device)
-    if (out / "search.yaml").exists():
+    if (out / STUDY_FILE).exists():
         return  # begun, and so checked
     dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
     for split, shape in (("train", data.train_shape), ("val", data.test_shape), ("test", data.test_shape)):

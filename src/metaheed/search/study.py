@@ -18,7 +18,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from metaheed import recipes
 from metaheed.config import RunConfig, SearchConfig, build, from_dict, to_dict
 from metaheed.errors import RunError
-from metaheed.runs import RunFolder, write_whole
+from metaheed.runs import STUDY_FILE, RunFolder, write_whole
 from metaheed.search.database import connect, exclusive, shown_as, sqlite_file, sqlite_url
 from metaheed.search.draws import make_pruner, make_sampler
 
@@ -168,7 +168,7 @@ class SharedStudy:
         Raises:
             RunError: the folder is another search's.
         """
-        file = self.out / "search.yaml"
+        file = self.out / STUDY_FILE
         with self.writing():
             if file.exists():
                 config, settings = read_settings(self.out)
@@ -203,7 +203,7 @@ def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
     Raises:
         RunError: it is missing, or is none.
     """
-    file = out / "search.yaml"
+    file = out / STUDY_FILE
     try:
         values = yaml.safe_load(file.read_bytes())
         return from_dict(values["config"]), build(SearchConfig, values["search"], "search")
