@@ -41,18 +41,24 @@ run() { # NAME SEED, then what to train
   metaheed evaluate "$folder" --tasks 600
 }
 
-for seed in 0 1 2 3 4; do
-  run maml "$seed" maml "${maml[@]}"
-  run ta-maml "$seed" ta-maml "${attended[@]}" "${gamma[@]}"
-  run uniform-2b-maml "$seed" custom --learner maml --rule uniform-2b "${maml[@]}"
-done
-for seed in 0 1; do
-  run ta-maml-reuse "$seed" ta-maml --attention-reuse-probe "${attended[@]}" "${gamma[@]}"
-  run taml "$seed" taml "${maml[@]}"
-  run replayed-maml "$seed" custom --learner maml --rule replayed \
-    --replay "$out/cifar-fs-5way1shot-ta-maml-seed$seed" "${attended[@]}"
-  run loss-softmax-maml "$seed" custom --learner maml --rule loss-softmax "${maml[@]}"
-  run ta-maml-as-released "$seed" ta-maml --faithful-to-release "${attended[@]}" "${gamma[@]}"
-  run ta-maml-equivariant "$seed" ta-maml --attention-architecture equivariant --attention-standardize \
+counterparts() { # of seed $1: what the first two questions need
+  run maml "$1" maml "${maml[@]}"
+  run ta-maml "$1" ta-maml "${attended[@]}" "${gamma[@]}"
+  run uniform-2b-maml "$1" custom --learner maml --rule uniform-2b "${maml[@]}"
+}
+
+others() { # of seed $1; the replayed arm needs the seed's TA-MAML
+  run replayed-maml "$1" custom --learner maml --rule replayed \
+    --replay "$out/cifar-fs-5way1shot-ta-maml-seed$1" "${attended[@]}"
+  run loss-softmax-maml "$1" custom --learner maml --rule loss-softmax "${maml[@]}"
+  run ta-maml-reuse "$1" ta-maml --attention-reuse-probe "${attended[@]}" "${gamma[@]}"
+  run ta-maml-as-released "$1" ta-maml --faithful-to-release "${attended[@]}" "${gamma[@]}"
+  run ta-maml-equivariant "$1" ta-maml --attention-architecture equivariant --attention-standardize \
     "${attended[@]}" "${gamma[@]}"
-done
+  run taml "$1" taml "${maml[@]}"
+}
+
+for seed in 0 1 2; do counterparts "$seed"; done
+others 0
+for seed in 3 4; do counterparts "$seed"; done
+others 1
