@@ -219,9 +219,21 @@ def half_frozen(network: Any) -> None:
     network.body[0].norm.bias.requires_grad_(False)
 
 
+def own_forward(network: Any) -> None:
+    norm = network.body[1].norm
+    norm.forward = lambda x: x - 0.5
+
+
+def own_convolution(network: Any) -> None:
+    conv = network.body[2].conv
+    own = conv._conv_forward
+    conv._conv_forward = lambda x, weight, bias: own(x, 2 * weight, bias)
+
+
 LATER: list[Callable[[Any], None]] = [
     *(other_convolution, other_stride, other_padding, other_epsilon, one_more_layer, another_order, without_mean),
     *(other_class, running_statistics, half_frozen, hooked, other_norm, other_activation, weight_norm),
+    *(own_forward, own_convolution),
 ]
 
 

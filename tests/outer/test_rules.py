@@ -1,5 +1,6 @@
 """Batch rules on a fake learner whose gradients one can check by hand: g_i = θ − target_i."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from metaheed.outer import (
     Tools,
     adam,
     attended,
+    clipped,
     equity,
     loss_softmax,
     replayed,
@@ -46,6 +48,40 @@ def one_step(rule: Rule, *targets: float, at: float = 0.0, lr: float = 0.5) -> t
 
 def test_uniform() -> None:
     assert float(one_step(uniform(), 1, 2, 6)[0].meta["x"]) == 0.5 * 3
+
+
+ANY_RULE: dict[str, Callable[[], Rule]] = {
+    "uniform": uniform,
+    "sequential": sequential,
+    "loss-softmax": loss_softmax,
+    "equity": lambda: equity(2.0, "theil"),
+    "attended": lambda: attended(TaskAttention(3), adam(0.1), 0.5),
+    "attended through Adam": lambda: attended(TaskAttention(3), adam(0.1), 0.5, jacobian="optimizer"),
+}
+
+
+@pytest.mark.parametrize("name", ANY_RULE)
+def test_inference_mode_changes_no_step(name: str) -> None:
+    def steps() -> OuterState:
+        torch.manual_seed(0)
+        rule, outer = ANY_RULE[name](), clipped(adam(0.5), 0.25)
+        meta = {"x": torch.tensor(0.0, dtype=torch.float64)}
+        state = OuterState(meta, outer.init(meta), rule.init(meta))
+
+        def initial(meta: Params, tasks: Episode) -> tuple[Params, torch.Tensor]:
+            return {"x": torch.full_like(tasks.query_x, 3.0)}, tasks.query_x
+
+        tools = Tools(gradients, initial, outer, lambda t: batch(1, 2, 6), lambda t: batch(3, 1, 9))
+        for t in range(2):
+            state, _ = rule.step(state, t, tools)
+        return state
+
+    expected = steps()
+    with torch.inference_mode():
+        found = steps()
+    for ours, theirs in ((found.meta, expected.meta), (found.rule, expected.rule)):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[leaf], theirs[leaf]) for leaf in theirs)
 
 
 def test_sequential_over_three_tasks() -> None:

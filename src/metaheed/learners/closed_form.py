@@ -277,6 +277,8 @@ _SETTINGS: dict[type[nn.Module], Callable[[dict[str, Any]], Any]] = {
 }
 """What decides what a module computes, apart from its parameters and the modules in it, out of its attributes."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
+"""Of a module's class, which an instance may have others of."""
 
 
 class _Part(NamedTuple):
@@ -303,7 +305,7 @@ def _unchanged(parts: list[_Part]) -> bool:
         attributes = module.__dict__  # which are quicker to come by than a module's own
         if type(module) is not kind or (*attributes["_modules"].items(),) != inside or read(attributes) != settings:
             return False
-        if "forward" in attributes or any(attributes[hooks] for hooks in _HOOKS):
+        if any(attributes[hooks] for hooks in _HOOKS) or any(method in attributes for method in _METHODS):
             return False
         for parameter in attributes["_parameters"].values():
             if parameter is None or not parameter.requires_grad:
