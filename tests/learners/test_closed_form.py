@@ -221,7 +221,7 @@ def half_frozen(network: Any) -> None:
 
 def own_forward(network: Any) -> None:
     norm = network.body[1].norm
-    norm.forward = lambda x: x - 0.5
+    norm.forward = lambda x: 2 * nn.BatchNorm2d.forward(norm, x)
 
 
 def own_convolution(network: Any) -> None:

@@ -262,7 +262,7 @@ class Backbone:
     def closed_form(self, params: Params, x: Tensor) -> ClosedForm | None:
         """The network's derivatives without autograd, where they are known and apply to these very tensors."""
         fast = self.known
-        if fast is None or not _plain([x, *params.values()]) or x.requires_grad or set(params) != fast.names:
+        if fast is None or not ordinary_on_cpu([x, *params.values()]) or x.requires_grad or set(params) != fast.names:
             return None
         # Many tasks at once have no other form to fall back to: `takes_batches` has asked about network and shapes.
         return fast if x.dim() == 5 or (fast.applies and fast.fits(params, x)) else None
@@ -283,7 +283,7 @@ class Backbone:
         return {n: c.to(like.device, like.dtype if c.is_floating_point() else c.dtype) for n, c in constants.items()}
 
 
-def _plain(tensors: Sequence[Tensor]) -> bool:
+def ordinary_on_cpu(tensors: Sequence[Tensor]) -> bool:
     """Whether these are ordinary tensors on a CPU, and nothing transforms what is computed from them."""
     if transformed() or torch.is_autocast_enabled("cpu"):
         return False

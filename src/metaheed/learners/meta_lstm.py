@@ -24,10 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from metaheed.config import MetaLSTMConfig
-from metaheed.learners.base import NetworkLearner, below, loss_gradient
+from metaheed.learners.base import NetworkLearner, below, loss_gradient, ordinary_on_cpu
+from metaheed.learners.learned_update import State, by_formula, in_closed_form
 from metaheed.types import Params
-
-_P = 10.0  # p of the preprocessing
 
 
 class MetaLSTM(NetworkLearner):
@@ -103,37 +102,16 @@ class MetaLSTM(NetworkLearner):
         """φᵀ = c_T after T steps of the learned optimiser on the support set."""
         c = _flat(self.initial(meta), support_y)  # (1, D)
         nothing = c.new_zeros(*c.shape[:-2], self.hidden_size, c.shape[-1])
-        state = {"c": c, "h": nothing, "m": nothing, "forget": torch.zeros_like(c), "take": torch.zeros_like(c)}
-        state = self.steps(self._step, meta, state, support_x, support_y)
-        return _unflat(state["c"], self.initial(meta))
+        state = State(c, nothing, nothing, torch.zeros_like(c), torch.zeros_like(c))
+        after = self.steps(self._step, meta, state._asdict(), support_x, support_y)
+        return _unflat(after["c"], self.initial(meta))
 
     def _step(self, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        c, forget, take = state["c"], state["forget"], state["take"]  # f̃, ĩ
-        at = _unflat(c.detach(), self.initial(meta))
+        at = _unflat(state["c"].detach(), self.initial(meta))
         gradient, loss, _ = loss_gradient(self, at, support_x, support_y)
         g, loss = _flat(gradient, support_y).detach(), loss.detach()[..., None, None]
-        x = torch.cat([preprocess(loss).expand(*g.shape[:-2], 2, g.shape[-1]), preprocess(g)], -2)  # (4, D)
-        h, m = _lstm_cell(meta, x, state["h"], state["m"])
-        forget = meta["forget_gate.weight"] @ torch.cat([h, c, forget], -2) + meta["forget_gate.bias"].unsqueeze(-1)
-        take = meta["input_gate.weight"] @ torch.cat([h, c, take], -2) + meta["input_gate.bias"].unsqueeze(-1)
-        c = torch.sigmoid(forget) * c - torch.sigmoid(take) * g
-        return {"c": c, "h": h, "m": m, "forget": forget, "take": take}
-
-
-def preprocess(x: Tensor) -> Tensor:
-    """(…, 1, n) -> (…, 2, n): (log|x|/p, sign x) where |x| ≥ e⁻ᵖ, else (−1, eᵖ x); p = 10."""
-    size = x.abs()
-    large = size >= math.exp(-_P)
-    log = torch.where(large, size, 1.0).log() / _P
-    return torch.cat([torch.where(large, log, -1.0), torch.where(large, x.sign(), math.exp(_P) * x)], -2)
-
-
-def _lstm_cell(meta: Params, x: Tensor, h: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    # torch.nn.LSTMCell in plain matrix products, for its fused kernel has neither a vmap rule nor a second derivative.
-    bias = (meta["lstm.bias_ih"] + meta["lstm.bias_hh"]).unsqueeze(-1)
-    i, f, g, o = (meta["lstm.weight_ih"] @ x + meta["lstm.weight_hh"] @ h + bias).chunk(4, -2)
-    m = torch.sigmoid(f) * m + torch.sigmoid(i) * torch.tanh(g)
-    return torch.sigmoid(o) * torch.tanh(m), m
+        update = in_closed_form if ordinary_on_cpu([g, *meta.values(), *state.values()]) else by_formula
+        return update(meta, loss, g, State(**state))._asdict()
 
 
 def _flat(tree: Params, support_y: Tensor) -> Tensor:
