@@ -3,11 +3,13 @@
 #
 #     experiments/cifar_fs.sh search DATA_ROOT OUT      10 configurations x 1,000 iterations, of MAML and of TA-MAML
 #     experiments/cifar_fs.sh train DATA_ROOT OUT       4,000 iterations of every arm, judged on 600 frozen tasks
+#     experiments/cifar_fs.sh learners DATA_ROOT OUT    the same of MetaSGD and MetaLSTM++, with and without attention
 #
 # DATA_ROOT holds cifar-100-python. Every command may be given again, or in several terminals: what is done is left, what
 # was cut off goes on. To train with the search that was made here, copy results/cifar_fs_search/search-* into OUT first.
 # MAML and TA-MAML have the settings that their searches chose (validation only). Arms without attention and TAML have
 # MAML's; attended arms, and the replayed control, which asks whether it matters who gets a weight, have TA-MAML's.
+# MetaSGD's rates start at MAML's fast_lr; MetaLSTM++ has its meta_lr.
 set -euo pipefail
 what=$1 data=$2 out=$3
 setting=(--data cifar-fs --data-root "$data" --ways 5 --shots 1 --threads 1)
@@ -58,6 +60,15 @@ others() { # of seed $1; the replayed arm needs the seed's TA-MAML
   run taml "$1" taml "${maml[@]}"
 }
 
+if [ "$what" = learners ]; then
+  for seed in 0 1; do
+    run metasgd "$seed" metasgd "${maml[@]}"
+    run ta-metasgd "$seed" ta-metasgd "${attended[@]}" "${gamma[@]}"
+    run metalstm++ "$seed" metalstm++ --meta-lr "$(rate maml meta_lr)"
+    run ta-metalstm++ "$seed" ta-metalstm++ --meta-lr "$(rate ta-maml meta_lr)" "${gamma[@]}"
+  done
+  exit
+fi
 for seed in 0 1 2; do counterparts "$seed"; done
 others 0
 for seed in 3 4; do counterparts "$seed"; done
