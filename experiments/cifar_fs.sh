@@ -11,6 +11,7 @@
 # MAML's; attended arms, and the replayed control, which asks whether it matters who gets a weight, have TA-MAML's.
 # MetaSGD's rates start at MAML's fast_lr; MetaLSTM++ has its meta_lr.
 set -euo pipefail
+. "$(dirname "$0")/run_once.sh"
 what=$1 data=$2 out=$3
 setting=(--data cifar-fs --data-root "$data" --ways 5 --shots 1 --threads 1)
 
@@ -31,16 +32,7 @@ gamma=(--attention-lr "$(rate ta-maml attention_lr)")
 run() { # NAME SEED, then what to train
   local folder=$out/cifar-fs-5way1shot-$1-seed$2 seed=$2
   shift 2
-  [ -e "$folder/result.json" ] && return
-  if [ -e "$folder/checkpoints" ]; then
-    metaheed train --resume "$folder" || return 0 # another terminal is at it
-  elif [ ! -e "$folder" ]; then
-    metaheed train "$@" "${setting[@]}" --seed "$seed" --iterations 4000 --out "$folder"
-  else
-    echo "$folder has no checkpoint yet: another terminal has just begun it; if none has, remove it" >&2
-    return 0
-  fi
-  metaheed evaluate "$folder" --tasks 600
+  run_once "$folder" "$@" "${setting[@]}" --seed "$seed" --iterations 4000
 }
 
 counterparts() { # of seed $1: what the first two questions need

@@ -16,6 +16,7 @@ Backward, for the cotangents of c_t, h_t, m_t, f̃_t, ĩ_t (a bar: cotangent; �
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -86,12 +87,6 @@ def _lstm_cell(meta: Params, x: Tensor, h: Tensor, m: Tensor) -> tuple[Tensor, T
     return torch.sigmoid(o) * torch.tanh(m), m
 
 
-def _blocks(h: Tensor) -> list[slice]:
-    D = h.shape[-1]
-    size = max(16, _BLOCK_BYTES // (4 * h.shape[-2] * h.element_size()) // 16 * 16)
-    return [slice(start, min(start + size, D)) for start in range(0, D, size)]
-
-
 class _Gates(NamedTuple):
     """Room for a block of n coordinates, which is filled anew for each."""
 
@@ -120,6 +115,18 @@ class _Gates(NamedTuple):
         self.line[3 * H :].tanh_()
 
 
+def _blocks(h: Tensor, work: bool) -> Iterator[tuple[slice, _Gates]]:
+    """The coordinates, block by block, each with the room for it; all but a shorter last one share theirs."""
+    D = h.shape[-1]
+    size = max(16, _BLOCK_BYTES // (4 * h.shape[-2] * h.element_size()) // 16 * 16)
+    room = _Gates.room(h, min(size, D), work)
+    for start in range(0, D, size):
+        n = min(size, D - start)
+        if n < room.line.shape[1]:
+            room = _Gates.room(h, n, work)
+        yield slice(start, start + n), room
+
+
 class _Update(torch.autograd.Function):
     """`by_formula` of B tasks as one node of autograd's graph; L and g are constants."""
 
@@ -127,17 +134,14 @@ class _Update(torch.autograd.Function):
     def forward(ctx, loss, g, *leaves):  # type: ignore[no-untyped-def]
         (c, h, m, forget, take), weights = State(*leaves[:5]), leaves[5:]
         ih, hh, bias_ih, bias_hh, forget_weight, forget_bias, take_weight, take_bias = weights
-        B, H, D = h.shape
+        B, _, D = h.shape
         shown_g = preprocess(g)
         # The loss is the same for all coordinates, so its part of the product is a part of the bias.
         bias = (ih[..., :2] @ preprocess(loss)).squeeze(-1) + bias_ih + bias_hh
         cell = _sigmoids_first(torch.cat([hh, ih[..., 2:], bias.unsqueeze(-1)], -1))
-        upper = torch.cat([forget_weight[..., :H], take_weight[..., :H]], -2)
+        of_h, of_c, of_fed_back = _gate_weights(forget_weight, take_weight)
         next_h, next_m, scores = torch.empty_like(h), torch.empty_like(m), h.new_empty(B, 2, D)
-        rooms: dict[int, _Gates] = {}
-        for at in _blocks(h):
-            n = at.stop - at.start
-            room = rooms.get(n) or rooms.setdefault(n, _Gates.room(h, n, work=False))
+        for at, room in _blocks(h, work=False):
             i, f, o, new = room.line.chunk(4)
             for b in range(B):
                 room.fill(cell[b], h[b, :, at], shown_g[b, :, at])
@@ -145,8 +149,7 @@ class _Update(torch.autograd.Function):
                 torch.mul(m[b, :, at], f, out=m_now).addcmul_(i, new)
                 torch.tanh(m_now, out=room.shown)
                 torch.mul(o, room.shown, out=h_now)
-                scores[b, :, at] = upper[b] @ h_now
-        of_c, of_fed_back = _rates(forget_weight, take_weight, H)
+                scores[b, :, at] = of_h[b] @ h_now
         scores += of_c * c + of_fed_back * torch.cat([forget, take], 1)
         scores += torch.stack([forget_bias, take_bias], 1)
         next_forget, next_take = (row.clone() for row in scores.chunk(2, 1))
@@ -171,17 +174,13 @@ class _Update(torch.autograd.Function):
         for row, d in enumerate(dscores):
             if d is not None:
                 slopes[:, row : row + 1] += d
-        of_c, of_fed_back = _rates(forget_weight, take_weight, H)
+        of_h, of_c, of_fed_back = _gate_weights(forget_weight, take_weight)
         c_before = dc * keeps + of_c.mT @ slopes
         fed_back = of_fed_back * slopes
-        upper = torch.cat([forget_weight[..., :H], take_weight[..., :H]], -2)
         h_before = torch.empty_like(h) if ctx.needs_input_grad[3] else None
         m_before = torch.empty_like(m) if ctx.needs_input_grad[4] else None
         dcell, above = torch.zeros_like(cell), h.new_zeros(B, 2, H)
-        rooms: dict[int, _Gates] = {}
-        for at in _blocks(h):
-            n = at.stop - at.start
-            room = rooms.get(n) or rooms.setdefault(n, _Gates.room(h, n, work=True))
+        for at, room in _blocks(h, work=True):
             i, f, o, new = room.line.chunk(4)
             da, dh_now, dm_now = room.work[: 4 * H], room.work[4 * H : 5 * H], room.work[5 * H :]
             di, df, do, dnew = da.chunk(4)
@@ -189,7 +188,7 @@ class _Update(torch.autograd.Function):
                 room.fill(cell[b], h[b, :, at], shown_g[b, :, at])
                 torch.tanh(next_m[b, :, at], out=room.shown)
                 slope = slopes[b, :, at]
-                torch.mm(upper[b].T, slope, out=dh_now)
+                torch.mm(of_h[b].T, slope, out=dh_now)
                 if dh is not None:
                     dh_now += dh[b, :, at]
                 torch.mul(dh_now, o, out=dm_now)
@@ -230,10 +229,10 @@ def _by_autograd(loss, g, leaves, cotangents):  # type: ignore[no-untyped-def]
     return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 
-def _rates(forget_weight: Tensor, take_weight: Tensor, H: int) -> tuple[Tensor, Tensor]:
-    """The weights of c and of f̃, ĩ in the two gates, (B, 2, 1) each."""
+def _gate_weights(forget_weight: Tensor, take_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The two gates' weights of h (B, 2, H), of c (B, 2, 1), and of f̃ and ĩ (B, 2, 1)."""
     both = torch.cat([forget_weight, take_weight], 1)
-    return both[..., H : H + 1], both[..., H + 1 :]
+    return both[..., :-2], both[..., -2:-1], both[..., -1:]
 
 
 def _sigmoids_first(rows: Tensor) -> Tensor:
