@@ -28,6 +28,7 @@ from metaheed.config import MAMLConfig, default_config, from_dict, to_dict
 from metaheed.data import Dataset, load_dataset
 from metaheed.outer import processes
 from metaheed.outer.processes import AVAILABLE
+from metaheed.runs import RunFolder
 from metaheed.training import Silent
 from tests.conftest import ROOT, Run
 
@@ -94,8 +95,6 @@ def test_run_folder(algorithm: str, whole: dict[str, Path]) -> None:
     learner, meta = package.load(run)
     assert all(torch.equal(weights[name], meta[name]) for name in meta)
     assert list(learner.init(torch.Generator())) == list(meta)
-    from metaheed.runs import RunFolder
-
     _, about = RunFolder(run).read_weights("best")
     assert about["iteration"] == best["iteration"]
 
@@ -276,6 +275,51 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(
     assert one == other
 
 
+@pytest.mark.parametrize("hard_links", [True, False])
+def test_a_run_can_be_read_at_any_moment_while_it_writes(
+    hard_links: bool, whole: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others read a run while it trains (evaluate, info, a dry run): around each rename there is a whole checkpoint."""
+    shutil.copytree(whole["maml"], tmp_path / "run")
+    checkpoint, _ = RunFolder(tmp_path / "run").read_checkpoint()
+    assert checkpoint is not None
+    seen: list[int] = []
+
+    def look() -> None:
+        found, notices = RunFolder(tmp_path / "run").read_checkpoint()
+        assert found is not None
+        assert not notices
+        seen.append(found.progress.iteration)
+        assert RunFolder(tmp_path / "run").last.exists() or not hard_links
+
+    rename = Path.replace
+
+    def watched(path: Path, target: Path) -> Path:
+        look()
+        renamed = rename(path, target)
+        look()
+        return renamed
+
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "hard links are not supported")
+
+    monkeypatch.setattr(Path, "replace", watched)
+    if not hard_links:
+        monkeypatch.setattr(os, "link", refused)
+    folder = RunFolder(tmp_path / "run")
+    for iteration in (11, 12):
+        folder.write_checkpoint(replace(checkpoint, progress=checkpoint.progress._replace(iteration=iteration)))
+        if iteration == 11:  # as a death between two renames leaves it
+            folder.previous.unlink()
+            folder.previous.hardlink_to(folder.last) if hard_links else shutil.copy(folder.last, folder.previous)
+    assert sorted(set(seen)) == [10, 11, 12]
+    assert not list(folder.checkpoints.glob("*.part"))
+    folder.last.write_bytes(b"junk")
+    found, _ = folder.read_checkpoint()
+    assert found is not None
+    assert found.progress.iteration == 11
+
+
 def test_with_no_whole_checkpoint_left_it_starts_anew(whole: dict[str, Path], metaheed: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole["maml"], run)
@@ -431,8 +475,6 @@ def test_non_finite_loss_stops_with_iteration_and_task(metaheed: Run, tmp_path: 
     iteration = int(err.split("error: iteration ")[1].split(":")[0])
     assert iteration > 3
     assert " of task 1 " in err
-    from metaheed.runs import RunFolder
-
     checkpoint, notices = RunFolder(run).read_checkpoint()
     assert checkpoint is not None
     assert not notices
@@ -512,7 +554,6 @@ def test_config_round_trip() -> None:
 )
 def test_a_hand_edited_config_is_explained(change: tuple[str, object], message: str, tmp_path: Path) -> None:
     from metaheed.errors import RunError
-    from metaheed.runs import RunFolder
 
     values = to_dict(default_config("maml"))
     values[change[0]] = change[1]

@@ -28,7 +28,8 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -184,7 +185,7 @@ class RunFolder:
             write_synced(part, _packed(tensors, about))
             # A damaged last one, found when the run was resumed, must not replace the whole one before it.
             if self.last.exists() and not self._last_is_damaged:
-                self.last.replace(self.previous)
+                _name_also(self.last, self.previous)
             part.replace(self.last)
             self._last_is_damaged = False
         self.write_best(checkpoint)
@@ -437,6 +438,19 @@ def check_writable(path: Path) -> None:
         part.unlink()
 
 
+def _name_also(path: Path, other: Path) -> None:
+    """Bring a file to a second name, keeping its first, for those who read it meanwhile."""
+    part = other.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)
+    except OSError:  # a file system without hard links
+        path.replace(other)
+    else:
+        part.replace(other)
+        part.unlink(missing_ok=True)  # renaming does nothing where both names were the file's already
+
+
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -459,13 +473,17 @@ def _packed(tensors: Params, about: dict[str, Any]) -> bytes:
 
 def _unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
     try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["metaheed"])
-            names = about.get("names", [])
-            if sorted(names) != sorted(file.keys()):
-                raise ValueError("its list of tensors does not match its content")
-            # Copied into memory of PyTorch's own alignment: vector kernels round differently at another one.
-            tensors = {name: file.get_tensor(name).clone() for name in names}
+        # Read at once: the library's own reader opens the file twice, and a training run may replace it in between.
+        content = path.read_bytes()
+        found = load_tensors(content)
+        # The bytes' reader gives no metadata: the format's header is its length in 8 bytes, then JSON.
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = json.loads(header.get("__metadata__", {})["metaheed"])
+        names = about.get("names", [])
+        if sorted(names) != sorted(found):
+            raise ValueError("its list of tensors does not match its content")
+        # Copied into memory of PyTorch's own alignment: vector kernels round differently at another one.
+        tensors = {name: found[name].clone() for name in names}
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise RunError(f"{path} is not a checkpoint: {error}") from error
     if about.get("format") != _FORMAT:
