@@ -123,6 +123,24 @@ def test_derivatives_through_adaptation_of_any_order_by_plain_autograd() -> None
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.parametrize("tasks", [(), (2,)], ids=["one task", "two"])
+def test_many_vectors_at_once(tasks: tuple[int, ...]) -> None:
+    """torch.autograd.grad(…, is_grads_batched=True), as torch.autograd.functional.jacobian(vectorize=True) has it."""
+    batch = make_batch(2, WAYS, 1, 2, (1, 16, 16))
+    x, y = (part if tasks else part[0] for part in (batch.support_x, batch.support_y))
+    learner = MAML(Conv4(WAYS, (1, 16, 16), hidden=3), adaptation_steps=2, fast_lr=0.2)
+    drawn = learner.init(torch.Generator().manual_seed(0))
+    meta = {n: p.double().expand(*tasks, *p.shape).clone().requires_grad_() for n, p in drawn.items()}
+    adapted = learner.adapt(meta, x, y)["head.bias"]
+    vectors = torch.randn(3, *adapted.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    leaves = list(meta.values())
+    one_by_one = [torch.autograd.grad(adapted, leaves, vector, retain_graph=True) for vector in vectors]
+    together = torch.autograd.grad(adapted, leaves, vectors, is_grads_batched=True)
+    for found, *expected in zip(together, *one_by_one, strict=True):
+        torch.testing.assert_close(found, torch.stack(expected), rtol=1e-7, atol=1e-9)
+    assert any(leaf.any() for leaf in together)
+
+
 class Subclass(Conv4):
     """May do anything."""
 

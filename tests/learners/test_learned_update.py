@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from metaheed.learners import Conv4, MetaLSTM, learned_update
 from metaheed.learners.learned_update import State, by_formula, in_closed_form
-from metaheed.outer import vectorized
+from metaheed.outer import task_gradient, vectorized
 from metaheed.types import Params
-from tests.conftest import make_batch
+from tests.conftest import make_batch, task
 
 Update = Callable[[Params, Tensor, Tensor, State], State]
 B, D = 2, 75
@@ -80,6 +80,93 @@ def test_it_can_be_differentiated_twice() -> None:
     values = tuple(leaf.detach().requires_grad_() for leaf in leaves.values())
     assert torch.autograd.gradcheck(outcome, values)
     assert torch.autograd.gradgradcheck(outcome, values)
+
+
+@pytest.mark.parametrize("tasks", [(), (1,), (B,)], ids=["one task", "a batch of one", "two"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own gates", "one tensor for both gates"])
+def test_derivatives_of_several_steps_up_to_the_third(tied: bool, tasks: tuple[int, ...]) -> None:
+    """A later state depends on the weights itself: nothing may be counted twice."""
+
+    def derivatives(update: Update) -> list[dict[str, Tensor]]:
+        meta, loss, g, state = inputs(2, tasks)
+        leaves = {**meta, **state._asdict()}
+        if tied:
+            for name in ("weight", "bias"):
+                meta[f"input_gate.{name}"] = meta[f"forget_gate.{name}"]
+                del leaves[f"input_gate.{name}"]
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        for _ in range(3):
+            state = update(meta, loss, g, state)
+        value, found = state.c.square().sum(), []
+        for _ in range(3):
+            slopes = torch.autograd.grad(value, list(leaves.values()), create_graph=True, materialize_grads=True)
+            found.append(dict(zip(leaves, slopes, strict=True)))
+            value = sum((slope.square().sum() for slope in slopes), torch.zeros((), dtype=torch.float64)).sqrt()
+        return found
+
+    for ours, theirs in zip(derivatives(in_closed_form), derivatives(by_formula), strict=True):
+        for name, slope in theirs.items():
+            torch.testing.assert_close(ours[name], slope, rtol=1e-9, atol=1e-10)
+            assert slope.any()
+
+
+@pytest.mark.parametrize("moving", ["forget_gate.weight", "input_gate.bias", "lstm.bias_hh", "c", "take"])
+@pytest.mark.parametrize("tasks", [(), (B,)], ids=["one task", "two"])
+def test_one_leaf_alone_may_move(moving: str, tasks: tuple[int, ...]) -> None:
+    def derivatives(update: Update) -> list[Tensor]:
+        meta, loss, g, state = inputs(2, tasks)
+        leaf = {**meta, **state._asdict()}[moving].requires_grad_()
+        for _ in range(2):
+            state = update(meta, loss, g, state)
+        total = sum((part.square().sum() for part in state if part.requires_grad), torch.zeros((), dtype=torch.float64))
+        (first,) = torch.autograd.grad(total, leaf, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), leaf)
+        return [first, second]
+
+    for ours, theirs in zip(derivatives(in_closed_form), derivatives(by_formula), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+        assert theirs.any()
+
+
+@pytest.mark.parametrize("tasks", [(), (B,)], ids=["one task", "two"])
+def test_many_vectors_at_once(tasks: tuple[int, ...]) -> None:
+    def products(update: Update) -> tuple[Tensor, ...]:
+        meta, loss, g, state = inputs(2, tasks)
+        leaves = [*meta.values(), *state]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        for _ in range(2):
+            state = update(meta, loss, g, state)
+        vectors = torch.randn(3, *state.c.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        return torch.autograd.grad(state.c, leaves, vectors, is_grads_batched=True)
+
+    for ours, theirs in zip(products(in_closed_form), products(by_formula), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+
+
+def test_what_is_not_seen_may_be_infinite() -> None:
+    def slope(update: Update) -> Tensor:
+        meta, loss, g, state = inputs(2)
+        state.c[0, 0, 0] = torch.inf
+        weight = meta["lstm.weight_ih"].requires_grad_()
+        return torch.autograd.grad(update(meta, loss, g, state).h.sum(), weight)[0]
+
+    torch.testing.assert_close(slope(in_closed_form), slope(by_formula))
+    assert slope(by_formula).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_logits_of_another_type_take_the_formulas(dtype: torch.dtype) -> None:
+    class Half(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.to(dtype)
+
+    learner = MetaLSTM(nn.Sequential(nn.Flatten(), nn.Linear(16, 3), Half()), adaptation_steps=2)
+    meta = learner.init(torch.Generator().manual_seed(0))
+    gradient, _ = task_gradient(learner, meta, task(make_batch(1, 3, 1, 2, (1, 4, 4), torch.float32), 0))
+    assert all(leaf.isfinite().all() for leaf in gradient.values())
+    assert gradient["initial.1.weight"].any()
 
 
 def test_nothing_that_was_given_is_changed() -> None:

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad_and_value, vjp
 
 from metaheed.errors import ConfigError, unknown
 from metaheed.learners.closed_form import ClosedForm, closed_form, mean_cross_entropy
-from metaheed.learners.derivatives import Step, needs_graph, recomputed, transformed
+from metaheed.learners.derivatives import Step, many_vectors, needs_graph, recomputed, transformed
 from metaheed.types import Params
 
 
@@ -122,8 +122,8 @@ class _ClosedGradient(torch.autograd.Function):
         x, y, *leaves = ctx.saved_tensors
         at = dict(zip(ctx.names, leaves, strict=True))
         loss, logits, *directions = cotangents
-        if torch.is_grad_enabled() or loss is not None or logits is not None:
-            # Third derivatives, or those of the loss itself: autograd's.
+        if torch.is_grad_enabled() or loss is not None or logits is not None or many_vectors(cotangents):
+            # Third derivatives, or those of the loss itself, or many vectors at once: autograd's.
             def function(at):  # type: ignore[no-untyped-def]
                 # Task by task: PyTorch 2.13's derivative of a vmapped gradient of convolutions is wrong.
                 tasks = range(len(y))

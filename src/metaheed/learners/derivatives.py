@@ -1,6 +1,6 @@
 """Derivatives of functions of parameter trees, under torch.func's transforms and under plain autograd alike."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -19,6 +19,13 @@ Step = Callable[[Params, Params, Tensor, Tensor], Params]
 def transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad, vjp, …) is at work."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def many_vectors(cotangents: Sequence[Tensor | None]) -> bool:
+    """Whether a backward pass is given many vectors at once (`is_grads_batched`), which operations with `out` refuse
+    and `transformed` does not see.
+    """
+    return any(d is not None and torch._C._functorch.is_legacy_batchedtensor(d) for d in cotangents)
 
 
 def needs_graph(tree: Params) -> bool:

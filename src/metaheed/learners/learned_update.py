@@ -16,12 +16,13 @@ Backward, for the cotangents of c_t, h_t, m_t, f̃_t, ĩ_t (a bar: cotangent; �
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from metaheed.learners.derivatives import many_vectors
 from metaheed.types import Params
 
 _P = 10.0  # p of the preprocessing
@@ -68,9 +69,9 @@ def by_formula(meta: Params, loss: Tensor, g: Tensor, state: State) -> State:
 
 
 def in_closed_form(meta: Params, loss: Tensor, g: Tensor, state: State) -> State:
-    """`by_formula` for ordinary tensors on a CPU, to rounding; L and g are constants.
+    """`by_formula` for ordinary tensors of one type on a CPU, to rounding; L and g are constants and get no gradient.
 
-    It can be differentiated as often as wanted.
+    It can be differentiated as often as wanted: the first time in closed form, from then on as the formulas are.
     """
     weights = [meta[name] for name in _WEIGHTS]
     if g.dim() == 3:
@@ -135,12 +136,12 @@ class _Update(torch.autograd.Function):
         (c, h, m, forget, take), weights = State(*leaves[:5]), leaves[5:]
         ih, hh, bias_ih, bias_hh, forget_weight, forget_bias, take_weight, take_bias = weights
         B, _, D = h.shape
-        shown_g = preprocess(g)
+        shown_g = preprocess(g)  # (B, 2, D)
         # The loss is the same for all coordinates, so its part of the product is a part of the bias.
         bias = (ih[..., :2] @ preprocess(loss)).squeeze(-1) + bias_ih + bias_hh
-        cell = _sigmoids_first(torch.cat([hh, ih[..., 2:], bias.unsqueeze(-1)], -1))
+        cell = _sigmoids_first(torch.cat([hh, ih[..., 2:], bias.unsqueeze(-1)], -1))  # (B, 4H, H+3)
         of_h, of_c, of_fed_back = _gate_weights(forget_weight, take_weight)
-        next_h, next_m, scores = torch.empty_like(h), torch.empty_like(m), h.new_empty(B, 2, D)
+        next_h, next_m, scores = torch.empty_like(h), torch.empty_like(m), h.new_empty(B, 2, D)  # f̃, ĩ
         for at, room in _blocks(h, work=False):
             i, f, o, new = room.line.chunk(4)
             for b in range(B):
@@ -161,25 +162,29 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
         loss, g, *leaves, cell, shown_g, next_m, next_forget, next_take = ctx.saved_tensors
-        if torch.is_grad_enabled():  # second derivatives are wanted
-            return None, None, *_by_autograd(loss, g, leaves, cotangents)  # type: ignore[no-untyped-call]
+        if torch.is_grad_enabled() or many_vectors(cotangents):  # second derivatives are wanted, or many first ones
+            with torch.enable_grad():
+                return None, None, *_by_autograd(loss, g, leaves, cotangents)
         (c, h, m, forget, take), weights = State(*leaves[:5]), leaves[5:]
         _, _, _, _, forget_weight, _, take_weight, _ = weights
         B, H, _ = h.shape
         dc, dh, dm, *dscores = cotangents
-        if dc is None:
-            dc = torch.zeros_like(c)
         keeps, takes = torch.sigmoid(next_forget), torch.sigmoid(next_take)
-        slopes = torch.cat([dc * c * keeps * (1 - keeps), -dc * g * takes * (1 - takes)], 1)  # f̄, ī
+        if dc is None:  # not zero times c, which may be infinite
+            slopes = h.new_zeros(B, 2, h.shape[-1])
+        else:
+            slopes = torch.cat([dc * c * keeps * (1 - keeps), -dc * g * takes * (1 - takes)], 1)  # f̄, ī
         for row, d in enumerate(dscores):
             if d is not None:
                 slopes[:, row : row + 1] += d
         of_h, of_c, of_fed_back = _gate_weights(forget_weight, take_weight)
-        c_before = dc * keeps + of_c.mT @ slopes
+        c_before = of_c.mT @ slopes
+        if dc is not None:
+            c_before += dc * keeps
         fed_back = of_fed_back * slopes
         h_before = torch.empty_like(h) if ctx.needs_input_grad[3] else None
         m_before = torch.empty_like(m) if ctx.needs_input_grad[4] else None
-        dcell, above = torch.zeros_like(cell), h.new_zeros(B, 2, H)
+        dcell, above = torch.zeros_like(cell), h.new_zeros(B, 2, H)  # of the gates' weights of h
         for at, room in _blocks(h, work=True):
             i, f, o, new = room.line.chunk(4)
             da, dh_now, dm_now = room.work[: 4 * H], room.work[4 * H : 5 * H], room.work[5 * H :]
@@ -217,15 +222,20 @@ class _Update(torch.autograd.Function):
         return None, None, c_before, h_before, m_before, *fed_back.chunk(2, 1), *dweights, *dgates
 
 
-def _by_autograd(loss, g, leaves, cotangents):  # type: ignore[no-untyped-def]
+def _by_autograd(
+    loss: Tensor, g: Tensor, leaves: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """What backward gives, each of the shape of its leaf, by operations that are differentiated in their turn."""
+    # Views, for a state of a later step depends on the weights itself, and two names may have one tensor: a gradient
+    # with respect to the leaves themselves would contain what the engine adds afterwards.
+    leaves = [leaf.view_as(leaf) for leaf in leaves]
     moving = [leaf for leaf in leaves if leaf.requires_grad]
     after = by_formula(dict(zip(_WEIGHTS, leaves[5:], strict=True)), loss, g, State(*leaves[:5]))
-    given = [(value, d) for value, d in zip(after, cotangents, strict=True) if d is not None]
-    found = iter(
-        torch.autograd.grad(
-            [value for value, _ in given], moving, [d for _, d in given], create_graph=True, materialize_grads=True
-        )
-    )
+    given = [(y, d) for y, d in zip(after, cotangents, strict=True) if d is not None and y.requires_grad]
+    if not given:
+        return [torch.zeros_like(leaf) if leaf.requires_grad else None for leaf in leaves]
+    values, vectors = zip(*given, strict=True)
+    found = iter(torch.autograd.grad(values, moving, vectors, create_graph=True, materialize_grads=True))
     return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
 

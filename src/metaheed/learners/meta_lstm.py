@@ -110,7 +110,7 @@ class MetaLSTM(NetworkLearner):
         at = _unflat(state["c"].detach(), self.initial(meta))
         gradient, loss, _ = loss_gradient(self, at, support_x, support_y)
         g, loss = _flat(gradient, support_y).detach(), loss.detach()[..., None, None]
-        update = in_closed_form if ordinary_on_cpu([g, *meta.values(), *state.values()]) else by_formula
+        update = in_closed_form if ordinary_on_cpu([g, loss, *meta.values(), *state.values()]) else by_formula
         return update(meta, loss, g, State(**state))._asdict()
 
 
