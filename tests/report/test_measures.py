@@ -113,6 +113,45 @@ def test_weights_that_go_by_position_are_told_from_those_that_go_by_task(tmp_pat
         assert attention_log(tmp_path / name).by_position == pytest.approx(expected[name], abs=0.02, nan_ok=True), name
 
 
+def test_what_was_drawn_is_told_from_what_was_learned(tmp_path: Path) -> None:
+    """Both ends of a run by an independent computation: weights that follow position, then the loss."""
+    generator = np.random.default_rng(1)
+    n = 2345  # read in three parts of 10, 10 and 3 stretches
+    losses = generator.gamma(2.0, size=(n, 4))
+    learned = np.linspace(0, 1, n)[:, None]
+    by_loss = losses / losses.sum(axis=1, keepdims=True)
+    noise = generator.dirichlet([50] * 4, size=n)
+    weights = (1 - learned) * noise + learned * by_loss
+    weights = 0.9 * weights + 0.1 * np.array([0.4, 0.3, 0.2, 0.1])
+    write_lines(tmp_path / "t", [batch(i + 1, losses[i], weights[i]) for i in range(n)])
+    log = attention_log(tmp_path / "t")
+
+    def expected(stretches: list[tuple[int, int]]) -> tuple[float, float]:
+        left, loss, off = [], [], []
+        for begin, end in stretches:
+            part = weights[begin:end]
+            left.append(part - part.mean(axis=0))
+            loss.append(losses[begin:end] - losses[begin:end].mean(axis=1, keepdims=True))
+            off.append(part - 0.25)
+        flat = np.concatenate(left).ravel(), np.concatenate(loss).ravel()
+        return float(np.sqrt(np.mean(np.concatenate(off) ** 2))), float(np.corrcoef(*flat)[0, 1])
+
+    first, last = expected([(0, 100), (100, 200)]), expected([(2115, 2230), (2230, 2345)])
+    assert (log.deviation.first, log.apart_at_ends["query_loss"].first) == pytest.approx(first)
+    assert (log.deviation.last, log.apart_at_ends["query_loss"].last) == pytest.approx(last)
+    assert first[1] < 0.5 < last[1]
+
+
+def test_a_short_run_is_its_own_beginning_and_end(tmp_path: Path) -> None:
+    write_lines(tmp_path / "t", [batch(1, [1, 2], [0.25, 0.75]), batch(2, [1, 2], [0.5, 0.5])])
+    log = attention_log(tmp_path / "t")
+    assert log.deviation == pytest.approx((math.sqrt(0.25**2 / 2),) * 2)
+    write_lines(tmp_path / "u", [batch(1, [1, 2], [0.5, 0.5])])
+    uniform = attention_log(tmp_path / "u")
+    assert uniform.deviation == (0, 0)
+    assert all(math.isnan(value) for value in uniform.apart_at_ends["query_loss"])
+
+
 def test_band_by_hand() -> None:
     summary = band(np.arange(1.0, 401), np.arange(400.0))
     assert len(summary.mean) == 20

@@ -101,6 +101,13 @@ class Correlation(NamedTuple):
     """Over the tasks of all batches together; NaN: undefined."""
 
 
+class Ends(NamedTuple):
+    """Something of the first and the last tenth of a run, a stretch of about a hundred batches at least."""
+
+    first: float
+    last: float
+
+
 class AttentionLog(NamedTuple):
     """What the weights of a run did."""
 
@@ -125,6 +132,10 @@ class AttentionLog(NamedTuple):
     """Input -> its pooled correlation with what position leaves of the weights: each position's mean over a stretch is
     taken off the weights, and each batch's mean off the input. What attention does with a task where most of its
     weights' variance goes by position, which the other correlations drown in. NaN: undefined."""
+    deviation: Ends
+    """Of the weights from 1/B, root mean square."""
+    apart_at_ends: dict[str, Ends]
+    """Input -> `apart_from_position`. What a run begins with was drawn with δ, not learned."""
 
 
 def attention_log(file: Path) -> AttentionLog:
@@ -142,15 +153,17 @@ def attention_log(file: Path) -> AttentionLog:
     B = 0
     by_position, variance = 0.0, 0.0
     apart = {name: _Pooled() for name in INPUTS}
+    of_stretch: list[_Stretch] = []
     for chunk, inputs, weights in _chunks(file):
         iterations += chunk
         B = weights.shape[1]
         off = weights - 1 / B
         variance += float((off**2).sum())
         stretches = max(1, len(off) // _POSITION_STRETCH)
-        means = [part.mean(axis=0, keepdims=True).repeat(len(part), 0) for part in np.array_split(off, stretches)]
-        of_position = np.concatenate(means)
+        parts = np.array_split(np.arange(len(off)), stretches)
+        of_position = np.concatenate([off[p].mean(axis=0, keepdims=True).repeat(len(p), 0) for p in parts])
         by_position += float((of_position**2).sum())
+        of_stretch += [_Stretch(float((off[p] ** 2).sum()), off[p].size, {n: _Pooled() for n in INPUTS}) for p in parts]
         largest.append(weights.max(axis=1))
         smallest.append(weights.min(axis=1))
         rank.append(ranks(inputs["query_loss"], weights))
@@ -162,7 +175,10 @@ def attention_log(file: Path) -> AttentionLog:
             skipped[name] += int((~defined).sum())
             pooled[name].add(values.ravel(), weights.ravel())
             with np.errstate(all="ignore"):
-                apart[name].add((values - values.mean(axis=1, keepdims=True)).ravel(), (off - of_position).ravel())
+                of_task = values - values.mean(axis=1, keepdims=True)
+            for stretch, p in zip(of_stretch[-stretches:], parts, strict=True):
+                stretch.apart[name].add(of_task[p].ravel(), (off - of_position)[p].ravel())
+                apart[name].merge(stretch.apart[name])
     if not iterations:
         raise RunError(f"{file} is empty: it holds the weights of no batch")
     steps = np.array(iterations, dtype=np.float64)
@@ -177,7 +193,13 @@ def attention_log(file: Path) -> AttentionLog:
     uniform = variance <= len(iterations) * B * 1e-12  # weights are float32
     share = math.nan if uniform else by_position / variance
     left = {name: math.nan if uniform else apart[name].value() for name in INPUTS}
-    return AttentionLog(bands[0], bands[1], bands[2], correlations, B, len(iterations), share, left)
+    tenth = max(1, len(of_stretch) // 10)
+    ends = of_stretch[:tenth], of_stretch[-tenth:]
+    deviation = Ends(*(math.sqrt(sum(s.squares for s in end) / sum(s.weights for s in end)) for end in ends))
+    at_ends = {
+        n: Ends(*(math.nan if uniform else _merged([s.apart[n] for s in end]).value() for end in ends)) for n in INPUTS
+    }
+    return AttentionLog(bands[0], bands[1], bands[2], correlations, B, len(iterations), share, left, deviation, at_ends)
 
 
 def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -210,21 +232,47 @@ class _Pooled:
 
     def add(self, x: np.ndarray, y: np.ndarray) -> None:
         finite = np.isfinite(x) & np.isfinite(y)
+        part = _Pooled()
         pairs = np.stack([x[finite], y[finite]])  # (2, m)
-        m = pairs.shape[1]
-        if not m:
+        part._count = pairs.shape[1]
+        if part._count:
+            with np.errstate(all="ignore"):  # what is too large to be squared has no correlation in the end
+                part._mean = pairs.mean(axis=1)
+                centred = pairs - part._mean[:, None]
+                part._moments = centred @ centred.T
+            self.merge(part)
+
+    def merge(self, part: "_Pooled") -> None:
+        total = self._count + part._count
+        if not part._count:
             return
-        total = self._count + m
-        with np.errstate(all="ignore"):  # what is too large to be squared has no correlation in the end
-            mean = pairs.mean(axis=1)
-            centred, apart = pairs - mean[:, None], mean - self._mean
-            self._moments += centred @ centred.T + np.outer(apart, apart) * (self._count * m / total)
-            self._mean += apart * (m / total)
+        with np.errstate(all="ignore"):
+            apart = part._mean - self._mean
+            self._moments = self._moments + part._moments + np.outer(apart, apart) * (self._count * part._count / total)
+            self._mean = self._mean + apart * (part._count / total)
         self._count = total
 
     def value(self) -> float:
         (xx, xy), (_, yy) = self._moments
         return float(xy / (math.sqrt(xx) * math.sqrt(yy))) if 0 < xx < math.inf and 0 < yy < math.inf else math.nan
+
+
+class _Stretch(NamedTuple):
+    """About a hundred batches."""
+
+    squares: float
+    """Of the weights' distances from 1/B, their sum."""
+    weights: int
+    """How many."""
+    apart: dict[str, _Pooled]
+    """Input -> its moments with what position leaves of the weights."""
+
+
+def _merged(parts: Sequence[_Pooled]) -> _Pooled:
+    whole = _Pooled()
+    for part in parts:
+        whole.merge(part)
+    return whole
 
 
 def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.ndarray]]:

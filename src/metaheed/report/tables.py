@@ -418,6 +418,7 @@ def correlation_table(logs: Sequence[tuple[Arm, Sequence[AttentionLog]]]) -> Tab
                     f"{sum(c.skipped for c in found):,} of {sum(c.skipped + c.batches for c in found):,}",
                     _mean_text([c.pooled for c in found]),
                     _mean_text([log.apart_from_position[name] for log in of_runs]),
+                    *(_mean_text([log.apart_at_ends[name][end] for log in of_runs]) for end in (0, 1)),
                 )
             )
     return Table(
@@ -426,8 +427,12 @@ def correlation_table(logs: Sequence[tuple[Arm, Sequence[AttentionLog]]]) -> Tab
         "together. Means over seeds (smallest – largest). Batches in which an input, or the weights, are the same for "
         "all tasks have no correlation: they are skipped and counted. Apart from position: pooled, a position's mean "
         "over a hundred batches taken off its weights and each batch's mean off the input, for where most of the "
-        "weights' variance goes by position, nothing else can correlate much with them.",
-        ("setting", "arm", "input", "seeds", "within batches", "batches skipped", "pooled", "apart from position"),
+        "weights' variance goes by position, nothing else can correlate much with them; and the same over the first "
+        "and the last tenth of the run: what a run begins with was drawn with the attention module, not learned.",
+        (
+            *("setting", "arm", "input", "seeds", "within batches", "batches skipped", "pooled", "apart from position"),
+            *("first tenth", "last tenth"),
+        ),
         tuple(rows),
     )
 
@@ -443,23 +448,26 @@ def weights_table(logs: Sequence[tuple[Arm, Sequence[AttentionLog]]]) -> Table:
         )
         shares = [log.by_position for log in of_runs if math.isfinite(log.by_position)]
         by_position = f"{100 * statistics.fmean(shares):.0f}%" if shares else "undefined"
+        deviations = [statistics.fmean(log.deviation[end] for log in of_runs) for end in (0, 1)]
         if len({f"{100 * share:.0f}" for share in shares}) > 1:
             by_position += f" ({100 * min(shares):.0f}% – {100 * max(shares):.0f}%)"
         rows.append(
             (
                 *(title(arm.setting), arm.label, str(len(of_runs))),
-                *(f"{1 / B:.3f}", f"{smallest:.3f}", f"{largest:.3f}", by_position, f"{rank:.2f} of {B}"),
+                *(f"{1 / B:.3f}", f"{smallest:.3f}", f"{largest:.3f}", *(f"{d:.3f}" for d in deviations)),
+                *(by_position, f"{rank:.2f} of {B}"),
             )
         )
     return Table(
         "How far attention's weights leave 1/B",
-        "Each batch's smallest and largest weight, means over batches and seeds. By position: how much of the weights' "
-        "variance about 1/B that a task's position in its batch explains by itself (means over stretches of a hundred "
-        "batches, so chance gives 1%). Which task stands where is drawn at random: 100% means that the weights say "
-        "nothing of the tasks. Rank: by weight, of the task with the largest loss after adaptation; 1 weighs most.",
+        "Each batch's smallest and largest weight, means over batches and seeds; the weights' root mean square "
+        "deviation from 1/B in the first and in the last tenth of the run, means over seeds. By position: how much of "
+        "the weights' variance about 1/B a task's position in its batch explains by itself (means over stretches of a "
+        "hundred batches, so chance gives 1%). Which task stands where is drawn at random: 100% means that the weights "
+        "say nothing of the tasks. Rank: by weight, of the task with the largest loss after adaptation; 1 weighs most.",
         (
-            *("setting", "arm", "seeds", "1/B", "smallest weight", "largest weight", "by position"),
-            "rank of the largest loss",
+            *("setting", "arm", "seeds", "1/B", "smallest weight", "largest weight", "deviation at first", "at last"),
+            *("by position", "rank of the largest loss"),
         ),
         tuple(rows),
     )
