@@ -41,15 +41,24 @@ counterparts() { # of seed $1: what the first two questions need
   run uniform-2b-maml "$1" custom --learner maml --rule uniform-2b "${maml[@]}"
 }
 
-others() { # of seed $1; the replayed arm needs the seed's TA-MAML
+controls() { # of seed $1; the replayed arm needs the seed's TA-MAML
   run replayed-maml "$1" custom --learner maml --rule replayed \
     --replay "$out/cifar-fs-5way1shot-ta-maml-seed$1" "${attended[@]}"
   run loss-softmax-maml "$1" custom --learner maml --rule loss-softmax "${maml[@]}"
   run ta-maml-reuse "$1" ta-maml --attention-reuse-probe "${attended[@]}" "${gamma[@]}"
+  run taml "$1" taml "${maml[@]}"
+}
+
+forms() { # of seed $1
   run ta-maml-as-released "$1" ta-maml --faithful-to-release "${attended[@]}" "${gamma[@]}"
   run ta-maml-equivariant "$1" ta-maml --attention-architecture equivariant --attention-standardize \
     "${attended[@]}" "${gamma[@]}"
-  run taml "$1" taml "${maml[@]}"
+}
+
+steep() { # of seed $1: γ as large as the released code's default, 18 times what came with the draw that won the search
+  run ta-maml-gamma "$1" ta-maml "${attended[@]}" --attention-lr 3e-3
+  run ta-maml-equivariant-gamma "$1" ta-maml --attention-architecture equivariant --attention-standardize \
+    "${attended[@]}" --attention-lr 3e-3
 }
 
 if [ "$what" = learners ]; then
@@ -62,6 +71,10 @@ if [ "$what" = learners ]; then
   exit
 fi
 for seed in 0 1 2; do counterparts "$seed"; done
-others 0
+controls 0
+forms 0
 for seed in 3 4; do counterparts "$seed"; done
-others 1
+controls 1
+steep 0
+forms 1
+steep 1

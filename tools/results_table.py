@@ -17,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.table import LABELS, fastest_peer, spread
 
 from metaheed.config import ALGORITHMS
-from metaheed.evaluation import read_result
+from metaheed.evaluation import compare, read_result
 from metaheed.figures import read_lines
-from metaheed.report.arms import Arm, attention_pairs, control_pairs, group, metalstm_pairs
-from metaheed.report.measures import AttentionLog, attention_log, holm
+from metaheed.report.arms import Arm, Comparison, attention_pairs, control_pairs, group, metalstm_pairs, mismatches
+from metaheed.report.measures import INPUTS, AttentionLog, attention_log, holm
 from metaheed.report.page import markdown_table
 from metaheed.report.reading import find
 from metaheed.report.tables import correlation_table, mean_accuracy, p_text, percent, points, weights_table
@@ -33,6 +33,13 @@ STUDIES = ("cifar_fs", "first_runs")
 HEADER = (
     "| evidence | data | setting | algorithm | iterations | seeds | test accuracy | difference to its counterparts |\n"
     "|---|---|---|---|---|---|---|---|\n"
+)
+DIFFERENCES = (
+    "| arm | against | difference of each seed | mean, 95% t-interval | p | p by Holm |\n|---|---|---|---|---|---|\n"
+)
+BY_SEED = (
+    "| arm | tasks an iteration | accuracy of each seed | ahead of equal weights | of equal weights on 2B tasks |\n"
+    "|---|---|---|---|---|\n"
 )
 SPEED = (
     "| setting | our MAML, seconds a step | share of the limit | fastest peer | its time over ours "
@@ -66,15 +73,19 @@ def _read(study: Path) -> tuple[list[Arm], list[tuple[str, str]]]:
 def _rows(study: Path) -> tuple[list[str], list[tuple[str, str]]]:
     """The rows of a study, and its runs that are in none."""
     arms, left_out = _read(study)
+    comparisons = _comparisons(arms)
+    adjusted = _adjusted(comparisons)
     against: dict[int, list[str]] = defaultdict(list)
-    for family in (metalstm_pairs(arms), attention_pairs(arms), control_pairs(arms)):
-        tested = [c for c in family.compared if c.difference.p_value is not None]
-        adjusted = iter(holm([c.difference.p_value for c in tested]))
-        for comparison in family.compared:
-            d = comparison.difference
-            p = "" if d.p_value is None else f"; p = {p_text(next(adjusted))} by Holm"
-            text = f"{points(d.mean)} ± {percent(d.half_width)} to {comparison.against.label} ({d.covers}{p})"
-            against[id(comparison.arm)].append(text.replace("p = <", "p <"))
+    for comparison in comparisons:
+        d = comparison.difference
+        if len(d.per_seed) == 1:
+            text = f"{points(d.mean)} ± {percent(d.half_width)} (one seed, test tasks only)"
+        elif len(d.per_seed) < TESTED:
+            text = f"{', '.join(map(points, d.per_seed.values()))} (seeds {', '.join(map(str, d.per_seed))})"
+        else:
+            p = f"p = {p_text(adjusted[id(comparison)])} by Holm".replace("= <", "<")
+            text = f"{points(d.mean)} ± {percent(d.half_width)} ({len(d.per_seed)} seeds; {p})"
+        against[id(comparison.arm)].append(f"to {comparison.against.label}: {text}")
     rows = []
     for arm in arms:
         results = [run.result for run in arm.results.values()]
@@ -91,18 +102,75 @@ def _rows(study: Path) -> tuple[list[str], list[tuple[str, str]]]:
     return rows, left_out
 
 
+def _comparisons(arms: Sequence[Arm]) -> list[Comparison]:
+    """All that the report's tables have."""
+    return [c for family in (metalstm_pairs, attention_pairs, control_pairs) for c in family(arms).compared]
+
+
+def _adjusted(comparisons: Sequence[Comparison]) -> dict[int, float]:
+    """Comparison -> its p-value by Holm among all of a study that have seeds enough for one."""
+    tested = [c for c in comparisons if len(c.difference.per_seed) >= TESTED]
+    return dict(zip(map(id, tested), holm([c.difference.p_value for c in tested]), strict=True))
+
+
+def main_differences(study: Path) -> str:
+    """One row a comparison with seeds enough for a p-value, the training seed as the unit."""
+    comparisons = _comparisons(_read(study)[0])
+    adjusted = _adjusted(comparisons)
+    rows = [DIFFERENCES]
+    for c in comparisons:
+        if id(c) in adjusted:
+            d = c.difference
+            cells = (c.arm.label, c.against.label, ", ".join(f"{s}: {points(v)}" for s, v in d.per_seed.items()))
+            cells += (f"{points(d.mean)} ± {percent(d.half_width)}", p_text(d.p_value), p_text(adjusted[id(c)]))
+            rows.append(f"| {' | '.join(cells)} |\n")
+    return "".join(rows)
+
+
+def seed_by_seed(study: Path) -> str:
+    """One row an arm: each seed's accuracy, and what it is ahead of equal weights, on B tasks and on 2B."""
+    arms, _ = _read(study)
+    rows = [BY_SEED]
+    for arm in arms:
+        accuracies = [f"{seed}: {percent(run.result.accuracy)}" for seed, run in arm.results.items()]
+        cells = (arm.label, str(arm.tasks_per_iteration), "<br>".join(accuracies) or "—")
+        for rule in ("uniform", "uniform-2b"):
+            others = [o for o in arms if (o.setting, o.learner, o.rule) == (arm.setting, arm.learner, rule)]
+            lines = [_seed_difference(arm, other, seed) for other in others for seed in arm.results if other is not arm]
+            cells += ("<br>".join(filter(None, lines)) or "—",)
+        rows.append(f"| {' | '.join(cells)} |\n")
+    return "".join(rows)
+
+
+def _seed_difference(arm: Arm, other: Arm, seed: int) -> str:
+    if seed not in other.results:
+        return ""
+    if mismatches(arm, other):
+        raise SystemExit(f"{arm.label} and {other.label}: {'; '.join(mismatches(arm, other))}")
+    d = compare([arm.results[seed].path], [other.results[seed].path])
+    return f"{seed}: {points(d.mean)} ± {percent(d.half_width)}"
+
+
 LISTED = 3
 """Up to so many seeds each is shown with its interval over test tasks; of more the mean over seeds with its own."""
+TESTED = 3
+"""From so many seeds a difference over seeds has an interval and a p-value: with two Student's factor is 12.7, and two
+that are alike by chance give any p."""
 
 
 def weights(*studies: Path) -> str:
-    """What the weights of the attended arms did, as the report has it: how far they go, and what they follow."""
+    """What the weights of the attended arms did, as the report has it: how far they go, and whether they follow the
+    loss (the report has all four inputs).
+    """
     parts = []
     logs = {study: _attended(study) for study in studies}
     for made in (weights_table, correlation_table):
         tables = [(study, made(attended)) for study, attended in logs.items()]
+        columns = ("evidence", *tables[0][1].columns)
         rows = tuple((f"results/{study.name}", *row) for study, table in tables for row in table.rows)
-        parts.append(replace(tables[0][1], columns=("evidence", *tables[0][1].columns), rows=rows))
+        if "input" in columns:
+            rows = tuple(row for row in rows if row[columns.index("input")] == INPUTS["query_loss"])
+        parts.append(replace(tables[0][1], columns=columns, rows=rows))
     return "\n\n".join(map(markdown_table, parts)) + "\n"
 
 
@@ -168,6 +236,22 @@ def speed(file: Path) -> str:
     return about + SPEED + "".join(rows)
 
 
+WORDS = {
+    "(faithful-to-release)": "with the leak",
+    "(attention-reuse-probe)": "with probe reuse",
+    "(attention-architecture equivariant, attention-standardize)": "equivariant, standardised",
+}
+"""Options in an arm's label -> what a page calls them."""
+
+
+def worded(write: Callable[..., str], *studies: Path) -> str:
+    """A table with words for options."""
+    text = write(*studies)
+    for option, words in WORDS.items():
+        text = text.replace(option, words)
+    return text
+
+
 _RESULTS = ROOT / "results"
 TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (lambda: table(*(_RESULTS / study for study in STUDIES)),),
@@ -176,9 +260,10 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     ),
     "docs/performance.md": (lambda: speed(_RESULTS / "speed" / "speed.json"),),
     "docs/findings.md": (
-        lambda: table(_RESULTS / "cifar_fs"),
-        lambda: weights(*(_RESULTS / study for study in (*STUDIES, "eight_algorithms"))),
-        lambda: noise(_RESULTS / "cifar_fs"),
+        lambda: worded(main_differences, _RESULTS / "cifar_fs"),
+        lambda: worded(seed_by_seed, _RESULTS / "cifar_fs"),
+        lambda: worded(weights, *(_RESULTS / study for study in (*STUDIES, "eight_algorithms"))),
+        lambda: worded(noise, _RESULTS / "cifar_fs"),
     ),
 }
 """File -> what stands between each pair of its markers, in order."""
