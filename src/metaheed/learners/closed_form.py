@@ -228,7 +228,9 @@ class ClosedForm:
         z = _empty(head, n, B * C, *size)
         z.view(n, B, C, *size).copy_(x.transpose(0, 1))
         for shape in self._shapes:
-            block = _forward(shape, params, z, keep == "all" or (keep == "upper" and bool(blocks)))
+            block = _forward(
+                shape, params, z, keep == "all" or (keep == "upper" and bool(blocks)), alone=keep == "none"
+            )
             z = block.z
             if keep != "none":
                 blocks.append(block)
@@ -332,7 +334,8 @@ def _as_built(block: nn.Sequential) -> bool:
     )
 
 
-def _forward(shape: _Shape, params: Params, x: Tensor, keep: bool) -> _Block:
+def _forward(shape: _Shape, params: Params, x: Tensor, keep: bool, alone: bool) -> _Block:
+    """The block's output and what the reverse pass needs (alone: there is none, and p makes room for z)."""
     W, gain, beta = _parameters(shape, params)
     sign = np.where(gain < 0, -1, 1).astype(gain.dtype) if np.any(gain < 0) else None
     weight = _signed(W, sign)
@@ -363,7 +366,12 @@ def _forward(shape: _Shape, params: Params, x: Tensor, keep: bool) -> _Block:
     mean = rest.astype(gain.dtype)
     r = (1 / np.sqrt(variance + shape.eps)).astype(gain.dtype)
     scale = gain * r
-    z = torch.addcmul(_c(beta - scale * mean), p, _c(scale)).relu_()
+    z = p if alone else _empty(p, *p.shape)
+    shift, slope = _c(beta - scale * mean), _c(scale)
+    for part, out in zip(
+        torch.split(p, rows), torch.split(z, rows), strict=True
+    ):  # both passes while it is in the cache
+        torch.addcmul(shift, part, slope, out=out).relu_()
     return _Block(x, weight, bias, sign, gain, mean, r, kept, places, p, z, rows, M)
 
 
