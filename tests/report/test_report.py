@@ -293,7 +293,7 @@ def test_correlations_and_figures(study: Path, tmp_path: Path) -> None:
         assert row[4].startswith(value)
         assert row[5] == "0 of 12"
     (row,) = rows_with(page, "TA-MAML", "100%")
-    assert row[2:] == ["3", "0.250", "0.100", "0.400", "100%", "1.00 of 4"]
+    assert row[2:] == ["3", "0.250", "0.100", "0.400", "0.112", "0.112", "100%", "1.00 of 4"]
     pictures = sorted((tmp_path / "out" / "figures").glob("*.png"))
     assert [p.name[:8] for p in pictures] == ["figure3-", "figure4-", "figure5-"]
     for picture in pictures:
