@@ -27,6 +27,7 @@ fi
 
 maml=(--fast-lr "$(rate maml fast_lr)" --meta-lr "$(rate maml meta_lr)")
 attended=(--fast-lr "$(rate ta-maml fast_lr)" --meta-lr "$(rate ta-maml meta_lr)")
+equivariant=(--attention-architecture equivariant --attention-standardize)
 gamma=(--attention-lr "$(rate ta-maml attention_lr)")
 
 run() { # NAME SEED, then what to train
@@ -51,14 +52,12 @@ controls() { # of seed $1; the replayed arm needs the seed's TA-MAML
 
 forms() { # of seed $1
   run ta-maml-as-released "$1" ta-maml --faithful-to-release "${attended[@]}" "${gamma[@]}"
-  run ta-maml-equivariant "$1" ta-maml --attention-architecture equivariant --attention-standardize \
-    "${attended[@]}" "${gamma[@]}"
+  run ta-maml-equivariant "$1" ta-maml "${equivariant[@]}" "${attended[@]}" "${gamma[@]}"
 }
 
 steep() { # of seed $1: γ as large as the released code's default, 18 times what came with the draw that won the search
   run ta-maml-gamma "$1" ta-maml "${attended[@]}" --attention-lr 3e-3
-  run ta-maml-equivariant-gamma "$1" ta-maml --attention-architecture equivariant --attention-standardize \
-    "${attended[@]}" --attention-lr 3e-3
+  run ta-maml-equivariant-gamma "$1" ta-maml "${equivariant[@]}" "${attended[@]}" --attention-lr 3e-3
 }
 
 if [ "$what" = learners ]; then

@@ -145,8 +145,8 @@ def seed_by_seed(study: Path) -> str:
 def _seed_difference(arm: Arm, other: Arm, seed: int) -> str:
     if seed not in other.results:
         return ""
-    if mismatches(arm, other):
-        raise SystemExit(f"{arm.label} and {other.label}: {'; '.join(mismatches(arm, other))}")
+    if reasons := mismatches(arm, other):
+        raise SystemExit(f"{arm.label} and {other.label}: {'; '.join(reasons)}")
     d = compare([arm.results[seed].path], [other.results[seed].path])
     return f"{seed}: {points(d.mean)} ± {percent(d.half_width)}"
 

@@ -228,9 +228,8 @@ class ClosedForm:
         z = _empty(head, n, B * C, *size)
         z.view(n, B, C, *size).copy_(x.transpose(0, 1))
         for shape in self._shapes:
-            block = _forward(
-                shape, params, z, keep == "all" or (keep == "upper" and bool(blocks)), alone=keep == "none"
-            )
+            stored = keep == "all" or (keep == "upper" and bool(blocks))
+            block = _forward(shape, params, z, stored, alone=keep == "none")
             z = block.z
             if keep != "none":
                 blocks.append(block)
@@ -368,9 +367,8 @@ def _forward(shape: _Shape, params: Params, x: Tensor, keep: bool, alone: bool) 
     scale = gain * r
     z = p if alone else _empty(p, *p.shape)
     shift, slope = _c(beta - scale * mean), _c(scale)
-    for part, out in zip(
-        torch.split(p, rows), torch.split(z, rows), strict=True
-    ):  # both passes while it is in the cache
+    # Slice by slice, so that the second pass finds in the cache what the first has written.
+    for part, out in zip(torch.split(p, rows), torch.split(z, rows), strict=True):
         torch.addcmul(shift, part, slope, out=out).relu_()
     return _Block(x, weight, bias, sign, gain, mean, r, kept, places, p, z, rows, M)
 

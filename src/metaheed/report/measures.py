@@ -151,14 +151,12 @@ def attention_log(file: Path) -> AttentionLog:
     pooled = {name: _Pooled() for name in INPUTS}
     sums, counts, skipped = (dict.fromkeys(INPUTS, 0.0), dict.fromkeys(INPUTS, 0), dict.fromkeys(INPUTS, 0))
     B = 0
-    by_position, variance = 0.0, 0.0
-    apart = {name: _Pooled() for name in INPUTS}
+    by_position = 0.0
     of_stretch: list[_Stretch] = []
     for chunk, inputs, weights in _chunks(file):
         iterations += chunk
         B = weights.shape[1]
         off = weights - 1 / B
-        variance += float((off**2).sum())
         stretches = max(1, len(off) // _POSITION_STRETCH)
         parts = np.array_split(np.arange(len(off)), stretches)
         of_position = np.concatenate([off[p].mean(axis=0, keepdims=True).repeat(len(p), 0) for p in parts])
@@ -178,7 +176,6 @@ def attention_log(file: Path) -> AttentionLog:
                 of_task = values - values.mean(axis=1, keepdims=True)
             for stretch, p in zip(of_stretch[-stretches:], parts, strict=True):
                 stretch.apart[name].add(of_task[p].ravel(), (off - of_position)[p].ravel())
-                apart[name].merge(stretch.apart[name])
     if not iterations:
         raise RunError(f"{file} is empty: it holds the weights of no batch")
     steps = np.array(iterations, dtype=np.float64)
@@ -190,9 +187,10 @@ def attention_log(file: Path) -> AttentionLog:
         )
         for name in INPUTS
     }
+    variance = sum(stretch.squares for stretch in of_stretch)
     uniform = variance <= len(iterations) * B * 1e-12  # weights are float32
     share = math.nan if uniform else by_position / variance
-    left = {name: math.nan if uniform else apart[name].value() for name in INPUTS}
+    left = {name: math.nan if uniform else _merged([s.apart[name] for s in of_stretch]).value() for name in INPUTS}
     tenth = max(1, len(of_stretch) // 10)
     ends = of_stretch[:tenth], of_stretch[-tenth:]
     deviation = Ends(*(math.sqrt(sum(s.squares for s in end) / sum(s.weights for s in end)) for end in ends))
