@@ -373,7 +373,7 @@ def learn2learn_rate(bench: Bench, setting: Setting, seconds: float) -> float | 
             learner = maml.clone()
             for _ in range(setting.steps):
                 learner.adapt(F.cross_entropy(learner(support_x), support_y))
-            (F.cross_entropy(learner(query_x), query_y) / setting.tasks).backward()
+            torch.autograd.backward(F.cross_entropy(learner(query_x), query_y) / setting.tasks)
         optimizer.step()
 
     for t in range(3):

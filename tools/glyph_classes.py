@@ -32,7 +32,7 @@ letters = [
 kept: dict[str, dict[str, np.ndarray]] = {face: {} for face in FACES}
 folder = Path(__file__).parents[1] / "src/metaheed/data/splits"
 for split, scripts in SCRIPTS.items():
-    chosen = []
+    chosen: list[str] = []
     for letter in letters:
         if unicodedata.name(letter).split()[0] not in scripts or len(chosen) == LARGEST[split]:
             continue
