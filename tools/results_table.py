@@ -22,13 +22,13 @@ from metaheed.figures import read_lines
 from metaheed.report.arms import Arm, Comparison, attention_pairs, control_pairs, group, metalstm_pairs, mismatches
 from metaheed.report.measures import INPUTS, AttentionLog, attention_log, holm
 from metaheed.report.page import markdown_table
-from metaheed.report.reading import find
+from metaheed.report.reading import Result, find
 from metaheed.report.tables import correlation_table, mean_accuracy, p_text, percent, points, weights_table
 from metaheed.runs import RunFolder
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: python tools/results_table.py -->\n", "<!-- end of results -->\n"
-STUDIES = ("cifar_fs", "first_runs")
+STUDIES = ("cifar_fs", "omniglot_20way", "first_runs")
 """Folders of results/ whose runs the README shows."""
 HEADER = (
     "| evidence | data | setting | algorithm | iterations | seeds | test accuracy | difference to its counterparts |\n"
@@ -88,7 +88,7 @@ def _rows(study: Path) -> tuple[list[str], list[tuple[str, str]]]:
         against[id(comparison.arm)].append(f"to {comparison.against.label}: {text}")
     rows = []
     for arm in arms:
-        results = [run.result for run in arm.results.values()]
+        results = [*_results(arm).values()]
         accuracy = ", ".join(f"{percent(r.accuracy)} ± {percent(r.half_width)}" for r in results)
         if len(results) > LISTED:
             ends = percent(min(r.accuracy for r in results)), percent(max(r.accuracy for r in results))
@@ -102,6 +102,11 @@ def _rows(study: Path) -> tuple[list[str], list[tuple[str, str]]]:
     return rows, left_out
 
 
+def _results(arm: Arm) -> dict[int, Result]:
+    """Seed -> result."""
+    return {seed: run.result for seed, run in arm.results.items() if run.result is not None}
+
+
 def _comparisons(arms: Sequence[Arm]) -> list[Comparison]:
     """All that the report's tables have."""
     return [c for family in (metalstm_pairs, attention_pairs, control_pairs) for c in family(arms).compared]
@@ -110,7 +115,8 @@ def _comparisons(arms: Sequence[Arm]) -> list[Comparison]:
 def _adjusted(comparisons: Sequence[Comparison]) -> dict[int, float]:
     """Comparison -> its p-value by Holm among all of a study that have seeds enough for one."""
     tested = [c for c in comparisons if len(c.difference.per_seed) >= TESTED]
-    return dict(zip(map(id, tested), holm([c.difference.p_value for c in tested]), strict=True))
+    values = [c.difference.p_value for c in tested if c.difference.p_value is not None]
+    return dict(zip(map(id, tested), holm(values), strict=True))
 
 
 def main_differences(study: Path) -> str:
@@ -121,7 +127,7 @@ def main_differences(study: Path) -> str:
     for c in comparisons:
         if id(c) in adjusted:
             d = c.difference
-            cells = (c.arm.label, c.against.label, ", ".join(f"{s}: {points(v)}" for s, v in d.per_seed.items()))
+            cells = [c.arm.label, c.against.label, ", ".join(f"{s}: {points(v)}" for s, v in d.per_seed.items())]
             cells += (f"{points(d.mean)} ± {percent(d.half_width)}", p_text(d.p_value), p_text(adjusted[id(c)]))
             rows.append(f"| {' | '.join(cells)} |\n")
     return "".join(rows)
@@ -132,8 +138,8 @@ def seed_by_seed(study: Path) -> str:
     arms, _ = _read(study)
     rows = [BY_SEED]
     for arm in arms:
-        accuracies = [f"{seed}: {percent(run.result.accuracy)}" for seed, run in arm.results.items()]
-        cells = (arm.label, str(arm.tasks_per_iteration), "<br>".join(accuracies) or "—")
+        accuracies = [f"{seed}: {percent(result.accuracy)}" for seed, result in _results(arm).items()]
+        cells = [arm.label, str(arm.tasks_per_iteration), "<br>".join(accuracies) or "—"]
         for rule in ("uniform", "uniform-2b"):
             others = [o for o in arms if (o.setting, o.learner, o.rule) == (arm.setting, arm.learner, rule)]
             lines = [_seed_difference(arm, other, seed) for other in others for seed in arm.results if other is not arm]
@@ -187,15 +193,20 @@ def noise(study: Path) -> str:
     )
     rows = []
     for arm in _read(study)[0]:
-        results = [run.result for run in arm.results.values() if run.result is not None]
+        results = [*_results(arm).values()]
         if not results:
             continue
         mean = statistics.fmean(r.accuracy for r in results)
         spread_of_tasks = statistics.fmean(r.half_width * r.judged.tasks**0.5 for r in results)  # 1.96 s
         questions = arm.setting.ways * (arm.config.episodes.test_queries or arm.config.episodes.queries)
         binomial = 1.96 * (mean * (1 - mean) / questions / 300) ** 0.5
-        cells = (arm.label, percent(mean), percent(binomial), percent(spread_of_tasks / 300**0.5))
-        cells += (f"{spread_of_tasks:.2f}",)
+        cells = (
+            arm.label,
+            percent(mean),
+            percent(binomial),
+            percent(spread_of_tasks / 300**0.5),
+            f"{spread_of_tasks:.2f}",
+        )
         rows.append(f"| {' | '.join(cells)} |\n")
     return header + "".join(rows)
 
@@ -217,6 +228,31 @@ def curves(study: Path) -> str:
         rows.append((algorithm, f"| {algorithm} | {len(values)} | {values[-1]:.2f} | {jitter:.2f} |\n"))
     rows.sort(key=lambda row: [*ALGORITHMS].index(row[0]))
     return CURVES + "".join(row for _, row in rows)
+
+
+def progress(study: Path) -> str:
+    """One row a validation, that all runs of a study have at the same iterations: the mean training loss since the one
+    before it, and its accuracy, of every run.
+    """
+    columns: list[str] = []
+    cells: dict[int, list[str]] = defaultdict(list)
+    for arm in _read(study)[0]:
+        for run in arm.runs:
+            columns += [f"{arm.label}, training loss since the row above", "validation"]
+            losses: list[float] = []
+            for line in read_lines(RunFolder(run.path).metrics_file):
+                if "validation_accuracy" in line:
+                    cells[line["iteration"]] += [
+                        f"{statistics.fmean(losses):.3f}",
+                        percent(line["validation_accuracy"]),
+                    ]
+                    losses = []
+                else:
+                    losses.append(line["loss"])
+    if any(len(row) != len(columns) for row in cells.values()):
+        raise SystemExit(f"the runs of {study} were validated at different iterations")
+    header = f"| iterations | {' | '.join(columns)} |\n{'|---' * (1 + len(columns))}|\n"
+    return header + "".join(f"| {iteration:,} | {' | '.join(row)} |\n" for iteration, row in sorted(cells.items()))
 
 
 def speed(file: Path) -> str:
@@ -258,10 +294,14 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "results/eight_algorithms/README.md": (
         lambda: table(_RESULTS / "eight_algorithms") + curves(_RESULTS / "eight_algorithms"),
     ),
+    "results/omniglot_20way/README.md": (
+        lambda: table(_RESULTS / "omniglot_20way") + curves(_RESULTS / "omniglot_20way"),
+    ),
     "docs/performance.md": (lambda: speed(_RESULTS / "speed" / "speed.json"),),
     "docs/findings.md": (
         lambda: worded(main_differences, _RESULTS / "cifar_fs"),
         lambda: worded(seed_by_seed, _RESULTS / "cifar_fs"),
+        lambda: progress(_RESULTS / "omniglot_20way"),
         lambda: worded(weights, *(_RESULTS / study for study in (*STUDIES, "eight_algorithms"))),
         lambda: worded(noise, _RESULTS / "cifar_fs"),
     ),
