@@ -24,6 +24,15 @@ def test_seeds_of_one_config_are_an_arm_wherever_they_were_computed(tmp_path: Pa
     assert (arm.setting.data, arm.setting.ways, arm.setting.shots) == ("cifar-fs", 5, 1)
 
 
+def test_a_shape_of_test_tasks_is_the_same_given_or_by_default(tmp_path: Path) -> None:
+    make_run(tmp_path / "usual", seed=0)
+    make_run(tmp_path / "given", seed=1, episodes={"test_ways": 5, "test_shots": 1, "test_queries": 15})
+    (arm,) = arms_of(tmp_path)
+    assert [run.seed for run in arm.runs] == [0, 1]
+    # So where training alone has fewer queries, that is all that prevents a pair.
+    assert reason(tmp_path / "few", episodes={"queries": 5, "test_queries": 15}) == "queries is 5 against 15"
+
+
 def test_options_of_the_rule_are_arms_of_their_own(tmp_path: Path) -> None:
     make_run(tmp_path / "plain", "ta-maml")
     make_run(tmp_path / "reuse", "ta-maml", rule={"attention_reuse_probe": True})

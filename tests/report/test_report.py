@@ -148,7 +148,7 @@ def test_what_is_not_as_in_the_paper_is_said_below_its_tables(tmp_path: Path) ->
     text = (tmp_path / "out" / "report.md").read_text()
     assert "ours were 4, 6. " in text
     said = "Not as in the paper but for rates and iterations: miniimagenet 5-way 1-shot TAML: queries 3 instead of 15, "
-    assert f"{said}backbone conv4-64 instead of conv4-32. " in text
+    assert f"{said}test-queries 3 instead of 15, backbone conv4-64 instead of conv4-32. " in text
     cells = {row[0]: row[2] for row in page_of(tmp_path / "out").rows if row[1:2] == ["ours"] and row[2] != "—"}
     assert cells == {
         **dict.fromkeys(("MAML", "TAML"), "50.00 (1 seed)4 iterations"),

@@ -149,12 +149,14 @@ def algorithm_label(config: RunConfig) -> str:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """GROUP.FIELD -> value, without what belongs to one run or machine."""
+    """GROUP.FIELD -> value, without what belongs to one run or machine; the shape of test tasks as it is in effect."""
     found: dict[str, Any] = {}
     for group, values in to_dict(config).items():
         for name, value in values.items() if isinstance(values, dict) else ():
             if name not in OF_A_RUN.get(group, ()) and f"{group}.{name}" not in _WITHOUT_EFFECT:
                 found[f"{group}.{name}"] = value
+    for name, count in zip(("ways", "shots", "queries"), config.episodes.test_shape, strict=True):
+        found[f"episodes.test_{name}"] = count
     return found
 
 
