@@ -22,7 +22,7 @@ from metaheed.figures import read_lines
 from metaheed.report.arms import Arm, Comparison, attention_pairs, control_pairs, group, metalstm_pairs, mismatches
 from metaheed.report.measures import INPUTS, AttentionLog, attention_log, holm
 from metaheed.report.page import markdown_table
-from metaheed.report.reading import Result, find
+from metaheed.report.reading import find
 from metaheed.report.tables import correlation_table, mean_accuracy, p_text, percent, points, weights_table
 from metaheed.runs import RunFolder
 
@@ -88,7 +88,7 @@ def _rows(study: Path) -> tuple[list[str], list[tuple[str, str]]]:
         against[id(comparison.arm)].append(f"to {comparison.against.label}: {text}")
     rows = []
     for arm in arms:
-        results = [*_results(arm).values()]
+        results = [*arm.results.values()]
         accuracy = ", ".join(f"{percent(r.accuracy)} ± {percent(r.half_width)}" for r in results)
         if len(results) > LISTED:
             ends = percent(min(r.accuracy for r in results)), percent(max(r.accuracy for r in results))
@@ -100,11 +100,6 @@ def _rows(study: Path) -> tuple[list[str], list[tuple[str, str]]]:
         )
         rows.append(f"| {' | '.join(cells)} |\n")
     return rows, left_out
-
-
-def _results(arm: Arm) -> dict[int, Result]:
-    """Seed -> result."""
-    return {seed: run.result for seed, run in arm.results.items() if run.result is not None}
 
 
 def _comparisons(arms: Sequence[Arm]) -> list[Comparison]:
@@ -138,7 +133,7 @@ def seed_by_seed(study: Path) -> str:
     arms, _ = _read(study)
     rows = [BY_SEED]
     for arm in arms:
-        accuracies = [f"{seed}: {percent(result.accuracy)}" for seed, result in _results(arm).items()]
+        accuracies = [f"{seed}: {percent(result.accuracy)}" for seed, result in arm.results.items()]
         cells = [arm.label, str(arm.tasks_per_iteration), "<br>".join(accuracies) or "—"]
         for rule in ("uniform", "uniform-2b"):
             others = [o for o in arms if (o.setting, o.learner, o.rule) == (arm.setting, arm.learner, rule)]
@@ -153,7 +148,7 @@ def _seed_difference(arm: Arm, other: Arm, seed: int) -> str:
         return ""
     if reasons := mismatches(arm, other):
         raise SystemExit(f"{arm.label} and {other.label}: {'; '.join(reasons)}")
-    d = compare([arm.results[seed].path], [other.results[seed].path])
+    d = compare([arm.judged_runs[seed].path], [other.judged_runs[seed].path])
     return f"{seed}: {points(d.mean)} ± {percent(d.half_width)}"
 
 
@@ -193,12 +188,12 @@ def noise(study: Path) -> str:
     )
     rows = []
     for arm in _read(study)[0]:
-        results = [*_results(arm).values()]
+        results = [*arm.results.values()]
         if not results:
             continue
         mean = statistics.fmean(r.accuracy for r in results)
         spread_of_tasks = statistics.fmean(r.half_width * r.judged.tasks**0.5 for r in results)  # 1.96 s
-        questions = arm.setting.ways * (arm.config.episodes.test_queries or arm.config.episodes.queries)
+        questions = arm.setting.ways * arm.config.episodes.test_shape[2]
         binomial = 1.96 * (mean * (1 - mean) / questions / 300) ** 0.5
         cells = (
             arm.label,
@@ -228,6 +223,11 @@ def curves(study: Path) -> str:
         rows.append((algorithm, f"| {algorithm} | {len(values)} | {values[-1]:.2f} | {jitter:.2f} |\n"))
     rows.sort(key=lambda row: [*ALGORITHMS].index(row[0]))
     return CURVES + "".join(row for _, row in rows)
+
+
+def table_and_curves(study: Path) -> str:
+    """What the README of a study has."""
+    return table(study) + curves(study)
 
 
 def progress(study: Path) -> str:
@@ -291,12 +291,8 @@ def worded(write: Callable[..., str], *studies: Path) -> str:
 _RESULTS = ROOT / "results"
 TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (lambda: table(*(_RESULTS / study for study in STUDIES)),),
-    "results/eight_algorithms/README.md": (
-        lambda: table(_RESULTS / "eight_algorithms") + curves(_RESULTS / "eight_algorithms"),
-    ),
-    "results/omniglot_20way/README.md": (
-        lambda: table(_RESULTS / "omniglot_20way") + curves(_RESULTS / "omniglot_20way"),
-    ),
+    "results/eight_algorithms/README.md": (lambda: table_and_curves(_RESULTS / "eight_algorithms"),),
+    "results/omniglot_20way/README.md": (lambda: table_and_curves(_RESULTS / "omniglot_20way"),),
     "docs/performance.md": (lambda: speed(_RESULTS / "speed" / "speed.json"),),
     "docs/findings.md": (
         lambda: worded(main_differences, _RESULTS / "cifar_fs"),

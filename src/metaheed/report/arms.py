@@ -26,7 +26,7 @@ from metaheed.errors import RunError
 from metaheed.evaluation import Difference, compare
 from metaheed.paper import ANALOGOUS, COUNTERPART, LABELS, NATURAL, Setting
 from metaheed.recipes import OF_A_RUN
-from metaheed.report.reading import Judged, Run, plain
+from metaheed.report.reading import Judged, Result, Run, plain
 
 _WITHOUT_EFFECT = ("learner.recompute",)
 """Settings that change where memory goes, and no number."""
@@ -82,9 +82,14 @@ class Arm:
         return self.config.rule.name
 
     @property
-    def results(self) -> dict[int, Run]:
+    def judged_runs(self) -> dict[int, Run]:
         """Seed -> run, of those that are judged."""
         return {run.seed: run for run in self.runs if run.result is not None}
+
+    @property
+    def results(self) -> dict[int, Result]:
+        """Seed -> result, of those that are judged."""
+        return {run.seed: run.result for run in self.runs if run.result is not None}
 
     @property
     def plain_rule(self) -> bool:
@@ -356,7 +361,8 @@ def pair(arm: Arm, other: Arm) -> Outcome:
         option = name.partition(".")[2].replace("_", "-")
         notes.append(f"{option} is {_value(arm.settings[name])} against {_value(other.settings[name])}")
     try:
-        difference = compare([arm.results[seed].path for seed in common], [other.results[seed].path for seed in common])
+        ours, theirs = ([side.judged_runs[seed].path for seed in common] for side in (arm, other))
+        difference = compare(ours, theirs)
     except RunError as error:
         return "", [(other.label, plain(str(error)))]
     return Comparison(arm, other, difference, tuple(notes)), []

@@ -190,13 +190,15 @@ def attention_log(file: Path) -> AttentionLog:
     variance = sum(stretch.squares for stretch in of_stretch)
     uniform = variance <= len(iterations) * B * 1e-12  # weights are float32
     share = math.nan if uniform else by_position / variance
-    left = {name: math.nan if uniform else _merged([s.apart[name] for s in of_stretch]).value() for name in INPUTS}
+
+    def apart(name: str, stretches: Sequence[_Stretch]) -> float:
+        return math.nan if uniform else _merged([s.apart[name] for s in stretches]).value()
+
     tenth = max(1, len(of_stretch) // 10)
     ends = of_stretch[:tenth], of_stretch[-tenth:]
     deviation = Ends(*(math.sqrt(sum(s.squares for s in end) / sum(s.weights for s in end)) for end in ends))
-    at_ends = {
-        n: Ends(*(math.nan if uniform else _merged([s.apart[n] for s in end]).value() for end in ends)) for n in INPUTS
-    }
+    left = {name: apart(name, of_stretch) for name in INPUTS}
+    at_ends = {name: Ends(*(apart(name, end) for end in ends)) for name in INPUTS}
     return AttentionLog(bands[0], bands[1], bands[2], correlations, B, len(iterations), share, left, deviation, at_ends)
 
 

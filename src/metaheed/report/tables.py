@@ -46,7 +46,7 @@ def count(number: int, what: str) -> str:
 
 def mean_accuracy(arm: Arm) -> str:
     """The mean over seeds with its interval, labelled; or that of the one seed."""
-    results = [run.result for run in arm.results.values() if run.result is not None]
+    results = [*arm.results.values()]
     if not results:
         return MISSING
     if len(results) == 1:
@@ -153,14 +153,14 @@ def accuracy_table(arms: Sequence[Arm]) -> Table:
     """Every arm's accuracy."""
     rows = []
     for arm in arms:
-        results = [run.result for run in arm.results.values() if run.result is not None]
+        results = [*arm.results.values()]
         mean, over_seeds, over_tasks = MISSING, MISSING, MISSING
         if results:
             mean = percent(statistics.fmean(r.accuracy for r in results))
             over_tasks = _range([100 * r.half_width for r in results], 2)
         if len(results) > 1:
             over_seeds = percent(t_interval([r.accuracy for r in results])[1])
-        each = _listed(f"{run.seed}: {percent(run.result.accuracy)}" for run in arm.results.values() if run.result)
+        each = _listed(f"{seed}: {percent(result.accuracy)}" for seed, result in arm.results.items())
         tasks = MISSING if arm.judged is None else f"{arm.judged.tasks:,}"
         iterations = f"{arm.config.training.iterations:,}"
         unjudged = len(arm.runs) - len(results)
