@@ -72,6 +72,22 @@ def test_results_table_is_the_evidences(tool: ModuleType) -> None:
             assert part.split(tool.END)[0].count("\n|") > 1, f"a table of {name} has rows"
 
 
+def test_runs_of_another_length_are_no_measure(tool: ModuleType, tmp_path: Path) -> None:
+    make_run(tmp_path / "short", "maml")
+    make_run(tmp_path / "long", "maml", training={"iterations": 8})
+    make_run(tmp_path / "attended", "ta-maml")
+    rows = tool.seed_by_seed(tmp_path).splitlines()[2:]
+    assert [row.split(" | ")[3] for row in rows if row.startswith("| TA-MAML")] == ["0: +0.00 ± 0.00"]
+    assert [row.split(" | ")[3] for row in rows if row.startswith("| MAML")] == ["—", "—"]
+
+
+@pytest.mark.parametrize("text", ["a{0}b", "a{0}b{1}c{1}d", "a{0}b{1}c{0}d{1}", "a{1}b"])
+def test_markers_that_do_not_pair_are_refused(text: str, tool: ModuleType) -> None:
+    assert tool.filled(f"a{tool.BEGIN}old{tool.END}b", [lambda: "new"]) == f"a{tool.BEGIN}new{tool.END}b"
+    with pytest.raises(SystemExit, match="for 1 tables"):
+        tool.filled(text.format(tool.BEGIN, tool.END), [lambda: "new"])
+
+
 def test_commands_parse() -> None:
     """Every train command of the README and of the experiments names options that exist."""
     pair = ("custom", "--learner", "maml", "--rule", "replayed")

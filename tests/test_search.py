@@ -411,6 +411,26 @@ def test_another_search_under_the_same_name_is_refused(
     assert metaheed("search", "maml", *arguments)[0] == 1
 
 
+def test_a_refused_search_leaves_nothing_in_a_shared_database(study: Path, metaheed: Run, tmp_path: Path) -> None:
+    shared = ["--storage", f"sqlite:///{tmp_path / 'shared.db'}", "--study", "S"]
+    arguments = ["search", "ta-maml", *SMALL, "--iterations", 4, "--trials", 1]
+    status, _, err = metaheed(*arguments, *shared, "--out", study, "--meta-lr-range", 0.001, 0.002)
+    assert (status, f"{study} was begun with study" in err) == (1, True)
+    assert metaheed(*arguments, *shared, "--out", tmp_path / "mine")[0] == 0
+
+
+def test_importances_are_of_what_can_differ(study: Path, metaheed: Run, tmp_path: Path) -> None:
+    fixed = ["--fast-lr-range", 0.1, 0.1, "--meta-lr-range", 0.001, 0.001]
+    arguments = ["search", "ta-maml", *SMALL, "--iterations", 1, "--trials", 10, "--out", tmp_path / "one"]
+    _, out, err = metaheed(*arguments, *fixed)
+    assert "importances.png needs two settings that are searched at least" in out + err
+    assert not (tmp_path / "one" / "importances.png").exists()
+    still = ["--fast-lr-range", 0.1, 0.1, "--meta-lr-range", 1e-12, 1e-11]
+    _, out, err = metaheed(*arguments[:-1], tmp_path / "level", *still)
+    assert "importances.png needs trials that differ in accuracy" in out + err
+    assert not (tmp_path / "level" / "importances.png").exists()
+
+
 def test_a_trial_that_diverges_counts_and_is_recorded(metaheed: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     network = [*SMALL, "--backbone", "tests.networks:Exploding", "--fast-lr-range", 0.01, 0.01]

@@ -19,7 +19,16 @@ from benchmarks.table import LABELS, fastest_peer, spread
 from metaheed.config import ALGORITHMS
 from metaheed.evaluation import compare, read_result
 from metaheed.figures import read_lines
-from metaheed.report.arms import Arm, Comparison, attention_pairs, control_pairs, group, metalstm_pairs, mismatches
+from metaheed.report.arms import (
+    Arm,
+    Comparison,
+    attention_pairs,
+    control_pairs,
+    group,
+    metalstm_pairs,
+    mismatches,
+    protocol_mismatches,
+)
 from metaheed.report.measures import INPUTS, AttentionLog, attention_log, holm
 from metaheed.report.page import markdown_table
 from metaheed.report.reading import find
@@ -136,7 +145,12 @@ def seed_by_seed(study: Path) -> str:
         accuracies = [f"{seed}: {percent(result.accuracy)}" for seed, result in arm.results.items()]
         cells = [arm.label, str(arm.tasks_per_iteration), "<br>".join(accuracies) or "—"]
         for rule in ("uniform", "uniform-2b"):
-            others = [o for o in arms if (o.setting, o.learner, o.rule) == (arm.setting, arm.learner, rule)]
+            others = [
+                other
+                for other in arms
+                if (other.setting, other.learner, other.rule) == (arm.setting, arm.learner, rule)
+                and not protocol_mismatches(arm, other)
+            ]
             lines = [_seed_difference(arm, other, seed) for other in others for seed in arm.results if other is not arm]
             cells += ("<br>".join(filter(None, lines)) or "—",)
         rows.append(f"| {' | '.join(cells)} |\n")
@@ -308,8 +322,10 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
 def filled(text: str, tables: Sequence[Callable[[], str]]) -> str:
     """A file's text with the tables between its markers."""
     first, *rest = text.split(BEGIN)
-    if len(rest) != len(tables):
-        raise SystemExit(f"{len(rest)} pairs of markers for {len(tables)} tables")
+    if len(rest) != len(tables) or any(part.count(END) != 1 for part in rest):
+        raise SystemExit(
+            f"{text.count(BEGIN)} markers {BEGIN!r} and {text.count(END)} {END!r} for {len(tables)} tables"
+        )
     return first + "".join(BEGIN + write() + END + part.split(END)[1] for part, write in zip(rest, tables, strict=True))
 
 

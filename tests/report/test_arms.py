@@ -95,6 +95,25 @@ def test_replays_of_different_algorithms_are_never_averaged(tmp_path: Path) -> N
     assert [len(arm.runs) for arm in alone if arm.rule == "replayed"] == [2]
 
 
+def test_replayed_weights_control_those_that_are_replayed(tmp_path: Path) -> None:
+    make_run(tmp_path / "ta0", "ta-maml", 0)
+    make_run(tmp_path / "reuse", "ta-maml", 0, rule={"attention_reuse_probe": True})
+    make_run(tmp_path / "replay", "replayed-maml", 0, rule={"replay": Path("/elsewhere/ta0")})
+    pairs = control_pairs(arms_of(tmp_path))
+    assert [c.arm.label for c in pairs.compared] == ["TA-MAML"]
+    reasons = {(m.label, m.against): m.reason for m in pairs.missing}
+    found = reasons["TA-MAML (attention-reuse-probe)", "MAML, replayed and permuted"]
+    assert found == "it replays the weights of TA-MAML"
+
+
+def test_own_images_of_different_folders_are_different_arms(tmp_path: Path) -> None:
+    for seed, (place, accuracies) in enumerate((("a/cats", TASKS), ("b/cats", TASKS), ("a/cars", None))):
+        episodes = {"data": "folder", "data_root": Path("/photos", place)}
+        make_run(tmp_path / str(seed), seed=seed, episodes=episodes, accuracies=accuracies)
+    labels = {arm.label: [run.seed for run in arm.runs] for arm in arms_of(tmp_path)}
+    assert labels == {"MAML [images cats]": [0, 1], "MAML [images cars]": [2]}
+
+
 def test_paired_difference_by_hand(tmp_path: Path) -> None:
     for seed, shift in enumerate((0.01, 0.02, 0.06)):
         make_run(tmp_path / f"m{seed}", "maml", seed)
@@ -344,6 +363,7 @@ def test_cost_is_of_the_place_where_most_was_computed(tmp_path: Path) -> None:
         {"iterations": 1, "seconds": 9.0, **here},
         *({"iterations": 2, "seconds": s, **there} for s in (1.0, 4.0, 1.2)),
     ]
+    lines += [{"iterations": 9, "seconds": s, **there} for s in (0.0, -5.0, math.nan, math.inf, None)]
     make_run(tmp_path / "run", timing=lines)
     (run,) = find([tmp_path]).runs
     assert run.cost is not None

@@ -201,6 +201,9 @@ def test_curves_by_hand() -> None:
     assert first_reaching(curve, 0.31) == 4
     assert first_reaching(curve, 0.6) is None
     assert first_reaching(mean_curve([]), 0.1) is None
+    rounded = mean_curve([[Validation(2, 0.1)], [Validation(2, 0.7)]])
+    assert rounded.values[0] < 0.4
+    assert first_reaching(rounded, 0.4) == 2
 
 
 def test_numbers_too_large_to_be_squared_have_no_correlation(tmp_path: Path) -> None:

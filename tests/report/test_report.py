@@ -14,7 +14,7 @@ import yaml
 from PIL import Image
 
 import metaheed.report as package
-from metaheed.config import ReportConfig
+from metaheed.config import ReportConfig, ToyConfig
 from metaheed.errors import RunError
 from metaheed.report import report
 from tests.conftest import ROOT, Run
@@ -212,21 +212,42 @@ def test_iterations_to_an_accuracy(tmp_path: Path, metaheed: Run) -> None:
     arguments = ["report", tmp_path / "in", "--out", tmp_path / "out", "--no-toy"]
     assert metaheed(*arguments, "--thresholds", 37.5, 48.5)[0] == 0
     page = page_of(tmp_path / "out")
-    by_arm = {(row[1], row[2]): row[3:] for row in page.rows if len(row) == 9 and row[1] in ("37.50", "48.50")}
+    by_arm = {(row[1], row[2]): row[3:] for row in page.rows if len(row) == 10 and row[1] in ("37.50", "48.50")}
     assert by_arm == {
-        ("37.50", "MAML"): ["6", "6", "1.00", "24", "1.00", "2 of 2, median 6"],
-        ("37.50", "TA-MAML"): ["4", "4", "0.67", "32", "1.33", "1 of 1, median 4"],
-        ("48.50", "MAML"): ["8", "8", "1.00", "32", "1.00", "1 of 2, median 8"],
-        ("48.50", "TA-MAML"): ["not reached", "—", "—", "—", "—", "0 of 1"],
+        ("37.50", "MAML"): ["6", "6", "1.00", "24", "1.00", "0, 1", "2 of 2, median 6"],
+        ("37.50", "TA-MAML"): ["4", "4", "0.67", "32", "1.33", "0", "1 of 1, median 4"],
+        ("48.50", "MAML"): ["8", "8", "1.00", "32", "1.00", "0, 1", "1 of 2, median 8"],
+        ("48.50", "TA-MAML"): ["not reached", "—", "—", "—", "—", "—", "0 of 1"],
     }
     # Without --thresholds: 5 points and 1 point below the best of MAML's mean curve, 0.49.
     assert metaheed(*arguments)[0] == 0
-    assert {row[1] for row in page_of(tmp_path / "out").rows if len(row) == 9 and row[2] == "TA-MAML"} == {
+    assert {row[1] for row in page_of(tmp_path / "out").rows if len(row) == 10 and row[2] == "TA-MAML"} == {
         "44.00",
         "48.00",
     }
     status, _, err = metaheed(*arguments, "--thresholds", 0)
     assert (status, "each must be a percentage above 0" in err) == (1, True)
+
+
+def test_multiples_are_over_the_seeds_that_both_sides_have(tmp_path: Path) -> None:
+    slow, quick = {2: 0.1, 4: 0.3, 6: 0.4, 8: 0.6}, {2: 0.5, 4: 0.6, 6: 0.6, 8: 0.7}
+    steps: dict[str, Any] = {"training": {"iterations": 8}}
+    lines: dict[str, Any] = {"tasks": attention_lines(8)}
+    make_run(tmp_path / "in" / "m0", "maml", 0, validations=slow, **steps)
+    make_run(tmp_path / "in" / "m1", "maml", 1, validations=quick, **steps)
+    make_run(tmp_path / "in" / "t1", "ta-maml", 1, validations=quick, **lines, **steps)
+    other: dict[str, Any] = {"rule": {"attention_standardize": True}, **lines, **steps}
+    make_run(tmp_path / "in" / "e0", "ta-maml", 0, validations=slow, **other)
+    make_run(tmp_path / "in" / "e2", "ta-maml", 2, validations=quick, **other)
+    make_run(tmp_path / "in" / "r2", "taml", 2, validations=quick, **steps)
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False, thresholds=(40.0,)))
+    by_arm = {row[2]: row[3:9] for row in page_of(tmp_path / "out").rows if len(row) == 10 and row[1] == "40.00"}
+    assert by_arm == {
+        "MAML": ["4", "4", "1.00", "16", "1.00", "0, 1"],
+        "TA-MAML": ["2", "2", "1.00", "16", "2.00", "1"],
+        "TA-MAML (attention-standardize)": ["4", "4", "1.00", "32", "2.00", "0"],
+        "TAML": ["2", "2", "—", "8", "—", "—"],
+    }
 
 
 def test_of_several_uniform_arms_the_nearest_is_the_measure(tmp_path: Path) -> None:
@@ -236,7 +257,7 @@ def test_of_several_uniform_arms_the_nearest_is_the_measure(tmp_path: Path) -> N
     make_run(tmp_path / "in" / "t", "ta-maml", learner={"fast_lr": 0.3}, validations=quick, tasks=attention_lines())
     report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False, thresholds=(30.0,)))
     rows = page_of(tmp_path / "out").rows
-    ratios = {row[2]: (row[3], row[5]) for row in rows if len(row) == 9 and row[1] == "30.00"}
+    ratios = {row[2]: (row[3], row[5]) for row in rows if len(row) == 10 and row[1] == "30.00"}
     assert ratios == {
         "MAML [fast-lr 0.01]": ("4", "1.00"),
         "MAML [fast-lr 0.3]": ("2", "1.00"),
@@ -312,14 +333,32 @@ def test_figure_1_is_the_toys(metaheed: Run, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.html").read_text()
     assert f"Read from {tmp_path / 'in' / 'toy' / 'toy.json'}" in html.unescape(text)
     assert (tmp_path / "out" / "figures" / "figure1-toy.png").exists()
-    (tmp_path / "in" / "toy" / "toy.json").write_text('{"optima": 3}')
-    status, _, err = metaheed("report", tmp_path / "in", "--out", tmp_path / "out")
-    assert (status, "is not what 'metaheed toy' writes" in err) == (1, True)
+    assert metaheed("report", tmp_path / "in", "--out", tmp_path / "out", "--no-toy")[0] == 0
+    assert not (tmp_path / "out" / "figures" / "figure1-toy.png").exists()
+
+
+def test_what_is_no_toy_or_a_second_one_is_named_and_left_out(
+    metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path / "in" / "run")
+    (tmp_path / "in" / "game").mkdir()
+    (tmp_path / "in" / "game" / "toy.json").write_text('{"optima": 3}')
+    monkeypatch.setattr(package, "ToyConfig", lambda: ToyConfig(iterations=2))
+    report([tmp_path / "in"], tmp_path / "computed")
+    assert "Computed with the defaults" in (tmp_path / "computed" / "report.md").read_text()
+    (row,) = rows_with(page_of(tmp_path / "computed"), str(tmp_path / "in" / "game"))
+    assert "is not what 'metaheed toy' writes" in row[1]
+    for name in ("toy", "toy2"):
+        assert metaheed("toy", "--out", tmp_path / "in" / name, "--iterations", 3)[0] == 0
+    report([tmp_path / "in"], tmp_path / "out")
+    assert f"Read from {tmp_path / 'in' / 'toy' / 'toy.json'}" in html.unescape(
+        (tmp_path / "out" / "report.html").read_text()
+    )
+    (row,) = rows_with(page_of(tmp_path / "out"), str(tmp_path / "in" / "toy2"))
+    assert row[1] == f"a second toy; figure 1 is of {tmp_path / 'in' / 'toy'}"
 
 
 def test_the_toy_is_computed_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metaheed.config import ToyConfig
-
     monkeypatch.setattr(package, "ToyConfig", lambda: ToyConfig(iterations=2))
     make_run(tmp_path / "run")
     said: list[str] = []
@@ -430,6 +469,16 @@ def test_a_folder_of_something_else_is_not_replaced(study: Path, metaheed: Run, 
     (tmp_path / "file").write_text("x")
     assert "is not a folder: choose another --out" in metaheed("report", study, "--out", tmp_path / "file")[2]
     assert (tmp_path / "mine" / "thesis.tex").exists()
+
+
+def test_the_current_folder_is_not_replaced(
+    study: Path, metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    status, _, err = metaheed("report", study, "--out", ".", "--no-toy")
+    assert (status, "is the current folder, which cannot be replaced: name a folder in it" in err) == (1, True)
+    assert not list((tmp_path / "here").iterdir())
 
 
 def test_no_run_named_is_an_error(metaheed: Run, tmp_path: Path) -> None:

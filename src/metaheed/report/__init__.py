@@ -76,8 +76,9 @@ def report(
         raise RunError(f"none of the {count(len(reasons), 'run')} that were found is finished and judged ({shown})")
     with _beside(place) as part:
         logs, notes = _attention_logs(arms, say)
-        pictures = [*all_figures(arms, logs, *_toy(found, config, say))]
-        content = _report(found, arms, doubled, logs, notes, pictures, config)
+        toy, toy_from, of_toys = _toy(found, config, say)
+        pictures = [*all_figures(arms, logs, toy, toy_from)]
+        content = _report(found, arms, doubled, logs, [*notes, *of_toys], pictures, config)
         files = {HTML: to_html(content).encode(), MARKDOWN: to_markdown(content).encode()}
         for picture in pictures:
             files[f"{FIGURES}/{picture.name}.png"] = picture.png
@@ -199,25 +200,41 @@ def _attention_logs(
     return logs, notes
 
 
-def _toy(found: Found, config: ReportConfig, say: Callable[[str], None]) -> tuple[Toy | None, str]:
-    """What figure 1 draws, and where it is from."""
-    if found.toys:
-        return read_toy(found.toys[0]), f"Read from {plain(str(found.toys[0]))}."
+def _toy(
+    found: Found, config: ReportConfig, say: Callable[[str], None]
+) -> tuple[Toy | None, str, list[tuple[str, str]]]:
+    """What figure 1 draws, and where it is from; and what is to be said of toys that it does not draw."""
     if not config.toy:
-        return None, ""
+        return None, "", []
+    notes: list[tuple[str, str]] = []
+    drawn: tuple[Toy, Path] | None = None
+    for file in found.toys:
+        try:
+            toy = read_toy(file)
+        except RunError as error:
+            notes.append((plain(str(file.parent)), plain(str(error))))
+        else:
+            if drawn is None:
+                drawn = toy, file
+            else:
+                notes.append((plain(str(file.parent)), f"a second toy; figure 1 is of {plain(str(drawn[1].parent))}"))
+    if drawn is not None:
+        return drawn[0], f"Read from {plain(str(drawn[1]))}.", notes
     say("computing the toy of figure 1, which takes half a minute")
     followed = {name: follow(rule(), ToyConfig(), factor) for name, (rule, factor) in RULES.items()}
     numbers = {name: (t.path_length, t.displacement) for name, t in followed.items()}
     toy = Toy([*OPTIMA], {name: t.points for name, t in followed.items()}, numbers)
-    return toy, "Computed with the defaults of metaheed toy."
+    return toy, "Computed with the defaults of metaheed toy.", notes
 
 
 def _check_replaceable(out: Path) -> None:
-    """Raise RunError if `out` is there and holds anything but an earlier report."""
+    """Raise RunError if `out` is there and holds anything but an earlier report, or a shell may be standing in it."""
     if not out.exists():
         return
     if not out.is_dir():
         raise RunError(f"{out} is not a folder: choose another --out")
+    if out == Path.cwd():  # which would be left in the folder that was there before
+        raise RunError(f"{out} is the current folder, which cannot be replaced: name a folder in it (--out report)")
     own = {HTML, MARKDOWN, FIGURES}
     foreign = [path for path in sorted(out.iterdir()) if path.name not in own]
     figures = out / FIGURES

@@ -162,6 +162,10 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
                 found[f"{group}.{name}"] = value
     for name, count in zip(("ways", "shots", "queries"), config.episodes.test_shape, strict=True):
         found[f"episodes.test_{name}"] = count
+    episodes = config.episodes
+    if episodes.data == "folder" and episodes.data_root is not None:
+        # Own images, which the name of the data set does not tell apart; by the last name, for folders are moved.
+        found["episodes.images"] = episodes.data_root.name
     return found
 
 
@@ -203,16 +207,15 @@ def group(runs: Iterable[Run]) -> tuple[list[Arm], list[tuple[str, str]]]:
 def _settings_with_sources(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
     """Run -> its settings; with what it replays, where runs of one config are known to replay different algorithms."""
     settings = {run.path: settings_of(run.config) for run in runs}
-    # By the folders' names: runs are moved after they were replayed, all of a study together.
     attended: dict[str, set[str]] = defaultdict(set)
     for run in runs:
         if isinstance(run.config.rule, AttendedConfig):
             attended[run.path.name].add(_label(run.config))
     replaying: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        rule = run.config.rule
-        if isinstance(rule, ReplayedConfig) and rule.replay is not None:
-            names = attended.get(rule.replay.name, set())
+        replayed = _replayed(run)
+        if replayed is not None:
+            names = attended.get(replayed, set())
             source = min(names) if len(names) == 1 else ""
             replaying[repr((run.setting, sorted(settings[run.path].items())))][source].append(run)
     for by_source in replaying.values():
@@ -221,6 +224,12 @@ def _settings_with_sources(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
                 for run in members:
                     settings[run.path]["rule.replay"] = source or "a run that is not here"
     return settings
+
+
+def _replayed(run: Run) -> str | None:
+    """Of a run that replays another, the other's folder by its name: runs are moved later, all of a study together."""
+    rule = run.config.rule
+    return rule.replay.name if isinstance(rule, ReplayedConfig) and rule.replay is not None else None
 
 
 def _order(arm: Arm) -> tuple[Any, ...]:
@@ -403,11 +412,15 @@ def _paper_rule(arm: Arm) -> str | None:
 
 
 def control_pairs(arms: Sequence[Arm]) -> Pairs:
-    """Attention against each control of its learner that there is; each control against the uniform rule."""
+    """Attention against each control of its learner that there is; each control against the uniform rule.
+
+    Replayed weights are a control for those that are replayed.
+    """
     compared: list[Comparison] = []
     missing: list[NotCompared] = []
     for arm, control in _with_controls(arms):
-        reasons = mismatches(arm, control) if arm.results else ["it is not judged"]
+        reasons = _replays_others(arm, control, arms)
+        reasons += mismatches(arm, control) if arm.results else ["it is not judged"]
         nothing: Outcome = ("", [(control.label, "; ".join(reasons))])
         found, more = nothing if reasons else pair(arm, control)
         if isinstance(found, Comparison):
@@ -416,6 +429,15 @@ def control_pairs(arms: Sequence[Arm]) -> Pairs:
             missing += [NotCompared(arm.setting, arm.label, *each) for each in more]
     plain_ones = counterparts(arms, lambda arm: "uniform" if arm.rule in CONTROLS else None)
     return Pairs((*compared, *plain_ones.compared), (*missing, *plain_ones.missing))
+
+
+def _replays_others(arm: Arm, control: Arm, arms: Sequence[Arm]) -> list[str]:
+    """Why a control that replays weights is none for an arm: they are another arm's of those that are here."""
+    replayed = {_replayed(run) for run in control.runs} - {None}
+    sources = [a for a in arms if a.rule == "attended" and replayed & {run.path.name for run in a.runs}]
+    if not sources or any(source is arm for source in sources):
+        return []
+    return [f"it replays the weights of {' and '.join(source.label for source in sources)}"]
 
 
 def _with_controls(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:

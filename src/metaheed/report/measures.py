@@ -26,6 +26,7 @@ _RANK_POINTS = 50  # of a rank, which jumps from batch to batch
 _STRETCH = 20  # batches in a stretch at least, where there are enough for ten
 _AT_ONCE = 1000  # batches: bounds memory
 _POSITION_STRETCH = 100  # batches
+_ROUNDING = 1e-9  # of a mean of accuracies, each of which is logged to a millionth
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -56,8 +57,8 @@ def mean_curve(runs: Sequence[Sequence[Validation]]) -> Curve:
 
 
 def first_reaching(curve: Curve, threshold: float) -> int | None:
-    """The first iteration at which a curve is at the threshold or above; none: it never is."""
-    above = np.flatnonzero(curve.values >= threshold)
+    """The first iteration at which a curve is at the threshold or above, but for rounding; none: it never is."""
+    above = np.flatnonzero(curve.values >= threshold - _ROUNDING)
     return int(curve.iterations[above[0]]) if len(above) else None
 
 

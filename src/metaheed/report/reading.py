@@ -265,7 +265,8 @@ def _read_cost(file: Path) -> Cost | None:
     try:
         for line in stream_lines(file):
             iterations, seconds = line.get("iterations"), line.get("seconds")
-            if isinstance(iterations, int) and 0 < iterations <= _MOST and isinstance(seconds, float):
+            timed = isinstance(seconds, float | int) and 0 < seconds < math.inf
+            if timed and isinstance(iterations, int) and 0 < iterations <= _MOST:
                 lines.append(line)
     except RunError as error:
         raise RunError(f"{error}. Delete that file: only the cost of the run is in it") from error

@@ -338,14 +338,13 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
         for threshold in asked:
             for arm in family:
                 base = unattended(arm, family) or first
-                reference = first_reaching(curves[id(base)], threshold)
                 reached = first_reaching(curves[id(arm)], threshold)
                 seeds = [first_reaching(mean_curve([run.validations]), threshold) for run in arm.runs]
                 there = [s for s in seeds if s is not None]
                 rows.append(
                     (
                         *(title(arm.setting), percent(threshold), arm.label),
-                        *_reached(arm, reached, base, reference),
+                        *_reached(arm, reached, base, threshold),
                         f"{len(there)} of {len(seeds)}"
                         + (f", median {statistics.median(there):,.0f}" if there else ""),
                     )
@@ -355,7 +354,8 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
         "The first validation at which the mean curve over seeds is at the accuracy or above (so no finer than one "
         "validation to the next), what that is in outer steps and in training tasks seen, and each as a multiple of "
         "what the same learner under the uniform rule took (of several such arms the one that is like it in most "
-        "settings): at equal updates and at equal tasks seen. "
+        "settings): at equal updates and at equal tasks seen, both sides being mean curves over the seeds that both "
+        "have. "
         + (
             "The accuracies were asked for."
             if thresholds
@@ -372,23 +372,27 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
                 "× (equal updates)",
                 "tasks seen",
             ),
-            *("× (equal tasks)", "seeds that reached it"),
+            *("× (equal tasks)", "× over seeds", "seeds that reached it"),
         ),
         tuple(rows),
     )
 
 
-def _reached(arm: Arm, reached: int | None, base: Arm, reference: int | None) -> tuple[str, ...]:
+def _reached(arm: Arm, reached: int | None, base: Arm, threshold: float) -> tuple[str, ...]:
+    common = sorted({run.seed for run in arm.runs} & {run.seed for run in base.runs})
+    ours, theirs = (
+        first_reaching(mean_curve([run.validations for run in side.runs if run.seed in common]), threshold)
+        for side in (arm, base)
+    )
+    ratios = [MISSING] * 3
+    if ours is not None and theirs is not None:
+        updates = ours * arm.updates_per_iteration / (theirs * base.updates_per_iteration)
+        tasks = ours * arm.tasks_per_iteration / (theirs * base.tasks_per_iteration)
+        ratios = [f"{updates:.2f}", f"{tasks:.2f}", _listed(map(str, common))]
     if reached is None:
-        return "not reached", *[MISSING] * 4
-    steps, tasks = reached * arm.updates_per_iteration, reached * arm.tasks_per_iteration
-    ratios = (MISSING, MISSING)
-    if reference is not None:
-        ratios = (
-            f"{steps / (reference * base.updates_per_iteration):.2f}",
-            f"{tasks / (reference * base.tasks_per_iteration):.2f}",
-        )
-    return f"{reached:,}", f"{steps:,}", ratios[0], f"{tasks:,}", ratios[1]
+        return "not reached", MISSING, ratios[0], MISSING, *ratios[1:]
+    steps, seen = (reached * each for each in (arm.updates_per_iteration, arm.tasks_per_iteration))
+    return f"{reached:,}", f"{steps:,}", ratios[0], f"{seen:,}", *ratios[1:]
 
 
 def _families(arms: Sequence[Arm]) -> list[list[Arm]]:

@@ -220,6 +220,7 @@ _SOURCES = {
     "logged": "as fast as the runs here have gone (timing.jsonl)",
     "measured": "measured now, one at a time, on images of noise",
     "kept": "measured before (times.json)",
+    "usual": "as the toy usually takes",
 }
 
 
@@ -227,11 +228,13 @@ def _summary(estimates: dict[str, Estimate], places: int, taken: float) -> list[
     seconds = [e.seconds for e in estimates.values() if e.seconds is not None]
     if not seconds:
         return []
+    unknown = len(estimates) - len(seconds)
+    without = f", without the {unknown} whose time is not known" if unknown else ""
     at_once = f"; {places} at a time {_length(spread_over(seconds, places))} at least" if places > 1 else ""
     sources = Counter(e.source for e in estimates.values() if e.seconds is not None)
     parts = [f"{number} {_SOURCES[source]}" for source, number in sources.items()]
     measuring = f" Measuring took {taken:.0f} s." if sources["measured"] else ""
-    lines = [f"Estimated time: {_length(sum(seconds))} one at a time{at_once}."]
+    lines = [f"Estimated time: {_length(sum(seconds))} one at a time{at_once}{without}."]
     lines.append(f"Of these estimates: {'; '.join(parts)}.{measuring} Validations and judging are counted in.")
     return lines
 

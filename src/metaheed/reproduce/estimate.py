@@ -26,6 +26,7 @@ from metaheed.runs import RunFolder, stream_lines, write_whole
 from metaheed.training import Speed, measure_speed
 
 _RECENT = 10  # lines of timing.jsonl
+_TOY = 30.0  # seconds, anywhere
 
 
 class Estimate(NamedTuple):
@@ -34,7 +35,7 @@ class Estimate(NamedTuple):
     seconds: float | None
     """None: it cannot be told."""
     source: str
-    """Where that comes from: logged, kept (measured by an earlier call), measured; or why it cannot be told."""
+    """Where that comes from: logged, kept (measured by an earlier call), measured, usual; or why it cannot be told."""
 
 
 def estimate(
@@ -57,7 +58,7 @@ def estimate(
         if standing.done:
             continue
         if not isinstance(job, Run):
-            found[job.name] = Estimate(None, "about half a minute")
+            found[job.name] = Estimate(_TOY, "usual")
             continue
         shape = _shape(job)
         if shape is None:

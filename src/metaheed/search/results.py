@@ -10,7 +10,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from metaheed import __version__, recipes
-from metaheed.config import SearchConfig
+from metaheed.config import RunConfig, SearchConfig
 from metaheed.figures import importance_figure, parallel_figure
 from metaheed.runs import RunFolder, write_whole
 from metaheed.search.draws import configured, used
@@ -74,10 +74,12 @@ def write_results(shared: SharedStudy) -> Summary:
             parallel_figure(axes, rows, values, shown.index(best), out / "parallel_coordinate.png")
         if len(whole) < ENOUGH_FOR_IMPORTANCES:
             notices.append(f"importances.png needs {ENOUGH_FOR_IMPORTANCES} whole trials, and there are {len(whole)}")
-        elif importances := _importances(shared):
-            importance_figure(importances, len(whole), out / "importances.png")
+        elif len(_searched(config, settings)) < 2:
+            notices.append("importances.png needs two settings that are searched at least")
+        elif len({trial.value for trial in whole}) == 1:
+            notices.append("importances.png needs trials that differ in accuracy")
         else:
-            notices.append("importances.png needs something that is searched, and all ranges are one number")
+            importance_figure(_importances(shared, whole), len(whole), out / "importances.png")
     return Summary(
         folder=out,
         trials=len(finished),
@@ -114,15 +116,19 @@ def _recipe(shared: SharedStudy, best: FrozenTrial, finished: int) -> recipes.Re
     return recipes.Recipe(configured(config, best.params), about)
 
 
-def _importances(shared: SharedStudy) -> dict[str, float]:
+def _searched(config: RunConfig, settings: SearchConfig) -> list[str]:
+    """What the algorithm has whose range is more than one number."""
+    return [name for name in used(config, settings) if settings.ranges[name][0] < settings.ranges[name][1]]
+
+
+def _importances(shared: SharedStudy, whole: list[FrozenTrial]) -> dict[str, float]:
     """Share of each setting in what tells the best fifth of the trials from all (PED-ANOVA, Watanabe et al. 2023)."""
-    ranges = shared.settings.ranges
-    searched = [name for name in used(shared.config, shared.settings) if ranges[name][0] < ranges[name][1]]
-    if not searched:
-        return {}
+    names = _searched(shared.config, shared.settings)
+    study = optuna.create_study(direction="maximize")  # the database's may have more trials than --trials
+    study.add_trials(whole)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_BEST_SHARE)
-    found = optuna.importance.get_param_importances(shared.study, evaluator=evaluator, params=searched)
-    return {name: found[name] for name in searched}
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=names)
+    return {name: found[name] for name in names}
 
 
 def _table(trials: list[FrozenTrial], settings: SearchConfig) -> str:

@@ -50,6 +50,8 @@ class SharedStudy:
             RunError: the database cannot be used, or holds a study of that name of other settings.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        # Before there is a study, which in a shared database would refuse the next search of its name.
+        _refuse_other_search(out, config, settings)
         lock, database = None, sqlite_file(settings.storage)
         if settings.storage is None:
             _make(out)
@@ -170,13 +172,7 @@ class SharedStudy:
         """
         file = self.out / STUDY_FILE
         with self.writing():
-            if file.exists():
-                config, settings = read_settings(self.out)
-                refuse_difference(
-                    str(self.out),
-                    {"study": settings.study, **_record(config, settings)},
-                    {"study": self.settings.study, **self.record},
-                )
+            _refuse_other_search(self.out, self.config, self.settings)  # another may have come first
             settings = self.settings
             if settings.storage is not None:
                 url = sqlalchemy.engine.make_url(settings.storage)
@@ -211,6 +207,15 @@ def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
         raise RunError(f"{out} is not a study folder: search.yaml cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{file} is not of a search of this program: {error}") from error
+
+
+def _refuse_other_search(out: Path, config: RunConfig, settings: SearchConfig) -> None:
+    if (out / STUDY_FILE).exists():
+        theirs, mine = (
+            {"study": search.study, **_record(of_trials, search)}
+            for of_trials, search in (read_settings(out), (config, settings))
+        )
+        refuse_difference(str(out), theirs, mine)
 
 
 def count_finished(trials: list[FrozenTrial]) -> int:
