@@ -36,6 +36,7 @@ from metaheed.data.images import Dataset, make_split
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD, ProtoNet
 from metaheed.outer import (
     Buffered,
+    Execution,
     OneByOne,
     OuterOptimizer,
     OuterState,
@@ -52,7 +53,9 @@ from metaheed.outer import (
     map_im2col,
     map_looped,
     map_streamed,
+    map_together,
     map_vectorized,
+    plain_gradient,
     replayed,
     sequential,
     task_gradient,
@@ -85,7 +88,13 @@ SETTINGS = {
     "checked": Setting((3, 84, 84), 5, 1, 5, 5, 2),
     "quick": Setting((1, 16, 16), 3, 1, 2, 1, 2, hidden=4),
 }
-EXECUTIONS = {"looped": map_looped, "vectorized": map_vectorized, "im2col": map_im2col, "streamed": map_streamed}
+EXECUTIONS: dict[str, Callable[[Learner, Callable[..., Any]], Execution[Any]]] = {
+    "vectorized": map_together,
+    "vectorized, by autograd": lambda learner, function: map_vectorized(partial(function, learner)),
+    "im2col, by autograd": lambda learner, function: map_im2col(partial(function, learner)),
+    "streamed": lambda learner, function: map_streamed(partial(function, learner)),
+    "looped": lambda learner, function: map_looped(partial(function, learner)),
+}
 LEARNERS: dict[str, Callable[..., Learner]] = {
     "maml": lambda net, T: MAML(net, adaptation_steps=T, fast_lr=0.01),
     "fomaml": lambda net, T: MAML(net, adaptation_steps=T, fast_lr=0.01, first_order=True),
@@ -174,13 +183,14 @@ def start(
 
 
 def tools_of(learner: Learner, execution: str, optimizer: OuterOptimizer, streams: Streams) -> Tools:
-    run = EXECUTIONS[execution]
+    run = partial(EXECUTIONS[execution], learner)
     return Tools(
-        gradients=run(partial(task_gradient, learner)),
-        initial_gradients=run(partial(initial_gradient, learner)),
+        gradients=run(task_gradient),
+        initial_gradients=run(initial_gradient),
         optimizer=optimizer,
         train=lambda t: streams.batch("training", t),
         probe=lambda t: streams.batch("probe", t),
+        plain_gradients=run(plain_gradient),
     )
 
 
@@ -212,7 +222,7 @@ def correctness(bench: Bench, setting: Setting) -> None:
         ) -> list[Params]:
             meta = start(learner, uniform(), adam(1e-3), device, dtype).meta
             batch = bench.streams(setting, device).batch("training", 0)
-            grads, _ = EXECUTIONS[execution](partial(task_gradient, learner))(meta, batch)
+            grads, _ = EXECUTIONS[execution](learner, task_gradient)(meta, batch)
             return [{n: g[task] for n, g in grads.items()} for task in range(setting.tasks)]
 
         compare({"learner": name, "rule": "each task"}, per_task)

@@ -1,7 +1,7 @@
 """What only a CUDA device can show; skipped where there is none. benchmarks/on_cuda.py asks more, and measures."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,34 @@ import torch
 
 from metaheed.data.images import Dataset
 from metaheed.learners import MAML, Conv4
-from metaheed.outer import OuterState, map_im2col, map_looped, map_streamed, map_vectorized, task_gradient
+from metaheed.outer import (
+    OuterState,
+    map_im2col,
+    map_looped,
+    map_streamed,
+    map_together,
+    map_vectorized,
+    task_gradient,
+)
+from metaheed.process import float32_products
 from tests.conftest import Run, make_batch
 from tests.outer.test_steps import RULES, SHAPE, WAYS, Training, advance, streams_of
 from tests.test_training import SMALL
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 EXECUTIONS: dict[str, Callable[..., Any]] = {
-    "looped": map_looped,
-    "vectorized": map_vectorized,
-    "im2col": map_im2col,
-    "streamed": map_streamed,
+    "looped": lambda learner, function: map_looped(partial(function, learner)),
+    "vectorized": map_together,
+    "vectorized, by autograd": lambda learner, function: map_vectorized(partial(function, learner)),
+    "im2col": lambda learner, function: map_im2col(partial(function, learner)),
+    "streamed": lambda learner, function: map_streamed(partial(function, learner)),
 }
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    with float32_products(False):
+        yield
 
 
 @pytest.mark.parametrize("execution", EXECUTIONS)
@@ -31,7 +47,7 @@ def test_gradients_are_the_cpus(execution: str, rng: torch.Generator) -> None:
     meta, batch = learner.init(rng), make_batch(4, WAYS, 2, 4, SHAPE, torch.float32)
     expected, _ = map_looped(partial(task_gradient, learner))(meta, batch)
     there = type(batch)(*(part.cuda() for part in batch))
-    found, _ = EXECUTIONS[execution](partial(task_gradient, learner))({n: p.cuda() for n, p in meta.items()}, there)
+    found, _ = EXECUTIONS[execution](learner, task_gradient)({n: p.cuda() for n, p in meta.items()}, there)
     a, b = (torch.cat([tree[n].cpu().flatten(1) for n in meta], dim=1) for tree in (found, expected))
     assert float(((a - b).norm(dim=1) / b.norm(dim=1)).max()) < 1e-4
 

@@ -26,6 +26,7 @@ from metaheed.errors import NonFiniteError
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD, ProtoNet
 from metaheed.outer import (
     Buffered,
+    Execution,
     OneByOne,
     OuterState,
     Rule,
@@ -94,14 +95,18 @@ def streams_of(dataset: Dataset) -> Streams:
     return Streams(train, probe, TASKS)
 
 
+def looped_over(learner: Learner, function: Callable[..., Any]) -> Execution[Any]:
+    return map_looped(partial(function, learner))
+
+
 class Training:
     """A learner under a rule, to be begun and continued in either form."""
 
-    def __init__(self, dataset: Dataset, learner: Learner, rule: Rule, per_batch: Callable[..., Any] = map_looped):
+    def __init__(self, dataset: Dataset, learner: Learner, rule: Rule, per_batch: Callable[..., Any] = looped_over):
         self.rule, self.streams = rule, streams_of(dataset)
         self.tools = Tools(
-            gradients=per_batch(partial(task_gradient, learner)),
-            initial_gradients=per_batch(partial(initial_gradient, learner)),
+            gradients=per_batch(learner, task_gradient),
+            initial_gradients=per_batch(learner, initial_gradient),
             optimizer=clipped(adam(0.01), 0.5),
             train=lambda t: self.streams.batch("training", t),
             probe=lambda t: self.streams.batch("probe", t),
@@ -248,7 +253,11 @@ def on_meta(small_dataset: Dataset, training: Training) -> "module._Buffers":
     return buffers
 
 
-PER_BATCH = {"looped": map_looped, "vectorized": map_vectorized, "im2col": map_im2col}
+PER_BATCH: dict[str, Callable[..., Any]] = {
+    "looped": looped_over,
+    "vectorized": lambda learner, function: map_vectorized(partial(function, learner)),
+    "im2col": lambda learner, function: map_im2col(partial(function, learner)),
+}
 
 
 @pytest.mark.parametrize(

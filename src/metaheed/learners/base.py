@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torch.func import functional_call, grad_and_value, vjp
 
 from metaheed.errors import ConfigError, unknown
 from metaheed.learners.closed_form import ClosedForm, closed_form, mean_cross_entropy
-from metaheed.learners.derivatives import Step, many_vectors, needs_graph, recomputed, transformed
+from metaheed.learners.closed_form_cuda import ClosedFormCUDA, available
+from metaheed.learners.derivatives import Step, detached, many_vectors, needs_graph, recomputed, transformed
 from metaheed.types import Params
 
 
@@ -125,15 +126,7 @@ class _ClosedGradient(torch.autograd.Function):
         if torch.is_grad_enabled() or loss is not None or logits is not None or many_vectors(cotangents):
             # Third derivatives, or those of the loss itself, or many vectors at once: autograd's.
             def function(at):  # type: ignore[no-untyped-def]
-                # Task by task: PyTorch 2.13's derivative of a vmapped gradient of convolutions is wrong.
-                tasks = range(len(y))
-                each = [
-                    _general_gradient(ctx.learner, {n: p[i] for n, p in at.items()}, x[i], y[i], ctx.wanted)
-                    for i in tasks
-                ]
-                gradients, losses, logits = zip(*each, strict=True)
-                slopes = (torch.stack([g[name] for g in gradients]) for name in ctx.wanted)
-                return torch.stack(losses), torch.stack(logits), *slopes
+                return _task_by_task(ctx.learner, at, x, y, ctx.wanted)
 
             value, pull = vjp(function, at)  # type: ignore[misc]  # torch's annotation covers its has_aux form too
             given = tuple(
@@ -143,11 +136,90 @@ class _ClosedGradient(torch.autograd.Function):
             pulled = pull(given)[0]
         else:
             direction = {n: d for n, d in zip(ctx.wanted, directions, strict=True) if d is not None}
-            tape, ctx.tape = ctx.tape, None  # its memory is free for the next step's
-            if tape is None:  # a second time through the same graph
-                tape = ctx.fast.gradient(at, x, y, keep=True)[3]
-            pulled = ctx.fast.hessian_product(at, tape, direction)
+            pulled = _hessian_product(ctx, at, x, y, direction)
         return None, None, None, None, None, None, *(pulled[name] for name in ctx.names)
+
+
+def _task_by_task(
+    learner: Learner, at: Params, x: Tensor, y: Tensor, wanted: Sequence[str]
+) -> tuple[Tensor, ...]:
+    """Losses (B,), logits, and the wanted gradients one after another, of a batch by autograd.
+
+    Not by vmap: PyTorch 2.13's derivative of a vmapped gradient of convolutions is wrong.
+    """
+    tasks = range(len(y))
+    each = [_general_gradient(learner, {n: p[i] for n, p in at.items()}, x[i], y[i], wanted) for i in tasks]
+    gradients, losses, logits = zip(*each, strict=True)
+    return torch.stack(losses), torch.stack(logits), *(torch.stack([g[name] for g in gradients]) for name in wanted)
+
+
+def _hessian_product(ctx: Any, at: Params, x: Tensor, y: Tensor, direction: Params) -> Params:
+    tape, ctx.tape = ctx.tape, None  # its memory is free for the next step's
+    if tape is None:  # a second time through the same graph
+        tape = ctx.fast.gradient(at, x, y, keep=True)[3]
+    product: Params = ctx.fast.hessian_product(at, tape, direction)
+    return product
+
+
+def descend(
+    learner: Learner,
+    adapted: Params,
+    rate: float,
+    x: Tensor,
+    y: Tensor,
+    names: Sequence[str] | None = None,
+    first_order: bool = False,
+) -> Params:
+    """φ − α ∇L(φ) of the mean cross-entropy on a set of images; with `names`, these parameters alone move.
+
+    With `first_order` the gradient counts as a constant. On a CUDA device in closed form the arithmetic on all
+    parameters starts one kernel and not one a parameter, and so does that of the step's derivative, which is one node
+    of autograd's graph: v ← v − α ∇²L v.
+    """
+    at = detached(adapted) if first_order else adapted
+    network = learner.network if isinstance(learner, NetworkLearner) and x.dim() == 5 else None
+    fast = None if network is None else network.closed_form(at, x)
+    if not isinstance(fast, ClosedFormCUDA):
+        gradient, _, _ = loss_gradient(learner, at, x, y, names)
+        return {n: p - rate * gradient[n] if n in gradient else p for n, p in adapted.items()}
+    wanted = tuple(at if names is None else names)
+    if needs_graph(at):
+        after = _ClosedStep.apply(learner, fast, rate, tuple(at), wanted, x, y, *at.values())  # type: ignore[no-untyped-call]
+    else:
+        slopes = fast.gradient(at, x, y, wanted)[0]
+        after = torch._foreach_add([adapted[n] for n in wanted], [slopes[n] for n in wanted], alpha=-rate)
+    return {**adapted, **dict(zip(wanted, after, strict=True))}
+
+
+class _ClosedStep(torch.autograd.Function):
+    """`descend` for many tasks as one node: see `_ClosedGradient`."""
+
+    @staticmethod
+    def forward(ctx, learner, fast, rate, names, wanted, x, y, *leaves):  # type: ignore[no-untyped-def]
+        at = dict(zip(names, leaves, strict=True))
+        gradient, _, _, ctx.tape = fast.gradient(at, x, y, wanted, keep=True)
+        ctx.learner, ctx.fast, ctx.rate, ctx.names, ctx.wanted = learner, fast, rate, names, wanted
+        ctx.save_for_backward(x, y, *leaves)
+        after = torch._foreach_add([at[n] for n in wanted], [gradient[n] for n in wanted], alpha=-rate)
+        return tuple(after)
+
+    @staticmethod
+    def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
+        x, y, *leaves = ctx.saved_tensors
+        at = dict(zip(ctx.names, leaves, strict=True))
+        if torch.is_grad_enabled() or many_vectors(cotangents):  # third derivatives, or many vectors at once
+
+            def function(at):  # type: ignore[no-untyped-def]
+                _, _, *gradient = _task_by_task(ctx.learner, at, x, y, ctx.wanted)
+                return tuple(at[n] - ctx.rate * g for n, g in zip(ctx.wanted, gradient, strict=True))
+
+            pulled = vjp(function, at)[1](cotangents)[0]
+        else:
+            slopes = torch._foreach_mul(cotangents, -ctx.rate)
+            pulled = _hessian_product(ctx, at, x, y, dict(zip(ctx.wanted, slopes, strict=True)))
+            moved = torch._foreach_add([pulled[n] for n in ctx.wanted], cotangents)
+            pulled = {**pulled, **dict(zip(ctx.wanted, moved, strict=True))}
+        return None, None, None, None, None, None, None, *(pulled[name] for name in ctx.names)
 
 
 def place_constants(learner: Learner, device: torch.device) -> None:
@@ -187,6 +259,8 @@ class Backbone:
             )
         self.known = closed_form(self.module)
         """The network's closed form, if it is one of those that have one."""
+        self.known_on_cuda = ClosedFormCUDA(self.module) if self.known is not None and available() else None
+        """The same on a CUDA device."""
 
     @property
     def names(self) -> list[str]:
@@ -261,8 +335,8 @@ class Backbone:
 
     def closed_form(self, params: Params, x: Tensor) -> ClosedForm | None:
         """The network's derivatives without autograd, where they are known and apply to these very tensors."""
-        fast = self.known
-        if fast is None or not ordinary_on_cpu([x, *params.values()]) or x.requires_grad or set(params) != fast.names:
+        fast = self.known_on_cuda if x.device.type == "cuda" else self.known
+        if fast is None or not ordinary([x, *params.values()]) or x.requires_grad or set(params) != fast.names:
             return None
         # Many tasks at once have no other form to fall back to: `takes_batches` has asked about network and shapes.
         return fast if x.dim() == 5 or (fast.applies and fast.fits(params, x)) else None
@@ -283,20 +357,25 @@ class Backbone:
         return {n: c.to(like.device, like.dtype if c.is_floating_point() else c.dtype) for n, c in constants.items()}
 
 
-def ordinary_on_cpu(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are ordinary tensors on a CPU, and nothing transforms what is computed from them."""
-    if transformed() or torch.is_autocast_enabled("cpu"):
+def ordinary(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are ordinary tensors on a CPU, or on one CUDA device, and nothing transforms what is computed from
+    them.
+    """
+    dtype, device = tensors[-1].dtype, tensors[-1].device
+    if device.type not in ("cpu", "cuda") or transformed() or torch.is_autocast_enabled(device.type):
         return False
     if torch.autograd.forward_ad._current_level >= 0 or torch.compiler.is_compiling():
         return False
-    dtype = tensors[-1].dtype
     return (
         dtype in (torch.float32, torch.float64)
-        and all(
-            type(t) in (Tensor, nn.Parameter) and t.device.type == "cpu" and t.layout == torch.strided for t in tensors
-        )
+        and all(type(t) in (Tensor, nn.Parameter) and t.device == device and t.layout == torch.strided for t in tensors)
         and all(t.dtype == dtype for t in tensors[1:])
     )
+
+
+def ordinary_on_cpu(tensors: Sequence[Tensor]) -> bool:
+    """`ordinary`, and on a CPU."""
+    return tensors[-1].device.type == "cpu" and ordinary(tensors)
 
 
 def _refuse(module: nn.Module) -> None:

@@ -13,8 +13,7 @@ With `first_order` the gradients of step 2 count as constants in step 3 (FOMAML,
 from torch import Tensor, nn
 
 from metaheed.config import MAMLConfig
-from metaheed.learners.base import NetworkLearner, loss_gradient
-from metaheed.learners.derivatives import detached
+from metaheed.learners.base import NetworkLearner, descend
 from metaheed.types import Params
 
 
@@ -56,6 +55,4 @@ class MAML(NetworkLearner):
         return self.steps(self._step, meta, self.initial(meta), support_x, support_y)
 
     def _step(self, meta: Params, adapted: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        at = detached(adapted) if self.first_order else adapted
-        gradient, _, _ = loss_gradient(self, at, support_x, support_y, self.moving)
-        return {n: p - self.fast_lr * gradient[n] if n in gradient else p for n, p in adapted.items()}
+        return descend(self, adapted, self.fast_lr, support_x, support_y, self.moving, self.first_order)

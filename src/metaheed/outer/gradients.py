@@ -18,6 +18,7 @@ from torch.func import vmap
 from metaheed.config import TASKS_AT_ONCE
 from metaheed.errors import ConfigError
 from metaheed.learners.base import Learner, loss_gradient, takes_batches, task_loss
+from metaheed.learners.closed_form_cuda import copies
 from metaheed.learners.derivatives import detached, ordinary, recorded, transformed
 from metaheed.types import Episode, Params, TaskInfo
 
@@ -125,7 +126,7 @@ def looped(learner: Learner) -> Execution[tuple[Params, TaskInfo]]:
 def vectorized(learner: Learner, chunk_size: int | None = None) -> Execution[tuple[Params, TaskInfo]]:
     """`task_gradient` of `chunk_size` tasks at once as one program; agrees with `looped` to rounding.
 
-    Our own networks on a CPU in closed form (learners/closed_form.py), without a chunk size TASKS_AT_ONCE of them at
+    Our own networks in closed form (learners/closed_form.py), on a CPU without a chunk size TASKS_AT_ONCE of them at
     once; else by `torch.func.vmap`, without a chunk size all.
     """
     return map_together(learner, task_gradient, chunk_size)
@@ -176,14 +177,16 @@ def map_together(
 ) -> Execution[T]:
     """function(learner, θ, task) over a batch, `chunk_size` tasks at once, as one program.
 
-    In closed form where the learner `takes_batches` (none: TASKS_AT_ONCE); else as `map_vectorized` (none: all).
+    In closed form where the learner `takes_batches` (none: all, on a CPU TASKS_AT_ONCE); else as `map_vectorized`.
     """
     general = map_vectorized(partial(function, learner), chunk_size)
 
     def run(meta: Params, batch: Episode) -> T:
         if not takes_batches(learner, meta, batch.support_x):
             return general(meta, batch)
-        chunks = zip(*(torch.split(part, chunk_size or TASKS_AT_ONCE) for part in batch), strict=True)
+        # A processor's cache is to hold what is computed at once; a GPU is to have enough to do.
+        at_once = chunk_size or (TASKS_AT_ONCE if batch.support_x.device.type == "cpu" else len(batch.support_x))
+        chunks = zip(*(torch.split(part, at_once) for part in batch), strict=True)
         result: T = merge([function(learner, _copies(meta, len(c[0])), Episode(*c)) for c in chunks], torch.cat)
         return result
 
@@ -192,6 +195,8 @@ def map_together(
 
 def _copies(meta: Params, tasks: int) -> Params:
     """θ for each task; weights of convolutions lie in memory as the closed form wants them, and so will φ."""
+    if next(iter(meta.values())).device.type != "cpu":
+        return copies(meta, tasks)
     laid = {n: p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for n, p in meta.items()}
     return {name: p.expand(tasks, *p.shape) for name, p in laid.items()}
 

@@ -4,10 +4,11 @@ The step may be differentiated with respect to the gradient it is given; that is
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from metaheed.errors import ConfigError
 from metaheed.outer.gradients import global_norm
@@ -63,26 +64,44 @@ def adam(lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8)
 
     def step(meta: Params, state: OptState, gradient: Params) -> tuple[Params, OptState]:
         count = state["count"] + 1
-        after: Params = {}
-        next_state: OptState = {"count": count}
         # In float64 and then rounded: 1 − β₂ᵗ loses three digits in float32 at the first steps.
         steps = count.to(torch.float64)
         correction1 = 1 - torch.pow(torch.full_like(steps, beta1), steps)
         correction2 = 1 - torch.pow(torch.full_like(steps, beta2), steps)
-        for name, p in meta.items():
-            g = gradient[name]
-            dead = beta2 * state[f"square.{name}"] + (1 - beta2) * g.detach().square() == 0
+
+        def of_entries(p: Tensor, g: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            dead = beta2 * square + (1 - beta2) * g.detach().square() == 0
             g = torch.where(dead, g.detach(), g)
-            mean = beta1 * state[f"mean.{name}"] + (1 - beta1) * g
-            square = beta2 * state[f"square.{name}"] + (1 - beta2) * g.square()
+            mean = beta1 * mean + (1 - beta1) * g
+            square = beta2 * square + (1 - beta2) * g.square()
             # The square root is taken of 1 where it would be of 0: its infinite slope must not meet a zero.
             root = torch.where(dead, torch.zeros_like(square), torch.where(dead, 1.0, square).sqrt())
             denominator = root / correction2.sqrt().to(p.dtype) + eps
-            after[name] = p - (lr / correction1).to(p.dtype) * mean / denominator
-            next_state[f"mean.{name}"], next_state[f"square.{name}"] = mean, square
-        return after, next_state
+            return p - (lr / correction1).to(p.dtype) * mean / denominator, mean, square
+
+        def moment(which: str) -> Params:
+            return {name: state[f"{which}.{name}"] for name in meta}
+
+        trees = (meta, {name: gradient[name] for name in meta}, moment("mean"), moment("square"))
+        after, mean, square = _end_to_end(of_entries, trees)
+        moments = {
+            f"{m}.{name}": leaf for m, tree in (("mean", mean), ("square", square)) for name, leaf in tree.items()
+        }
+        return after, {"count": count, **moments}
 
     return OuterOptimizer(init, step)
+
+
+def _end_to_end(function: Callable[..., tuple[Tensor, ...]], trees: Sequence[Params]) -> list[Params]:
+    """An elementwise function of trees, applied to all leaves laid end to end: an operation each, not one a leaf."""
+    like = trees[0]
+    if len({(leaf.dtype, leaf.device) for tree in trees for leaf in tree.values()}) > 1:
+        each = [function(*(tree[name] for tree in trees)) for name in like]
+        return [dict(zip(like, column, strict=True)) for column in zip(*each, strict=True)]
+    sizes = [leaf.numel() for leaf in like.values()]
+    values = function(*(torch.cat([tree[name].reshape(-1) for name in like]) for tree in trees))
+    parts = (torch.split_with_sizes_copy(value, sizes) for value in values)  # of memory of their own
+    return [{name: part.view_as(like[name]) for name, part in zip(like, p, strict=True)} for p in parts]
 
 
 def clipped(optimizer: OuterOptimizer, max_norm: float) -> OuterOptimizer:

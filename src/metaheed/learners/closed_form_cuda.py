@@ -1,0 +1,247 @@
+"""Conv4's closed form on a CUDA device: the formulas of `closed_form.py`, in kernels of our own.
+
+There a plane is too large for any cache, and an operation too short to be started by itself. So everything that can be
+done to a value while it is at hand is: a convolution's kernel also sums what the norm needs of its result, or takes the
+result through the ReLU and sums what the norm's derivative needs. All tasks go through a kernel together, each with its
+own weights. Per block: forward three kernels (convolution with moments, their totals, pooling with norm and ReLU),
+backward four or five (totals, ∂L/∂y, the weight's gradient in two steps, the input's gradient into the block below),
+Hessian eight. There is nothing in between that the host has to look at.
+
+Unlike `closed_form.py`, the sign of γ is not folded into the convolution: maxima are taken of γ y, and where γ is zero
+the first place of a window, as PyTorch does. And nothing is centred beforehand: moments are taken about the mean of a
+block of places, and joined in float64.
+
+Legend: as in `kernels.py`.
+"""
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metaheed.learners.closed_form import ClosedForm, Tape, mean_cross_entropy
+from metaheed.types import Params
+
+_MOST_CHANNELS = 64
+"""Whose weight's gradient a program can hold."""
+_MOST_PLACES = 1 << 21
+"""Of a plane of all images of a task: their partial sums are added by one program."""
+
+
+def available() -> bool:
+    """Whether Triton, which the kernels are written in, is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+class _Block(NamedTuple):
+    """What a block's forward pass leaves behind; symbols as in `closed_form.py`."""
+
+    x: Tensor
+    weight: Tensor  # (B, 9, C, O)
+    gain: Tensor
+    norm: Tensor  # μ and r
+    y: Tensor
+    z: Tensor
+    q: Tensor
+    place: Tensor
+
+
+class _Slope(NamedTuple):
+    """What a block's gradient leaves behind."""
+
+    e: Tensor
+    S: Tensor
+    dy: Tensor
+
+
+class ClosedFormCUDA(ClosedForm):
+    """The same derivatives in float32, by kernels in Triton."""
+
+    @property
+    def _kernels(self) -> ModuleType:
+        from metaheed.learners import kernels  # needs Triton
+
+        return kernels
+
+    def fits(self, params: Params, x: Tensor) -> bool:
+        """Whether the kernels cover these shapes; what the numbers are, they take care of."""
+        count, *size = x.shape[-4], *x.shape[-2:]
+        if params["head.weight"].dtype != torch.float32 or self._mean_plane:
+            return False
+        channels = x.shape[-3]
+        for shape in self._shapes:
+            wide, seen = params[f"{shape.name}.conv.weight"].shape[-4:-2]
+            places = count * size[0] * size[1]
+            if not shape.pool or shape.stride != 1 or seen != channels or max(wide, seen) > _MOST_CHANNELS:
+                return False
+            if not 1 < places <= _MOST_PLACES or min(size) < 2:
+                return False
+            channels, size = wide, [side // 2 for side in size]
+        return True
+
+    def logits(self, params: Params, x: Tensor) -> Tensor:
+        """See `ClosedForm`."""
+        with _on(x):
+            return self._up(params, x, keep=False)[1]
+
+    def gradient(
+        self, params: Params, x: Tensor, y: Tensor, names: tuple[str, ...] | None = None, keep: bool = False
+    ) -> tuple[Params, Tensor, Tensor, Tape | None]:
+        """See `ClosedForm`."""
+        with _on(x):
+            return self._gradient(params, x, y, names, keep)
+
+    def _gradient(
+        self, params: Params, x: Tensor, y: Tensor, names: tuple[str, ...] | None, keep: bool
+    ) -> tuple[Params, Tensor, Tensor, Tape | None]:
+        kernels = self._kernels
+        features, logits, blocks = self._up(params, x, keep=True)
+        loss = mean_cross_entropy(logits, y)
+        p = torch.softmax(logits, 2)
+        dlogits = p.scatter_add(2, y.unsqueeze(2), p.new_full((*y.shape, 1), -1.0)).div_(y.shape[1])
+        found: Params = {"head.weight": dlogits.mT @ features, "head.bias": dlogits.sum(1)}
+        wanted = [keep or names is None or any(n.startswith(s.name) for n in names) for s in self._shapes]
+        lowest = wanted.index(True) if any(wanted) else len(blocks)
+        slopes: list[Any] = []
+        z = blocks[-1].z
+        e, sums = kernels.slope(_to_plane(dlogits @ params["head.weight"], z), z, blocks[-1].q)
+        for index in range(len(blocks) - 1, lowest - 1, -1):
+            # What is not kept is freed as soon as may be.
+            block = blocks[index] if keep else blocks.pop()
+            S = kernels.finish(sums, len(x))
+            dy = kernels.spread(block.y, e, block.place, block.norm, block.gain, S)
+            found |= _named(self._shapes[index].name, kernels.weight_gradient(block.x, dy), S)
+            slopes.insert(0, _Slope(e, S, dy))
+            if index > lowest:
+                below = blocks[index - 1]
+                e, sums = kernels.convolve(dy, block.weight, transposed=True, then="slope", beside=(below.z, below.q))
+            if not keep:
+                slopes.clear()
+        gradient = {name: found[name] for name in (params if names is None else names)}
+        tape = Tape(blocks, slopes, features, p, dlogits) if keep else None
+        return gradient, loss, logits, tape
+
+    def hessian_product(self, params: Params, tape: Tape, direction: Params) -> Params:
+        """See `ClosedForm`."""
+        with _on(tape.features):
+            return self._hessian_product(params, tape, direction)
+
+    def _hessian_product(self, params: Params, tape: Tape, direction: Params) -> Params:
+        kernels = self._kernels
+        direction = {n: direction[n] if n in direction else torch.zeros_like(p) for n, p in params.items()}
+        B = len(tape.features)
+        moved: list[tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+        z_dot: Tensor | None = None
+        for shape, block in zip(self._shapes, tape.blocks, strict=True):
+            weight = _taps_first(direction[f"{shape.name}.conv.weight"])
+            gain, shift = (direction[f"{shape.name}.norm.{which}"].contiguous() for which in ("weight", "bias"))
+            x_dot, second = z_dot, None
+            if x_dot is not None:
+                second = x_dot, block.weight
+            y_dot, sums = kernels.convolve(block.x, weight, second, then="dots", beside=(block.y,), norm=block.norm)
+            T = kernels.finish(sums, B)
+            z_dot, q_dot = kernels.pool_dots(
+                y_dot, block.z, block.q, block.place, block.norm, block.gain, (gain, shift), T
+            )
+            moved.append((x_dot, weight, gain, y_dot, T, q_dot))
+        assert z_dot is not None  # there is a block
+        head, head_dot = params["head.weight"], direction["head.weight"]
+        features, p, dlogits = tape.features, tape.p, tape.dlogits
+        features_dot = _to_features(z_dot)
+        logits_dot = features_dot @ head.mT + features @ head_dot.mT + direction["head.bias"].unsqueeze(1)
+        dlogits_dot = p * (logits_dot - (p * logits_dot).sum(2, keepdim=True)) / p.shape[1]
+        found: Params = {
+            "head.weight": dlogits_dot.mT @ features + dlogits.mT @ features_dot,
+            "head.bias": dlogits_dot.sum(1),
+        }
+        top = tape.blocks[-1]
+        dz_dot = _to_plane(dlogits_dot @ head + dlogits @ head_dot, top.z)
+        e_dot, sums = kernels.slope(dz_dot, top.z, top.q, (tape.slopes[-1].e, moved[-1][-1]))
+        for index in range(len(moved) - 1, -1, -1):
+            block, slope = tape.blocks[index], tape.slopes[index]
+            x_dot, weight, gain, y_dot, T, _ = moved.pop()
+            S_dot = kernels.finish(sums, B)
+            dy_dot = kernels.spread(
+                block.y, slope.e, block.place, block.norm, block.gain, slope.S, (y_dot, e_dot, gain, T, S_dot)
+            )
+            second = None if x_dot is None else (x_dot, slope.dy)
+            found |= _named(self._shapes[index].name, kernels.weight_gradient(block.x, dy_dot, second), S_dot)
+            if index:
+                below = tape.blocks[index - 1]
+                e_dot, sums = kernels.convolve(
+                    *(dy_dot, block.weight, (slope.dy, weight)),
+                    transposed=True,
+                    then="slope_dot",
+                    beside=(below.z, below.q, tape.slopes[index - 1].e, moved[-1][-1]),
+                )
+        return {name: found[name] for name in params}
+
+    def _up(self, params: Params, x: Tensor, keep: bool) -> tuple[Tensor, Tensor, list[Any]]:
+        """Features, logits, and if they are to be kept the blocks."""
+        kernels = self._kernels
+        blocks = []
+        z = kernels.as_source(x.to(params["head.weight"].dtype))
+        for shape in self._shapes:
+            weight = _taps_first(params[f"{shape.name}.conv.weight"])
+            gain, shift = (params[f"{shape.name}.norm.{which}"].contiguous() for which in ("weight", "bias"))
+            source = z
+            y, sums = kernels.convolve(source, weight, then="moments")
+            norm = kernels.norm_of(sums, source, shape.eps)
+            z, q, place = kernels.pool(y, norm, gain, shift, keep)
+            if keep:
+                blocks.append(_Block(source, weight, gain, norm, y, z, q, place))
+        features = _to_features(z)
+        return features, torch.baddbmm(params["head.bias"].unsqueeze(1), features, params["head.weight"].mT), blocks
+
+
+@contextlib.contextmanager
+def _on(tensor: Tensor) -> Iterator[None]:
+    """Kernels start on the current device, which need not be the tensor's."""
+    if tensor.is_cuda:
+        with torch.cuda.device(tensor.device):
+            yield
+    else:
+        yield
+
+
+def _taps_first(weight: Tensor) -> Tensor:
+    """(B, O, C, 3, 3) -> (B, 9, C, O), contiguous: no copy where the weight lies so in memory (`copies`)."""
+    return weight.permute(0, 3, 4, 2, 1).flatten(1, 2).contiguous()
+
+
+def copies(tree: Params, tasks: int) -> Params:
+    """θ for each of so many tasks; weights of convolutions lie in memory as the kernels want them, and so will φ."""
+    return {
+        name: (
+            p.permute(2, 3, 1, 0)
+            .expand(tasks, *(p.shape[axis] for axis in (2, 3, 1, 0)))
+            .contiguous()
+            .permute(0, 4, 3, 1, 2)
+            if p.dim() == 4
+            else p.expand(tasks, *p.shape).contiguous()
+        )
+        for name, p in tree.items()
+    }
+
+
+def _to_features(z: Tensor) -> Tensor:
+    return z.permute(0, 1, 4, 2, 3).flatten(2)
+
+
+def _to_plane(cotangent: Tensor, like: Tensor) -> Tensor:
+    B, n, h, w, C = like.shape
+    return cotangent.view(B, n, C, h, w).permute(0, 1, 3, 4, 2).contiguous()
+
+
+def _named(name: str, dweight: Tensor, S: Tensor) -> Params:
+    B, _, C, O = dweight.shape  # noqa: E741
+    return {
+        f"{name}.conv.weight": dweight.view(B, 3, 3, C, O).permute(0, 4, 3, 1, 2),
+        f"{name}.conv.bias": torch.zeros_like(S[0]),
+        f"{name}.norm.weight": S[1],
+        f"{name}.norm.bias": S[0],
+    }
