@@ -140,9 +140,7 @@ class _ClosedGradient(torch.autograd.Function):
         return None, None, None, None, None, None, *(pulled[name] for name in ctx.names)
 
 
-def _task_by_task(
-    learner: Learner, at: Params, x: Tensor, y: Tensor, wanted: Sequence[str]
-) -> tuple[Tensor, ...]:
+def _task_by_task(learner: Learner, at: Params, x: Tensor, y: Tensor, wanted: Sequence[str]) -> tuple[Tensor, ...]:
     """Losses (B,), logits, and the wanted gradients one after another, of a batch by autograd.
 
     Not by vmap: PyTorch 2.13's derivative of a vmapped gradient of convolutions is wrong.

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaheed.learners.closed_form import ClosedForm, Tape, mean_cross_entropy
+from metaheed.learners.closed_form import ClosedForm, Tape
 from metaheed.types import Params
 
 _MOST_CHANNELS = 64
@@ -100,9 +100,8 @@ class ClosedFormCUDA(ClosedForm):
     ) -> tuple[Params, Tensor, Tensor, Tape | None]:
         kernels = self._kernels
         features, logits, blocks = self._up(params, x, keep=True)
-        loss = mean_cross_entropy(logits, y)
-        p = torch.softmax(logits, 2)
-        dlogits = p.scatter_add(2, y.unsqueeze(2), p.new_full((*y.shape, 1), -1.0)).div_(y.shape[1])
+        losses, p, dlogits = kernels.cross_entropy(logits, y)
+        loss = losses.mean(1)
         found: Params = {"head.weight": dlogits.mT @ features, "head.bias": dlogits.sum(1)}
         wanted = [keep or names is None or any(n.startswith(s.name) for n in names) for s in self._shapes]
         lowest = wanted.index(True) if any(wanted) else len(blocks)
@@ -152,7 +151,7 @@ class ClosedFormCUDA(ClosedForm):
         head, head_dot = params["head.weight"], direction["head.weight"]
         features, p, dlogits = tape.features, tape.p, tape.dlogits
         features_dot = _to_features(z_dot)
-        logits_dot = features_dot @ head.mT + features @ head_dot.mT + direction["head.bias"].unsqueeze(1)
+        logits_dot = kernels.head(features_dot, head, direction["head.bias"], (features, head_dot))
         dlogits_dot = p * (logits_dot - (p * logits_dot).sum(2, keepdim=True)) / p.shape[1]
         found: Params = {
             "head.weight": dlogits_dot.mT @ features + dlogits.mT @ features_dot,
@@ -195,7 +194,7 @@ class ClosedFormCUDA(ClosedForm):
             if keep:
                 blocks.append(_Block(source, weight, gain, norm, y, z, q, place))
         features = _to_features(z)
-        return features, torch.baddbmm(params["head.bias"].unsqueeze(1), features, params["head.weight"].mT), blocks
+        return features, kernels.head(features, params["head.weight"], params["head.bias"]), blocks
 
 
 @contextlib.contextmanager

@@ -364,6 +364,49 @@ def _weights(
         tl.store(to + 2 * I * O, right, mask=inner & seen)
 
 
+@triton.jit(do_not_specialize=["n", "F"])
+def _logits(
+    x, w, x2, w2, bias, out, n, F, N: tl.constexpr, FP: tl.constexpr, TWO: tl.constexpr
+):  # fmt: skip
+    image = tl.program_id(0)
+    task = tl.program_id(1)
+    f = tl.arange(0, FP)
+    row = (task * n + image) * F + f
+    a = tl.load(x + row, mask=f < F, other=0.0)
+    a2 = a
+    if TWO:
+        a2 = tl.load(x2 + row, mask=f < F, other=0.0)
+    for k in range(N):
+        at = (task * N + k) * F + f
+        products = a * tl.load(w + at, mask=f < F, other=0.0)
+        if TWO:
+            products += a2 * tl.load(w2 + at, mask=f < F, other=0.0)
+        total = tl.sum(products, 0) + tl.load(bias + task * N + k)
+        tl.store(out + (task * n + image) * N + k, total)
+
+
+@triton.jit(do_not_specialize=["rows", "n"])
+def _cross_entropy(logits, y, p, slope, loss, rows, n, N: tl.constexpr, P: tl.constexpr, BM: tl.constexpr):
+    r = tl.program_id(0) * BM + tl.arange(0, BM)
+    k = tl.arange(0, P)
+    ok = r < rows
+    there = ok[:, None] & (k < N)[None, :]
+    at = r[:, None] * N + k[None, :]
+    # In float64, where exp and log are exact to float32's last bit; there are few of them.
+    v = tl.load(logits + at, mask=there, other=float("-inf")).to(tl.float64)
+    v = tl.where(ok[:, None], v, 0.0)
+    top = tl.max(v, 1)
+    e = tl.exp(v - top[:, None])
+    total = tl.sum(e, 1)
+    share = e / total[:, None]
+    label = tl.load(y + r, mask=ok, other=0)
+    hit = k[None, :] == label[:, None]
+    tl.store(p + at, share.to(tl.float32), mask=there)
+    tl.store(slope + at, ((share - tl.where(hit, 1.0, 0.0)) / n).to(tl.float32), mask=there)
+    chosen = tl.sum(tl.where(hit, v, 0.0), 1)
+    tl.store(loss + r, (tl.log(total) + top - chosen).to(tl.float32), mask=ok)
+
+
 def _block(B: int, M: int, few: bool = False) -> int:
     """Places a program takes: many, unless that leaves multiprocessors idle, or fills the registers."""
     return (64 if few else 128) if B * M >= 128 * 256 else 32
@@ -546,3 +589,35 @@ def weight_gradient(x: Tensor, dy: Tensor, second: tuple[Tensor, Tensor] | None 
         num_warps=4 if _padded(I) * _padded(O) <= 1024 else 8,
     )
     return out.sum(1) if blocks > 1 else out.squeeze(1)
+
+
+def head(features: Tensor, weight: Tensor, bias: Tensor, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Logits (B, n, N) of features (B, n, F) under a head's weight (B, N, F) and bias (B, N).
+
+    With a second pair, its products are added. A library's matrix product gives so few outputs of so long sums to a
+    handful of multiprocessors.
+    """
+    B, n, F = features.shape
+    N = weight.shape[1]
+    out = features.new_empty(B, n, N)
+    x2, w2 = (features, weight) if second is None else second
+    FP = max(32, triton.next_power_of_2(F))
+    _logits[(n, B)](
+        *(features, weight.contiguous(), x2, w2.contiguous(), bias.contiguous(), out),
+        *(n, F, N, FP, second is not None),
+        num_warps=min(8, max(1, FP // 256)),
+    )
+    return out
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits (B, n, N) and labels (B, n): the loss of each image (B, n) in nats, the probabilities, and the gradient
+    of the tasks' mean losses.
+    """
+    B, n, N = logits.shape
+    p, slope_of, loss = torch.empty_like(logits), torch.empty_like(logits), logits.new_empty(B, n)
+    rows, BM = B * n, 16
+    _cross_entropy[(triton.cdiv(rows, BM),)](
+        *(logits, y.contiguous(), p, slope_of, loss, rows, n, N, max(16, triton.next_power_of_2(N)), BM)
+    )
+    return loss, p, slope_of
