@@ -5,9 +5,10 @@
     PYTHONPATH=src python benchmarks/on_cuda.py --device cpu --quick               that the script itself works
 
 1. correctness: per-task and combined gradients in float32 on the device against the CPU's in float32 and float64, every
-   execution, learner and rule. Relative: ‖g − g_cpu‖/‖g_cpu‖ over all parameters.
+   learner, and of MAML every execution and rule. Relative: ‖g − g_cpu‖/‖g_cpu‖ over all parameters.
 2. capture: steps captured against steps one by one on the device, bit for bit, every learner and rule.
-3. speed: iterations a second of every execution, captured and not, float32 and TF32; learn2learn where it is installed.
+3. speed: iterations a second, captured and not, float32 and TF32, of every execution; learn2learn's beside them where
+   it is installed.
 4. memory: what is held after 100 and after 1,000 captured iterations.
 
 Results are written after each measurement, so that a run that is cut off leaves those made.
@@ -208,7 +209,7 @@ def correctness(bench: Bench, setting: Setting) -> None:
     def compare(what: dict[str, Any], compute: Callable[[torch.device, torch.dtype, str], list[Params]]) -> None:
         double, single = (compute(*places[place], "looped") for place in ("cpu64", "cpu32"))
         rounding = max(map(distance, single, double))
-        for execution in EXECUTIONS:
+        for execution in EXECUTIONS if what == {"learner": "maml", "rule": "each task"} else ["vectorized"]:
             found = compute(*places["device"], execution)
             errors = {f"to_{n}": max(map(distance, found, e)) for n, e in (("cpu32", single), ("cpu64", double))}
             passed = min(errors.values()) <= 1e-4
@@ -226,10 +227,7 @@ def correctness(bench: Bench, setting: Setting) -> None:
             return [{n: g[task] for n, g in grads.items()} for task in range(setting.tasks)]
 
         compare({"learner": name, "rule": "each task"}, per_task)
-    pairs = [("maml", "attended")] if bench.quick else [(name, rule) for name in LEARNERS for rule in RULES]
-    for name, rule in pairs:
-        if (name, rule) == ("protonet", "equity"):
-            continue  # before adaptation it finds all tasks alike
+    for name, rule in [("maml", rule) for rule in (["attended"] if bench.quick else RULES)]:
         learner = bench.learner(name, setting)
 
         def combined(
@@ -314,11 +312,14 @@ def speed(bench: Bench, names: list[str], seconds: float) -> None:
         peer = learn2learn_rate(bench, setting, seconds)
         if peer is not None:
             bench.note("speed", setting=name, rule="uniform", library="learn2learn", per_second=peer)
-        for tf32, captured, execution, rule in _variants(bench.quick):
-            values = {"setting": name, "rule": rule, "execution": execution, "captured": captured, "tf32": tf32}
+        for tf32, captured, execution, learner, rule in _variants(bench.quick):
+            if name != names[0] and (tf32 or not captured or (execution, learner) != ("vectorized", "maml")):
+                continue  # the first setting shows what those change
+            values: dict[str, Any] = {"setting": name, "learner": learner, "rule": rule, "execution": execution}
+            values |= {"captured": captured, "tf32": tf32}
             with float32_products(tf32):
                 block = 4 if bench.quick else 50
-                steps, notices = steps_of(bench, setting, "maml", rule, execution, captured, block)
+                steps, notices = steps_of(bench, setting, learner, rule, execution, captured, block)
                 try:
                     rate, peak = _rate(bench, steps, seconds)
                 except torch.OutOfMemoryError as error:
@@ -329,20 +330,27 @@ def speed(bench: Bench, names: list[str], seconds: float) -> None:
                     del steps
                     gc.collect()
             minutes = PAPER_ITERATIONS / rate / 60
-            times = {"times_learn2learn": rate / peer} if peer and rule == "uniform" else {}
+            times = {"times_learn2learn": rate / peer} if peer and (learner, rule) == ("maml", "uniform") else {}
             bench.note(
                 "speed", **values, per_second=rate, minutes_of_55000=minutes, peak_gib=peak, notices=notices, **times
             )
 
 
-def _variants(quick: bool) -> Iterator[tuple[bool, bool, str, str]]:
-    """What counts most first: a run may be cut off."""
+def _variants(quick: bool) -> Iterator[tuple[bool, bool, str, str, str]]:
+    """TF32 or not, captured or not, execution, learner, rule; what counts most first, for a run may be cut off."""
+    if quick:
+        yield from (
+            (False, captured, execution, "maml", "attended") for captured in (True, False) for execution in EXECUTIONS
+        )
+        return
+    rules = ("attended", "uniform", "attended, probe reused")
     for tf32 in (False, True):
-        for captured in (True, False):
-            for rule in ("attended", "uniform", "attended, probe reused"):
-                for execution in EXECUTIONS:
-                    if not (quick and (tf32 or rule != "attended")):
-                        yield tf32, captured, execution, rule
+        yield from ((tf32, True, "vectorized", "maml", rule) for rule in rules)
+    yield from ((False, True, "vectorized", learner, "attended") for learner in ("metasgd", "metalstm", "fomaml"))
+    yield (False, False, "vectorized", "maml", "attended")
+    for execution in EXECUTIONS:
+        if execution != "vectorized":
+            yield (False, True, execution, "maml", "attended")
 
 
 def _rate(bench: Bench, steps: Steps, seconds: float) -> tuple[float, float | None]:

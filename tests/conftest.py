@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+if not torch.cuda.is_available():
+    # Our kernels are run by Triton's interpreter, on which it decides when it is first imported.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import torch
 
 from metaheed.data.images import Dataset
 from metaheed.learners import MAML, Conv4
+from metaheed.learners.base import takes_batches
 from metaheed.outer import (
     OuterState,
     map_im2col,
@@ -21,6 +22,7 @@ from metaheed.outer import (
     task_gradient,
 )
 from metaheed.process import float32_products
+from metaheed.types import Episode
 from tests.conftest import Run, make_batch
 from tests.outer.test_steps import RULES, SHAPE, WAYS, Training, advance, streams_of
 from tests.test_training import SMALL
@@ -50,6 +52,32 @@ def test_gradients_are_the_cpus(execution: str, rng: torch.Generator) -> None:
     found, _ = EXECUTIONS[execution](learner, task_gradient)({n: p.cuda() for n, p in meta.items()}, there)
     a, b = (torch.cat([tree[n].cpu().flatten(1) for n in meta], dim=1) for tree in (found, expected))
     assert float(((a - b).norm(dim=1) / b.norm(dim=1)).max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden", "ways", "tasks"),
+    [((3, 84, 84), 32, 5, 2), ((3, 33, 35), 64, 5, 2), ((1, 28, 28), 32, 20, 16), ((9, 21, 18), 17, 3, 3)],
+    ids=["84 px", "64 filters", "many tasks", "odd"],
+)
+def test_kernels_are_autograd_in_float64(shape: tuple[int, int, int], hidden: int, ways: int, tasks: int) -> None:
+    learner = MAML(Conv4(ways, shape, hidden=hidden), adaptation_steps=2, fast_lr=0.05)
+    meta = {n: p.cuda() for n, p in learner.init(torch.Generator().manual_seed(0)).items()}
+    batch = Episode(*(part.cuda() for part in make_batch(tasks, ways, 1, 3, shape, torch.float32)))
+    assert takes_batches(learner, meta, batch.support_x)
+    exact = Episode(*(part.double() if part.is_floating_point() else part for part in batch))
+    expected, about = map_looped(partial(task_gradient, learner))({n: p.double() for n, p in meta.items()}, exact)
+    found, info = map_together(learner, task_gradient)(meta, batch)
+    again, _ = map_together(learner, task_gradient)(meta, batch)
+    assert all(torch.equal(found[n], again[n]) for n in meta)
+    torch.testing.assert_close(info.query_loss.double(), about.query_loss, rtol=1e-4, atol=1e-5)
+    a, b = (torch.cat([tree[n].double().flatten(1) for n in meta], dim=1) for tree in (found, expected))
+    # Two places of a plane that are equal but for rounding may change order, and a task's gradient jumps.
+    distances = (a - b).norm(dim=1) / b.norm(dim=1)
+    assert float(distances.median()) < 1e-4
+    with float32_products(True):
+        rough, _ = map_together(learner, task_gradient)(meta, batch)
+    c = torch.cat([rough[n].double().flatten(1) for n in meta], dim=1)
+    assert 10 * distances.median() < ((c - b).norm(dim=1) / b.norm(dim=1)).median() < 1
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ class Backbone:
             )
         self.known = closed_form(self.module)
         """The network's closed form, if it is one of those that have one."""
-        self.known_on_cuda = ClosedFormCUDA(self.module) if self.known is not None and available() else None
+        self.known_on_cuda = closed_form(self.module, ClosedFormCUDA) if available() else None
         """The same on a CUDA device."""
 
     @property

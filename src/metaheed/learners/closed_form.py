@@ -33,7 +33,7 @@ arithmetic.
 import functools
 from collections.abc import Callable, Iterator
 from operator import itemgetter
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -259,7 +259,10 @@ def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     return -torch.log_softmax(logits, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1).mean(-1)
 
 
-def closed_form(module: nn.Module) -> ClosedForm | None:
+_Kind = TypeVar("_Kind", bound=ClosedForm)
+
+
+def closed_form(module: nn.Module, kind: type[_Kind] = ClosedForm) -> _Kind | None:  # type: ignore[assignment]
     """The closed form of a network that is Conv4 as it was built, all its parameters learned; else none."""
     if type(module) is not Conv4 or not all(p.requires_grad for p in module.parameters()):
         return None
@@ -267,7 +270,7 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     rest = [part for part in module.body if not isinstance(part, nn.Sequential)]
     usual = all(map(_as_built, blocks)) and [*module.body] == blocks + rest
     usual = usual and [repr(part) for part in rest] in ([], [repr(nn.AdaptiveAvgPool2d(1))])
-    return ClosedForm(module) if usual and type(module.head) is nn.Linear and module.head.bias is not None else None
+    return kind(module) if usual and type(module.head) is nn.Linear and module.head.bias is not None else None
 
 
 _SETTINGS: dict[type[nn.Module], Callable[[dict[str, Any]], Any]] = {

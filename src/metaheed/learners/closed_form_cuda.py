@@ -15,7 +15,9 @@ Legend: as in `kernels.py`.
 """
 
 import contextlib
+import functools
 import importlib.util
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from metaheed.learners.closed_form import ClosedForm, Tape
+from metaheed.learners.closed_form import ClosedForm
 from metaheed.types import Params
 
 _MOST_CHANNELS = 64
@@ -35,6 +37,31 @@ _MOST_PLACES = 1 << 21
 def available() -> bool:
     """Whether Triton, which the kernels are written in, is installed."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def works_on(device: torch.device) -> bool:
+    """Whether a kernel can be built and run on a device, tried once; warns where it cannot.
+
+    Triton needs a C compiler, and a device that it knows.
+    """
+    try:
+        from metaheed.learners import kernels
+
+        with torch.cuda.device(device):
+            kernels.cross_entropy(
+                torch.zeros(1, 1, 2, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device)
+            )
+            torch.cuda.synchronize(device)
+    except Exception as error:  # whatever Triton's parts raise: autograd computes the same
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"metaheed's own CUDA kernels do not run here ({reason}): networks are differentiated by autograd, which "
+            "takes several times as long. Triton needs a C compiler (gcc or clang) and a GPU that it supports",
+            stacklevel=2,
+        )
+        return False
+    return True
 
 
 class _Block(NamedTuple):
@@ -56,6 +83,28 @@ class _Slope(NamedTuple):
     e: Tensor
     S: Tensor
     dy: Tensor
+    turned: Tensor | None  # the block's weight; none: the lowest
+
+
+class _Dots(NamedTuple):
+    """Derivatives of a block's forward pass along the direction."""
+
+    x: Tensor | None  # none: images do not move
+    weight: Tensor
+    gain: Tensor
+    y: Tensor
+    T: Tensor
+    q: Tensor
+
+
+class _Tape(NamedTuple):
+    """What `gradient` leaves behind for `hessian_product`."""
+
+    blocks: list[_Block]
+    slopes: list[_Slope]
+    features: Tensor
+    p: Tensor  # probabilities
+    dlogits: Tensor
 
 
 class ClosedFormCUDA(ClosedForm):
@@ -68,10 +117,11 @@ class ClosedFormCUDA(ClosedForm):
         return kernels
 
     def fits(self, params: Params, x: Tensor) -> bool:
-        """Whether the kernels cover these shapes; what the numbers are, they take care of."""
-        count, *size = x.shape[-4], *x.shape[-2:]
-        if params["head.weight"].dtype != torch.float32 or self._mean_plane:
+        """Whether the kernels run on this device and cover these shapes; what the numbers are, they take care of."""
+        head = params["head.weight"]
+        if head.dtype != torch.float32 or self._mean_plane or (x.is_cuda and not works_on(x.device)):
             return False
+        count, *size = x.shape[-4], *x.shape[-2:]
         channels = x.shape[-3]
         for shape in self._shapes:
             wide, seen = params[f"{shape.name}.conv.weight"].shape[-4:-2]
@@ -90,63 +140,56 @@ class ClosedFormCUDA(ClosedForm):
 
     def gradient(
         self, params: Params, x: Tensor, y: Tensor, names: tuple[str, ...] | None = None, keep: bool = False
-    ) -> tuple[Params, Tensor, Tensor, Tape | None]:
+    ) -> tuple[Params, Tensor, Tensor, Any]:
         """See `ClosedForm`."""
         with _on(x):
             return self._gradient(params, x, y, names, keep)
 
     def _gradient(
         self, params: Params, x: Tensor, y: Tensor, names: tuple[str, ...] | None, keep: bool
-    ) -> tuple[Params, Tensor, Tensor, Tape | None]:
+    ) -> tuple[Params, Tensor, Tensor, _Tape | None]:
         kernels = self._kernels
         features, logits, blocks = self._up(params, x, keep=True)
         losses, p, dlogits = kernels.cross_entropy(logits, y)
-        loss = losses.mean(1)
         found: Params = {"head.weight": dlogits.mT @ features, "head.bias": dlogits.sum(1)}
         wanted = [keep or names is None or any(n.startswith(s.name) for n in names) for s in self._shapes]
         lowest = wanted.index(True) if any(wanted) else len(blocks)
-        slopes: list[Any] = []
-        z = blocks[-1].z
-        e, sums = kernels.slope(_to_plane(dlogits @ params["head.weight"], z), z, blocks[-1].q)
+        slopes: list[_Slope] = []
+        top = blocks[-1]
+        e, S = kernels.slope(_to_plane(dlogits @ params["head.weight"], top.z), top.z, top.q)
+        del top
         for index in range(len(blocks) - 1, lowest - 1, -1):
-            # What is not kept is freed as soon as may be.
-            block = blocks[index] if keep else blocks.pop()
-            S = kernels.finish(sums, len(x))
+            block = blocks[index] if keep else blocks.pop()  # its planes are freed as soon as may be
             dy = kernels.spread(block.y, e, block.place, block.norm, block.gain, S)
             found |= _named(self._shapes[index].name, kernels.weight_gradient(block.x, dy), S)
-            slopes.insert(0, _Slope(e, S, dy))
-            if index > lowest:
+            turned = kernels.turned(block.weight) if index > lowest else None
+            if keep:
+                slopes.insert(0, _Slope(e, S, dy, turned))
+            if turned is not None:
                 below = blocks[index - 1]
-                e, sums = kernels.convolve(dy, block.weight, transposed=True, then="slope", beside=(below.z, below.q))
-            if not keep:
-                slopes.clear()
+                e, S = kernels.convolve(dy, turned, transposed=True, then="slope", beside=(below.z, below.q))
         gradient = {name: found[name] for name in (params if names is None else names)}
-        tape = Tape(blocks, slopes, features, p, dlogits) if keep else None
-        return gradient, loss, logits, tape
+        tape = _Tape(blocks, slopes, features, p, dlogits) if keep else None
+        return gradient, losses.mean(1), logits, tape
 
-    def hessian_product(self, params: Params, tape: Tape, direction: Params) -> Params:
+    def hessian_product(self, params: Params, tape: Any, direction: Params) -> Params:
         """See `ClosedForm`."""
         with _on(tape.features):
             return self._hessian_product(params, tape, direction)
 
-    def _hessian_product(self, params: Params, tape: Tape, direction: Params) -> Params:
+    def _hessian_product(self, params: Params, tape: _Tape, direction: Params) -> Params:
         kernels = self._kernels
         direction = {n: direction[n] if n in direction else torch.zeros_like(p) for n, p in params.items()}
-        B = len(tape.features)
-        moved: list[tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor]] = []
+        dots: list[_Dots] = []
         z_dot: Tensor | None = None
         for shape, block in zip(self._shapes, tape.blocks, strict=True):
-            weight = _taps_first(direction[f"{shape.name}.conv.weight"])
-            gain, shift = (direction[f"{shape.name}.norm.{which}"].contiguous() for which in ("weight", "bias"))
-            x_dot, second = z_dot, None
-            if x_dot is not None:
-                second = x_dot, block.weight
-            y_dot, sums = kernels.convolve(block.x, weight, second, then="dots", beside=(block.y,), norm=block.norm)
-            T = kernels.finish(sums, B)
+            weight, gain, shift = _parameters(shape.name, direction)
+            x_dot, second = z_dot, None if z_dot is None else (z_dot, block.weight)
+            y_dot, T = kernels.convolve(block.x, weight, second, then="dots", beside=(block.y,), norm=block.norm)
             z_dot, q_dot = kernels.pool_dots(
                 y_dot, block.z, block.q, block.place, block.norm, block.gain, (gain, shift), T
             )
-            moved.append((x_dot, weight, gain, y_dot, T, q_dot))
+            dots.append(_Dots(x_dot, weight, gain, y_dot, T, q_dot))
         assert z_dot is not None  # there is a block
         head, head_dot = params["head.weight"], direction["head.weight"]
         features, p, dlogits = tape.features, tape.p, tape.dlogits
@@ -159,37 +202,33 @@ class ClosedFormCUDA(ClosedForm):
         }
         top = tape.blocks[-1]
         dz_dot = _to_plane(dlogits_dot @ head + dlogits @ head_dot, top.z)
-        e_dot, sums = kernels.slope(dz_dot, top.z, top.q, (tape.slopes[-1].e, moved[-1][-1]))
-        for index in range(len(moved) - 1, -1, -1):
-            block, slope = tape.blocks[index], tape.slopes[index]
-            x_dot, weight, gain, y_dot, T, _ = moved.pop()
-            S_dot = kernels.finish(sums, B)
+        e_dot, S_dot = kernels.slope(dz_dot, top.z, top.q, (tape.slopes[-1].e, dots[-1].q))
+        for index in range(len(dots) - 1, -1, -1):
+            block, slope, dot = tape.blocks[index], tape.slopes[index], dots.pop()
             dy_dot = kernels.spread(
-                block.y, slope.e, block.place, block.norm, block.gain, slope.S, (y_dot, e_dot, gain, T, S_dot)
+                block.y, slope.e, block.place, block.norm, block.gain, slope.S, (dot.y, e_dot, dot.gain, dot.T, S_dot)
             )
-            second = None if x_dot is None else (x_dot, slope.dy)
+            second = None if dot.x is None else (dot.x, slope.dy)
             found |= _named(self._shapes[index].name, kernels.weight_gradient(block.x, dy_dot, second), S_dot)
             if index:
                 below = tape.blocks[index - 1]
-                e_dot, sums = kernels.convolve(
-                    *(dy_dot, block.weight, (slope.dy, weight)),
+                e_dot, S_dot = kernels.convolve(
+                    *(dy_dot, slope.turned, (slope.dy, kernels.turned(dot.weight))),
                     transposed=True,
                     then="slope_dot",
-                    beside=(below.z, below.q, tape.slopes[index - 1].e, moved[-1][-1]),
+                    beside=(below.z, below.q, tape.slopes[index - 1].e, dots[-1].q),
                 )
         return {name: found[name] for name in params}
 
-    def _up(self, params: Params, x: Tensor, keep: bool) -> tuple[Tensor, Tensor, list[Any]]:
+    def _up(self, params: Params, x: Tensor, keep: bool) -> tuple[Tensor, Tensor, list[_Block]]:
         """Features, logits, and if they are to be kept the blocks."""
         kernels = self._kernels
-        blocks = []
+        blocks: list[_Block] = []
         z = kernels.as_source(x.to(params["head.weight"].dtype))
         for shape in self._shapes:
-            weight = _taps_first(params[f"{shape.name}.conv.weight"])
-            gain, shift = (params[f"{shape.name}.norm.{which}"].contiguous() for which in ("weight", "bias"))
+            weight, gain, shift = _parameters(shape.name, params)
             source = z
-            y, sums = kernels.convolve(source, weight, then="moments")
-            norm = kernels.norm_of(sums, source, shape.eps)
+            y, norm = kernels.convolve(source, weight, eps=shape.eps)
             z, q, place = kernels.pool(y, norm, gain, shift, keep)
             if keep:
                 blocks.append(_Block(source, weight, gain, norm, y, z, q, place))
@@ -207,23 +246,20 @@ def _on(tensor: Tensor) -> Iterator[None]:
         yield
 
 
-def _taps_first(weight: Tensor) -> Tensor:
-    """(B, O, C, 3, 3) -> (B, 9, C, O), contiguous: no copy where the weight lies so in memory (`copies`)."""
-    return weight.permute(0, 3, 4, 2, 1).flatten(1, 2).contiguous()
+def _parameters(name: str, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+    """A block's W, taps first (B, 9, C, O): no copy where it lies so in memory (`copies`); γ and β."""
+    weight = params[f"{name}.conv.weight"].permute(0, 3, 4, 2, 1).flatten(1, 2).contiguous()
+    return weight, params[f"{name}.norm.weight"].contiguous(), params[f"{name}.norm.bias"].contiguous()
 
 
 def copies(tree: Params, tasks: int) -> Params:
     """θ for each of so many tasks; weights of convolutions lie in memory as the kernels want them, and so will φ."""
+
+    def copied(p: Tensor) -> Tensor:
+        return p.expand(tasks, *p.shape).contiguous()
+
     return {
-        name: (
-            p.permute(2, 3, 1, 0)
-            .expand(tasks, *(p.shape[axis] for axis in (2, 3, 1, 0)))
-            .contiguous()
-            .permute(0, 4, 3, 1, 2)
-            if p.dim() == 4
-            else p.expand(tasks, *p.shape).contiguous()
-        )
-        for name, p in tree.items()
+        n: copied(p.permute(2, 3, 1, 0)).permute(0, 4, 3, 1, 2) if p.dim() == 4 else copied(p) for n, p in tree.items()
     }
 
 

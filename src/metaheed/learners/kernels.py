@@ -10,7 +10,7 @@ Importing this module needs Triton, which PyTorch's builds for CUDA bring along.
 environment before the import, everything here works on CPU tensors, slowly: so it is tested.
 """
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,19 +19,32 @@ from torch import Tensor
 
 _DENSE = 8
 """Channels from which a tap's channels fill a matrix product by themselves; below, all nine taps share one."""
+_SMALL = 1 << 16
+"""Places of all tasks below which a plane is small."""
 _TILE = 32
 """Places that a program of an elementwise pass takes."""
-_PLACES = 512
-"""Of the gradient of a weight, summed by one program; fewer where a plane is small."""
 
 
-def precision() -> str:
-    """How products of float32 are to be taken, by PyTorch's own switch for matrix products."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+def precision(x: Tensor) -> str:
+    """How products of float32 are to be taken on a tensor's device.
+
+    As float32, unless PyTorch's own switch for matrix products allows TF32, which keeps 11 of its 24 bits. Where the
+    device has units for TF32, a product of float32 is three of theirs: of the upper parts, and of each upper part with
+    the other's lower one. What that leaves out is below float32's own rounding; measured, convolutions are nearer to
+    float64 so (1.4e-7) than by float32's own units (3e-7).
+    """
+    if not x.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    try:
+        tf32 = matmul.allow_tf32
+    except RuntimeError:  # the newer switch was used, and then the older cannot be read
+        tf32 = matmul.fp32_precision == "tf32"  # type: ignore[attr-defined,unused-ignore]
+    return "tf32" if tf32 else "tf32x3"
 
 
 def _padded(channels: int) -> int:
-    return max(16, triton.next_power_of_2(channels))
+    return max(16, int(triton.next_power_of_2(channels)))
 
 
 # Not specialised to the values of these: they change from layer to layer, and every variant is compiled.
@@ -41,46 +54,34 @@ _SIZES = ["M", "H", "W", "blocks", "task_step", "image_step", "channel_step", "r
 @triton.jit
 def _tap(
     x, w, acc, task, m, ok, row, col, image, M, H, W, task_step, image_step, channel_step, row_step, column_step,
-    I: tl.constexpr, K: tl.constexpr, O: tl.constexpr, P: tl.constexpr,
+    IN: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr,
     FEW: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc (places, P) + the convolution of x with w there."""
     k = tl.arange(0, K)
     o = tl.arange(0, P)
-    weights = w + task * (9 * I * O)
+    weights = w + task * (9 * IN * OUT)
     if FEW:  # K runs over taps and channels
-        tap = k // I
-        channel = k % I
+        tap = k // IN
+        channel = k % IN
         r = row[:, None] + (tap // 3 - 1)[None, :]
         c = col[:, None] + (tap % 3 - 1)[None, :]
-        inside = ok[:, None] & (k < 9 * I)[None, :] & (r >= 0) & (r < H) & (c >= 0) & (c < W)
+        inside = ok[:, None] & (k < 9 * IN)[None, :] & (r >= 0) & (r < H) & (c >= 0) & (c < W)
         base = x + task.to(tl.int64) * task_step
         at = image[:, None] * image_step + r * row_step + c * column_step + (channel * channel_step)[None, :]
         a = tl.load(base + at, mask=inside, other=0.0)
-        b = tl.load(weights + k[:, None] * O + o[None, :], mask=(k < 9 * I)[:, None] & (o < O)[None, :], other=0.0)
+        b = tl.load(weights + k[:, None] * OUT + o[None, :], mask=(k < 9 * IN)[:, None] & (o < OUT)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
-        base = x + task.to(tl.int64) * M * I
+        base = x + task.to(tl.int64) * M * IN
         for tap in range(9):  # unrolled, a tile of products would not fit into the registers
             r = row + (tap // 3 - 1)
             c = col + (tap % 3 - 1)
             inside = ok & (r >= 0) & (r < H) & (c >= 0) & (c < W)
             at = m + (tap // 3 - 1) * W + (tap % 3 - 1)
-            a = tl.load(base + at[:, None] * I + k[None, :], mask=inside[:, None] & (k < I)[None, :], other=0.0)
-            if FLIP:  # w is (9, O, I): the transposed convolution
-                b = tl.trans(
-                    tl.load(
-                        weights + (8 - tap) * (I * O) + o[:, None] * I + k[None, :],
-                        mask=(o < O)[:, None] & (k < I)[None, :],
-                        other=0.0,
-                    )
-                )
-            else:
-                b = tl.load(
-                    weights + tap * (I * O) + k[:, None] * O + o[None, :],
-                    mask=(k < I)[:, None] & (o < O)[None, :],
-                    other=0.0,
-                )
+            a = tl.load(base + at[:, None] * IN + k[None, :], mask=inside[:, None] & (k < IN)[None, :], other=0.0)
+            source = weights + ((8 - tap) if FLIP else tap) * (IN * OUT)
+            b = tl.load(source + k[:, None] * OUT + o[None, :], mask=(k < IN)[:, None] & (o < OUT)[None, :], other=0.0)
             acc = tl.dot(a, b, acc, input_precision=PRECISION)
     return acc
 
@@ -89,7 +90,7 @@ def _tap(
 def _convolution(
     x, w, x2, w2, out, p1, p2, p3, p4, mean, r, sums, M, H, W, blocks,
     task_step, image_step, channel_step, row_step, column_step,
-    I: tl.constexpr, K: tl.constexpr, O: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr, FLIP: tl.constexpr,
+    IN: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr, FLIP: tl.constexpr,
     TWO: tl.constexpr, THEN: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
@@ -102,17 +103,17 @@ def _convolution(
     acc = tl.zeros((BM, P), tl.float32)
     acc = _tap(
         x, w, acc, task, m, ok, row, col, image, M, H, W, task_step, image_step, channel_step, row_step, column_step,
-        I, K, O, P, FEW, FLIP, PRECISION,
+        IN, K, OUT, P, FEW, FLIP, PRECISION,
     )  # fmt: skip
     if TWO:
         acc = _tap(
-            x2, w2, acc, task, m, ok, row, col, image, M, H, W, 0, 0, 0, 0, 0, I, K, O, P, False, FLIP, PRECISION
+            x2, w2, acc, task, m, ok, row, col, image, M, H, W, 0, 0, 0, 0, 0, IN, K, OUT, P, False, FLIP, PRECISION
         )
     o = tl.arange(0, P)
-    there = ok[:, None] & (o < O)[None, :]
-    plane = task.to(tl.int64) * M * O
-    at = m[:, None] * O + o[None, :]
-    vector = task * O + o
+    there = ok[:, None] & (o < OUT)[None, :]
+    plane = task.to(tl.int64) * M * OUT
+    at = m[:, None] * OUT + o[None, :]
+    vector = task * OUT + o
     first = acc
     second = acc
     if THEN == "moments":
@@ -123,8 +124,8 @@ def _convolution(
         second = off * off
     elif THEN == "dots":
         y = tl.load(p1 + plane + at, mask=there, other=0.0)
-        mu = tl.load(mean + vector, mask=o < O, other=0.0)
-        scale = tl.load(r + vector, mask=o < O, other=0.0)
+        mu = tl.load(mean + vector, mask=o < OUT, other=0.0)
+        scale = tl.load(r + vector, mask=o < OUT, other=0.0)
         second = acc * ((y - mu[None, :]) * scale[None, :])
     elif THEN == "slope" or THEN == "slope_dot":
         z = tl.load(p1 + plane + at, mask=there, other=0.0)
@@ -139,8 +140,8 @@ def _convolution(
     tl.store(out + plane + at, acc, mask=there)
     if THEN != "nothing":
         spot = vector * blocks + block
-        tl.store(sums + spot, tl.sum(first, 0), mask=o < O)
-        tl.store(sums + tl.num_programs(1) * O * blocks + spot, tl.sum(second, 0), mask=o < O)
+        tl.store(sums + spot, tl.sum(first, 0), mask=o < OUT)
+        tl.store(sums + tl.num_programs(1) * OUT * blocks + spot, tl.sum(second, 0), mask=o < OUT)
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "BO"])
@@ -167,34 +168,34 @@ def _finish(sums, out, M, blocks, BO, eps, N: tl.constexpr, BM: tl.constexpr, MO
 @triton.jit(do_not_specialize=["M", "H", "W", "h", "w", "full"])
 def _pool(
     y, mean, r, gain, shift, z, q, place, M, H, W, h, w, full,
-    O: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, KEEP: tl.constexpr,
+    OUT: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Maxima of γ y, normed, scaled, rectified. M: pooled places of a task, `full` those before."""
     task = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     o = tl.arange(0, P)
-    there = (m < M)[:, None] & (o < O)[None, :]
+    there = (m < M)[:, None] & (o < OUT)[None, :]
     corner = ((m // (h * w)) * H + 2 * ((m // w) % h)) * W + 2 * (m % w)
-    vector = task * O + o
-    mu = tl.load(mean + vector, mask=o < O, other=0.0)
-    scale = tl.load(r + vector, mask=o < O, other=0.0)
-    gamma = tl.load(gain + vector, mask=o < O, other=0.0)
-    beta = tl.load(shift + vector, mask=o < O, other=0.0)
+    vector = task * OUT + o
+    mu = tl.load(mean + vector, mask=o < OUT, other=0.0)
+    scale = tl.load(r + vector, mask=o < OUT, other=0.0)
+    gamma = tl.load(gain + vector, mask=o < OUT, other=0.0)
+    beta = tl.load(shift + vector, mask=o < OUT, other=0.0)
     # Where γ is zero all places are equal, and the first is taken: PyTorch's choice.
     sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, 0.0))
-    start = y + task.to(tl.int64) * full * O
-    at = corner[:, None] * O + o[None, :]
+    start = y + task.to(tl.int64) * full * OUT
+    at = corner[:, None] * OUT + o[None, :]
     best = tl.load(start + at, mask=there, other=0.0)
     which = tl.zeros((BM, P), tl.int32)
     for k in tl.static_range(1, 4):
-        value = tl.load(start + at + ((k // 2) * W + k % 2) * O, mask=there, other=0.0)
+        value = tl.load(start + at + ((k // 2) * W + k % 2) * OUT, mask=there, other=0.0)
         larger = sign[None, :] * value > sign[None, :] * best
         best = tl.where(larger, value, best)
         which = tl.where(larger, k, which)
     normed = (best - mu[None, :]) * scale[None, :]
     value = gamma[None, :] * normed + beta[None, :]
     value = tl.where(value <= 0, 0.0, value)  # NaN stays
-    to = task.to(tl.int64) * M * O + m[:, None] * O + o[None, :]
+    to = task.to(tl.int64) * M * OUT + m[:, None] * OUT + o[None, :]
     tl.store(z + to, value, mask=there)
     if KEEP:
         tl.store(q + to, normed, mask=there)
@@ -204,25 +205,25 @@ def _pool(
 @triton.jit(do_not_specialize=["M", "H", "W", "h", "w", "full", "BO", "count"])
 def _pool_dots(
     y_dot, z, q, place, r, gain, gain_dot, shift_dot, T, z_dot, q_dot, M, H, W, h, w, full, BO, count,
-    O: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
+    OUT: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     """q̇ and ż at the pooled places. T (2, B·O), `count` full-size places."""
     task = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     o = tl.arange(0, P)
-    there = (m < M)[:, None] & (o < O)[None, :]
+    there = (m < M)[:, None] & (o < OUT)[None, :]
     corner = ((m // (h * w)) * H + 2 * ((m // w) % h)) * W + 2 * (m % w)
-    vector = task * O + o
-    scale = tl.load(r + vector, mask=o < O, other=0.0)[None, :]
-    gamma = tl.load(gain + vector, mask=o < O, other=0.0)[None, :]
-    gamma_dot = tl.load(gain_dot + vector, mask=o < O, other=0.0)[None, :]
-    beta_dot = tl.load(shift_dot + vector, mask=o < O, other=0.0)[None, :]
-    T0 = tl.load(T + vector, mask=o < O, other=0.0)[None, :]
-    T1 = tl.load(T + BO + vector, mask=o < O, other=0.0)[None, :]
-    here = task.to(tl.int64) * M * O + m[:, None] * O + o[None, :]
+    vector = task * OUT + o
+    scale = tl.load(r + vector, mask=o < OUT, other=0.0)[None, :]
+    gamma = tl.load(gain + vector, mask=o < OUT, other=0.0)[None, :]
+    gamma_dot = tl.load(gain_dot + vector, mask=o < OUT, other=0.0)[None, :]
+    beta_dot = tl.load(shift_dot + vector, mask=o < OUT, other=0.0)[None, :]
+    T0 = tl.load(T + vector, mask=o < OUT, other=0.0)[None, :]
+    T1 = tl.load(T + BO + vector, mask=o < OUT, other=0.0)[None, :]
+    here = task.to(tl.int64) * M * OUT + m[:, None] * OUT + o[None, :]
     k = tl.load(place + here, mask=there, other=0).to(tl.int32)
-    at = (corner[:, None] + (k // 2) * W + k % 2) * O + o[None, :]
-    p_dot = tl.load(y_dot + task.to(tl.int64) * full * O + at, mask=there, other=0.0)
+    at = (corner[:, None] + (k // 2) * W + k % 2) * OUT + o[None, :]
+    p_dot = tl.load(y_dot + task.to(tl.int64) * full * OUT + at, mask=there, other=0.0)
     normed = tl.load(q + here, mask=there, other=0.0)
     on = tl.load(z + here, mask=there, other=0.0) > 0
     moved = scale * (p_dot - (T0 + normed * T1) / count)
@@ -232,15 +233,15 @@ def _pool_dots(
 
 @triton.jit(do_not_specialize=["M", "blocks"])
 def _slope(
-    dz, z, q, e, q_dot, out, sums, M, blocks, O: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr
+    dz, z, q, e, q_dot, out, sums, M, blocks, OUT: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr
 ):
     """What `_convolution` does after itself with "slope" or "slope_dot", of a given ∂L/∂z."""
     block = tl.program_id(0)
     task = tl.program_id(1)
     m = block * BM + tl.arange(0, BM)
     o = tl.arange(0, P)
-    there = (m < M)[:, None] & (o < O)[None, :]
-    at = task.to(tl.int64) * M * O + m[:, None] * O + o[None, :]
+    there = (m < M)[:, None] & (o < OUT)[None, :]
+    at = task.to(tl.int64) * M * OUT + m[:, None] * OUT + o[None, :]
     on = tl.load(z + at, mask=there, other=0.0) > 0
     first = tl.where(on, tl.load(dz + at, mask=there, other=0.0), 0.0)
     second = first * tl.load(q + at, mask=there, other=0.0)
@@ -248,34 +249,34 @@ def _slope(
         slope = tl.load(e + at, mask=there, other=0.0)
         second += slope * tl.load(q_dot + at, mask=there, other=0.0)
     tl.store(out + at, first, mask=there)
-    spot = (task * O + o) * blocks + block
-    tl.store(sums + spot, tl.sum(first, 0), mask=o < O)
-    tl.store(sums + tl.num_programs(1) * O * blocks + spot, tl.sum(second, 0), mask=o < O)
+    spot = (task * OUT + o) * blocks + block
+    tl.store(sums + spot, tl.sum(first, 0), mask=o < OUT)
+    tl.store(sums + tl.num_programs(1) * OUT * blocks + spot, tl.sum(second, 0), mask=o < OUT)
 
 
 @triton.jit(do_not_specialize=["M", "H", "W", "h", "w", "pooled", "BO"])
 def _spread(
     y, e, place, mean, r, gain, S, y_dot, e_dot, gain_dot, T, S_dot, out, M, H, W, h, w, pooled, BO,
-    O: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
+    OUT: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """∂L/∂y by (1), or its derivative along the direction. M: full-size places, `pooled` those after."""
     task = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     o = tl.arange(0, P)
-    there = (m < M)[:, None] & (o < O)[None, :]
+    there = (m < M)[:, None] & (o < OUT)[None, :]
     col = m % W
     row = (m // W) % H
     down = row // 2
     across = col // 2
-    vector = task * O + o
-    mu = tl.load(mean + vector, mask=o < O, other=0.0)[None, :]
-    scale = tl.load(r + vector, mask=o < O, other=0.0)[None, :]
-    gamma = tl.load(gain + vector, mask=o < O, other=0.0)[None, :]
-    S0 = tl.load(S + vector, mask=o < O, other=0.0)[None, :]
-    S1 = tl.load(S + BO + vector, mask=o < O, other=0.0)[None, :]
-    at = task.to(tl.int64) * M * O + m[:, None] * O + o[None, :]
+    vector = task * OUT + o
+    mu = tl.load(mean + vector, mask=o < OUT, other=0.0)[None, :]
+    scale = tl.load(r + vector, mask=o < OUT, other=0.0)[None, :]
+    gamma = tl.load(gain + vector, mask=o < OUT, other=0.0)[None, :]
+    S0 = tl.load(S + vector, mask=o < OUT, other=0.0)[None, :]
+    S1 = tl.load(S + BO + vector, mask=o < OUT, other=0.0)[None, :]
+    at = task.to(tl.int64) * M * OUT + m[:, None] * OUT + o[None, :]
     above = ((m // (W * H)) * h + down) * w + across
-    to = task.to(tl.int64) * pooled * O + above[:, None] * O + o[None, :]
+    to = task.to(tl.int64) * pooled * OUT + above[:, None] * OUT + o[None, :]
     seen = there & ((down < h) & (across < w))[:, None]  # an odd side's last line is in no window
     mine = tl.load(place + to, mask=seen, other=-1).to(tl.int32) == ((row % 2) * 2 + col % 2)[:, None]
     value = tl.load(y + at, mask=there, other=0.0)
@@ -284,11 +285,11 @@ def _spread(
     c = gamma * scale
     inner = slope - (S0 + S1 * normed) / M
     if DOT:
-        gamma_dot = tl.load(gain_dot + vector, mask=o < O, other=0.0)[None, :]
-        T0 = tl.load(T + vector, mask=o < O, other=0.0)[None, :]
-        T1 = tl.load(T + BO + vector, mask=o < O, other=0.0)[None, :]
-        S0_dot = tl.load(S_dot + vector, mask=o < O, other=0.0)[None, :]
-        S1_dot = tl.load(S_dot + BO + vector, mask=o < O, other=0.0)[None, :]
+        gamma_dot = tl.load(gain_dot + vector, mask=o < OUT, other=0.0)[None, :]
+        T0 = tl.load(T + vector, mask=o < OUT, other=0.0)[None, :]
+        T1 = tl.load(T + BO + vector, mask=o < OUT, other=0.0)[None, :]
+        S0_dot = tl.load(S_dot + vector, mask=o < OUT, other=0.0)[None, :]
+        S1_dot = tl.load(S_dot + BO + vector, mask=o < OUT, other=0.0)[None, :]
         moved = tl.load(y_dot + at, mask=there, other=0.0)
         slope_dot = tl.where(mine, tl.load(e_dot + to, mask=seen, other=0.0), 0.0)
         c_dot = gamma_dot * scale - gamma * scale * scale * T1 / M
@@ -302,7 +303,7 @@ def _spread(
 @triton.jit(do_not_specialize=_SIZES)
 def _weights(
     x, dy, x2, dy2, out, M, H, W, task_step, image_step, channel_step, row_step, column_step,
-    I: tl.constexpr, K: tl.constexpr, O: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr, TWO: tl.constexpr,
+    IN: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr, TWO: tl.constexpr,
     BK: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A partial sum of ∂L/∂W over STEPS·BK places: out (B, blocks, 9, I, O); a program does a row of taps."""
@@ -311,30 +312,30 @@ def _weights(
     task = tl.program_id(2)
     k = tl.arange(0, K)
     o = tl.arange(0, P)
-    seen = (o < O)[None, :]
-    plane = task.to(tl.int64) * M * O
-    to = out + (task * tl.num_programs(0) + block).to(tl.int64) * (9 * I * O)
+    seen = (o < OUT)[None, :]
+    plane = task.to(tl.int64) * M * OUT
+    to = out + (task * tl.num_programs(0) + block).to(tl.int64) * (9 * IN * OUT)
     if FEW:
         acc = tl.zeros((K, P), tl.float32)
-        tap = k // I
+        tap = k // IN
         base = x + task.to(tl.int64) * task_step
         for i in range(STEPS):
             m = (block * STEPS + i) * BK + tl.arange(0, BK)
             ok = m < M
-            d = tl.load(dy + plane + m[:, None] * O + o[None, :], mask=ok[:, None] & seen, other=0.0)
+            d = tl.load(dy + plane + m[:, None] * OUT + o[None, :], mask=ok[:, None] & seen, other=0.0)
             row = ((m // W) % H)[None, :] + (tap // 3 - 1)[:, None]
             col = (m % W)[None, :] + (tap % 3 - 1)[:, None]
-            inside = ok[None, :] & (k < 9 * I)[:, None] & (row >= 0) & (row < H) & (col >= 0) & (col < W)
+            inside = ok[None, :] & (k < 9 * IN)[:, None] & (row >= 0) & (row < H) & (col >= 0) & (col < W)
             at = (m // (W * H))[None, :] * image_step + row * row_step + col * column_step
-            a = tl.load(base + at + ((k % I) * channel_step)[:, None], mask=inside, other=0.0)
+            a = tl.load(base + at + ((k % IN) * channel_step)[:, None], mask=inside, other=0.0)
             acc = tl.dot(a, d, acc, input_precision=PRECISION)
-        tl.store(to + k[:, None] * O + o[None, :], acc, mask=(k < 9 * I)[:, None] & seen)
+        tl.store(to + k[:, None] * OUT + o[None, :], acc, mask=(k < 9 * IN)[:, None] & seen)
     else:
         left = tl.zeros((K, P), tl.float32)
         middle = tl.zeros((K, P), tl.float32)
         right = tl.zeros((K, P), tl.float32)
-        inner = (k < I)[:, None]
-        source = task.to(tl.int64) * M * I
+        inner = (k < IN)[:, None]
+        source = task.to(tl.int64) * M * IN
         for i in range(STEPS):
             m = (block * STEPS + i) * BK + tl.arange(0, BK)
             row = (m // W) % H + (g - 1)
@@ -342,26 +343,26 @@ def _weights(
             ok = (m < M) & (row >= 0) & (row < H)
             west = ok & (col >= 1)
             east = ok & (col + 1 < W)
-            d = tl.load(dy + plane + m[:, None] * O + o[None, :], mask=(m < M)[:, None] & seen, other=0.0)
-            at = source + (m + (g - 1) * W)[None, :] * I + k[:, None]
-            a = tl.load(x + at - I, mask=west[None, :] & inner, other=0.0)
+            d = tl.load(dy + plane + m[:, None] * OUT + o[None, :], mask=(m < M)[:, None] & seen, other=0.0)
+            at = source + (m + (g - 1) * W)[None, :] * IN + k[:, None]
+            a = tl.load(x + at - IN, mask=west[None, :] & inner, other=0.0)
             left = tl.dot(a, d, left, input_precision=PRECISION)
             a = tl.load(x + at, mask=ok[None, :] & inner, other=0.0)
             middle = tl.dot(a, d, middle, input_precision=PRECISION)
-            a = tl.load(x + at + I, mask=east[None, :] & inner, other=0.0)
+            a = tl.load(x + at + IN, mask=east[None, :] & inner, other=0.0)
             right = tl.dot(a, d, right, input_precision=PRECISION)
             if TWO:
-                d = tl.load(dy2 + plane + m[:, None] * O + o[None, :], mask=(m < M)[:, None] & seen, other=0.0)
-                a = tl.load(x2 + at - I, mask=west[None, :] & inner, other=0.0)
+                d = tl.load(dy2 + plane + m[:, None] * OUT + o[None, :], mask=(m < M)[:, None] & seen, other=0.0)
+                a = tl.load(x2 + at - IN, mask=west[None, :] & inner, other=0.0)
                 left = tl.dot(a, d, left, input_precision=PRECISION)
                 a = tl.load(x2 + at, mask=ok[None, :] & inner, other=0.0)
                 middle = tl.dot(a, d, middle, input_precision=PRECISION)
-                a = tl.load(x2 + at + I, mask=east[None, :] & inner, other=0.0)
+                a = tl.load(x2 + at + IN, mask=east[None, :] & inner, other=0.0)
                 right = tl.dot(a, d, right, input_precision=PRECISION)
-        to += g * (3 * I * O) + k[:, None] * O + o[None, :]
+        to += g * (3 * IN * OUT) + k[:, None] * OUT + o[None, :]
         tl.store(to, left, mask=inner & seen)
-        tl.store(to + I * O, middle, mask=inner & seen)
-        tl.store(to + 2 * I * O, right, mask=inner & seen)
+        tl.store(to + IN * OUT, middle, mask=inner & seen)
+        tl.store(to + 2 * IN * OUT, right, mask=inner & seen)
 
 
 @triton.jit(do_not_specialize=["n", "F"])
@@ -407,9 +408,21 @@ def _cross_entropy(logits, y, p, slope, loss, rows, n, N: tl.constexpr, P: tl.co
     tl.store(loss + r, (tl.log(total) + top - chosen).to(tl.float32), mask=ok)
 
 
-def _block(B: int, M: int, few: bool = False) -> int:
-    """Places a program takes: many, unless that leaves multiprocessors idle, or fills the registers."""
-    return (64 if few else 128) if B * M >= 128 * 256 else 32
+class _Tile(NamedTuple):
+    """How a convolution is shared out; measured on an H200."""
+
+    places: int
+    warps: int
+    stages: int
+
+
+def _tile(B: int, M: int, channels: int, few: bool, exact: bool) -> _Tile:
+    if few:
+        return _Tile(128, 4, 2)
+    stages = 3 if channels <= 32 else 2  # or shared memory does not hold them
+    if B * M < _SMALL:  # rather idle threads than idle multiprocessors
+        return _Tile(32, 2, stages)
+    return _Tile(128, 8, stages) if exact else _Tile(64, 2, stages)
 
 
 def _few(channels: int) -> bool:
@@ -436,66 +449,62 @@ def convolve(
     weight: Tensor,
     second: tuple[Tensor, Tensor] | None = None,
     transposed: bool = False,
-    then: str = "nothing",
+    then: str = "moments",
     beside: tuple[Tensor, ...] = (),
     norm: Tensor | None = None,
+    eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The 3×3 convolution (padding 1) of x with a weight, and of a second pair added to it; and sums over the result.
 
     Args:
         x: a plane of the weight's C channels, or if `transposed` of its O.
-        weight: (B, 9, C, O).
+        weight: (B, 9, C, O); if `transposed` (B, 9, O, C), see `turned`.
         second: another plane and weight of the same shapes.
         transposed: the vector-Jacobian product instead, from O channels to C.
         then: what becomes of the result y, and what is summed over it:
-            "nothing": none;
-            "moments": Σ y and Σ (y − block's mean)²;
+            "moments": nothing, and its mean μ and r = (variance + eps)^(-1/2);
             "dots": Σ y and Σ y ŷ, ŷ that of the plane `beside`, normed by `norm`;
             "slope": of e = y [z > 0], which is returned, Σ e and Σ e q, with z, q `beside`;
             "slope_dot": of the same, called ė, Σ ė and Σ (ė q + e q̇), with z, q, e, q̇ `beside`.
         beside: planes like the result.
         norm: (2, B, O), μ and r.
+        eps: for "moments".
 
     Returns:
-        The result (B, n, H, W, ·), and partial sums (2, B·O, blocks) for `finish`.
+        The result (B, n, H, W, ·), and (2, B, ·).
     """
-    B, n, H, W, I = x.shape  # noqa: E741
-    O = weight.shape[2] if transposed else weight.shape[3]  # noqa: E741
+    B, n, H, W, IN = x.shape
+    OUT = weight.shape[3]
     M = n * H * W
-    few = _few(I) and not transposed and second is None
-    BM = _block(B, M, few)
-    blocks = triton.cdiv(M, BM)
-    out = weight.new_empty(B, n, H, W, O)
-    sums = weight.new_empty((2, B * O, blocks) if then != "nothing" else (0,))
+    few = _few(IN) and not transposed and second is None
+    products = precision(x)
+    tile = _tile(B, M, max(IN, OUT), few, products == "tf32x3")
+    blocks = triton.cdiv(M, tile.places)
+    out = weight.new_empty(B, n, H, W, OUT)
+    sums = weight.new_empty(2, B * OUT, blocks)
     x2, w2 = (x, weight) if second is None else second
     p1, p2, p3, p4 = (*beside, *(out,) * (4 - len(beside)))
     mean, r = (out, out) if norm is None else norm
     _convolution[(blocks, B)](
-        *(x, weight, x2, w2, out, p1, p2, p3, p4, mean, r, sums, M, H, W, blocks),
-        *(_strides(x)),
-        *(I, _inner(I, few), O, _padded(O), few, transposed, second is not None, then, BM, precision()),
-        num_warps=4 if BM * _padded(O) <= 8192 else 8,
-    )  # fmt: skip
-    return out, sums
+        *(x, weight, x2, w2, out, p1, p2, p3, p4, mean, r, sums, M, H, W, blocks, *_strides(x)),
+        *(IN, _inner(IN, few), OUT, _padded(OUT), few, transposed, second is not None, then, tile.places, products),
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out, _totals(sums, B, M, tile.places, eps, then == "moments")
 
 
-def finish(sums: Tensor, B: int) -> Tensor:
-    """Totals (2, B, O) of partial sums."""
-    return _finished(sums, B, 0, 1, 0.0, False)
+def turned(weight: Tensor) -> Tensor:
+    """A weight (B, 9, C, O) as transposed convolutions want it."""
+    return weight.transpose(2, 3).contiguous()
 
 
-def norm_of(sums: Tensor, x: Tensor, eps: float) -> Tensor:
-    """(2, B, O): μ and r of a convolution of x, from its partial moments."""
-    B, n, H, W, I = x.shape  # noqa: E741
-    M = n * H * W
-    return _finished(sums, B, M, _block(B, M, _few(I)), eps, True)
-
-
-def _finished(sums: Tensor, B: int, M: int, BM: int, eps: float, moments: bool) -> Tensor:
+def _totals(sums: Tensor, B: int, M: int, places: int, eps: float, moments: bool) -> Tensor:
+    """(2, B, O) of partial sums (2, B·O, blocks), each of so many of M places; of moments: μ and r."""
     _, BO, blocks = sums.shape
     out = sums.new_empty(2, B, BO // B)
     N = max(16, triton.next_power_of_2(blocks))
-    _finish[(BO,)](sums, out, M, blocks, BO, eps, N, BM, moments, num_warps=4 if N <= 4096 else 8)
+    _finish[(BO,)](sums, out, M, blocks, BO, eps, N, places, moments, num_warps=4 if N <= 4096 else 8)
     return out
 
 
@@ -503,15 +512,15 @@ def pool(
     y: Tensor, norm: Tensor, gain: Tensor, shift: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """z, and if they are to be kept q and which place of each window is the maximum, int8 in 0 … 3."""
-    B, n, H, W, O = y.shape  # noqa: E741
+    B, n, H, W, OUT = y.shape
     h, w = H // 2, W // 2
-    z = y.new_empty(B, n, h, w, O)
+    z = y.new_empty(B, n, h, w, OUT)
     q = torch.empty_like(z) if keep else None
     place = torch.empty_like(z, dtype=torch.int8) if keep else None
     M = n * h * w
     _pool[(triton.cdiv(M, _TILE), B)](
         *(y, *norm, gain, shift, z, z if q is None else q, z if place is None else place),
-        *(M, H, W, h, w, n * H * W, O, _padded(O), _TILE, keep),
+        *(M, H, W, h, w, n * H * W, OUT, _padded(OUT), _TILE, keep),
     )
     return z, q, place
 
@@ -527,27 +536,26 @@ def pool_dots(
     T: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """ż and q̇, from ẏ and T (2, B, O); `moved` are γ̇ and β̇."""
-    B, n, H, W, O = y_dot.shape  # noqa: E741
+    B, n, H, W, OUT = y_dot.shape
     h, w = H // 2, W // 2
     z_dot, q_dot = torch.empty_like(z), torch.empty_like(z)
     M, full = n * h * w, n * H * W
     _pool_dots[(triton.cdiv(M, _TILE), B)](
         *(y_dot, z, q, place, norm[1], gain, *moved, T, z_dot, q_dot),
-        *(M, H, W, h, w, full, B * O, full, O, _padded(O), _TILE),
+        *(M, H, W, h, w, full, B * OUT, full, OUT, _padded(OUT), _TILE),
     )
     return z_dot, q_dot
 
 
 def slope(dz: Tensor, z: Tensor, q: Tensor, dots: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """e = ∂L/∂z [z > 0] and partial sums of e and e q; with `dots`, e and q̇, of its derivative: see `convolve`."""
-    B, n, h, w, O = z.shape  # noqa: E741
+    """e = ∂L/∂z [z > 0], and S (2, B, O); with `dots`, e and q̇, of its derivative: see `convolve`."""
+    B, n, h, w, OUT = z.shape
     M = n * h * w
-    BM = _block(B, M)
-    blocks = triton.cdiv(M, BM)
-    out, sums = torch.empty_like(z), z.new_empty(2, B * O, blocks)
+    blocks = triton.cdiv(M, _TILE)
+    out, sums = torch.empty_like(z), z.new_empty(2, B * OUT, blocks)
     e, q_dot = dots or (z, z)
-    _slope[(blocks, B)](dz, z, q, e, q_dot, out, sums, M, blocks, O, _padded(O), BM, dots is not None)
-    return out, sums
+    _slope[(blocks, B)](dz, z, q, e, q_dot, out, sums, M, blocks, OUT, _padded(OUT), _TILE, dots is not None)
+    return out, _totals(sums, B, M, _TILE, 0.0, False)
 
 
 def spread(
@@ -560,33 +568,38 @@ def spread(
     dots: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """∂L/∂y from e and S (2, B, O); with `dots`, ẏ, ė, γ̇, T and Ṡ, its derivative."""
-    B, n, H, W, O = y.shape  # noqa: E741
+    B, n, H, W, OUT = y.shape
     h, w = H // 2, W // 2
     out = torch.empty_like(y)
     M = n * H * W
     y_dot, e_dot, gain_dot, T, S_dot = dots or (y, e, gain, S, S)
     _spread[(triton.cdiv(M, _TILE), B)](
         *(y, e, place, *norm, gain, S, y_dot, e_dot, gain_dot, T, S_dot, out),
-        *(M, H, W, h, w, n * h * w, B * O, O, _padded(O), _TILE, dots is not None),
+        *(M, H, W, h, w, n * h * w, B * OUT, OUT, _padded(OUT), _TILE, dots is not None),
     )
     return out
 
 
 def weight_gradient(x: Tensor, dy: Tensor, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """(B, 9, C, O): ∂L/∂W of a convolution of x, from ∂L/∂y; and of a second pair, added to it."""
-    B, n, H, W, I = x.shape  # noqa: E741
-    O = dy.shape[-1]  # noqa: E741
+    B, n, H, W, IN = x.shape
+    OUT = dy.shape[-1]
     M = n * H * W
     BK = 32
-    steps = _PLACES // BK if B * M > 16 * _PLACES else 2
+    steps = 2 if B * M < _SMALL // 2 else 16
     blocks = triton.cdiv(M, BK * steps)
-    out = dy.new_empty(B, blocks, 9, I, O)
+    out = dy.new_empty(B, blocks, 9, IN, OUT)
     x2, dy2 = (x, dy) if second is None else second
-    few = _few(I) and second is None
+    few = _few(IN) and second is None
+    products = precision(x)
+    if few and products == "tf32x3":
+        products = "ieee"  # by gathered patches: no slower
+    narrow = max(IN, OUT) <= 32
     _weights[(blocks, 1 if few else 3, B)](
         *(x, dy, x2, dy2, out, M, H, W, *_strides(x)),
-        *(I, _inner(I, few), O, _padded(O), few, second is not None, BK, steps, precision()),
-        num_warps=4 if _padded(I) * _padded(O) <= 1024 else 8,
+        *(IN, _inner(IN, few), OUT, _padded(OUT), few, second is not None, BK, steps, products),
+        num_warps=2 if narrow else 8,
+        num_stages=3 if narrow else 2,
     )
     return out.sum(1) if blocks > 1 else out.squeeze(1)
 

@@ -100,8 +100,11 @@ def _end_to_end(function: Callable[..., tuple[Tensor, ...]], trees: Sequence[Par
         return [dict(zip(like, column, strict=True)) for column in zip(*each, strict=True)]
     sizes = [leaf.numel() for leaf in like.values()]
     values = function(*(torch.cat([tree[name].reshape(-1) for name in like]) for tree in trees))
-    parts = (torch.split_with_sizes_copy(value, sizes) for value in values)  # of memory of their own
-    return [{name: part.view_as(like[name]) for name, part in zip(like, p, strict=True)} for p in parts]
+    copied = torch.ops.aten.split_with_sizes_copy  # each leaf has memory of its own
+    return [
+        {name: part.view_as(like[name]) for name, part in zip(like, copied(value, sizes), strict=True)}
+        for value in values
+    ]
 
 
 def clipped(optimizer: OuterOptimizer, max_norm: float) -> OuterOptimizer:

@@ -1,0 +1,296 @@
+"""The kernels for CUDA without a device: Triton's interpreter runs them on a CPU, and its compiler builds them.
+
+What only a device can show is in tests/test_on_cuda.py.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD
+from metaheed.learners import closed_form_cuda as module
+from metaheed.learners.base import takes_batches
+from metaheed.learners.closed_form import closed_form
+from metaheed.learners.closed_form_cuda import ClosedFormCUDA
+from metaheed.outer import looped, map_together, task_gradient
+from metaheed.types import Params
+from tests.conftest import ROOT, make_batch
+from tests.learners.test_closed_form import autograd
+
+pytestmark = [
+    pytest.mark.skipif(not module.available(), reason="Triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted"),
+]
+WAYS = 3
+
+
+@pytest.fixture(scope="module")
+def kernels() -> ModuleType:
+    """Interpreted: tests/conftest.py sees to it before anything imports Triton."""
+    from metaheed.learners import kernels
+
+    return kernels
+
+
+@pytest.fixture(autouse=True)
+def large_tiles(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, a tile costs about the same however large it is."""
+    monkeypatch.setattr(kernels, "_tile", lambda *_: kernels._Tile(256, 4, 3))
+    monkeypatch.setattr(kernels, "_TILE", 256)
+    monkeypatch.setattr(kernels, "_SMALL", 0)
+
+
+def known(network: nn.Module) -> ClosedFormCUDA:
+    form = closed_form(network, ClosedFormCUDA)
+    assert form is not None
+    return form
+
+
+def drawn(network: nn.Module, tasks: int, seed: int) -> Params:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(tasks, *p.shape, generator=generator) for name, p in network.named_parameters()}
+
+
+def double(tree: Params) -> Params:
+    return {name: p.double() for name, p in tree.items()}
+
+
+def assert_near(found: Params, expected: Params, limit: float = 2e-5) -> None:
+    for name, leaf in expected.items():
+        assert found[name].shape == leaf.shape
+        if name.endswith("conv.bias"):
+            assert not found[name].any()
+        else:
+            assert float((found[name] - leaf).norm()) <= limit * float(leaf.norm()), name
+
+
+@pytest.mark.parametrize(
+    ("shape", "hidden", "places"),
+    [((3, 17, 20), 3, 64), ((1, 16, 16), 1, 256), ((9, 16, 17), 17, 256)],
+    ids=["odd, in many tiles", "one channel and filter", "many channels"],
+)
+def test_gradient_and_hessian_product_are_autograds(
+    shape: tuple[int, int, int], hidden: int, places: int, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_tile", lambda *_: kernels._Tile(places, 4, 3))
+    monkeypatch.setattr(kernels, "_TILE", places)
+    monkeypatch.setattr(kernels, "_SMALL", 0 if places > 64 else 1 << 16)
+    net = Conv4(WAYS, shape, hidden=hidden)
+    form, params, direction = known(net), drawn(net, 2, 1), drawn(net, 2, 2)
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randn(2, 3, *shape, generator=generator), torch.randint(0, WAYS, (2, 3), generator=generator)
+    assert form.fits({n: p[0] for n, p in params.items()}, x)
+    loss, gradient, product = autograd(net.double(), double(params), x.double(), y, double(direction))
+    found, found_loss, logits, tape = form.gradient(params, x, y, keep=True)
+    torch.testing.assert_close(found_loss.double(), loss, rtol=1e-5, atol=1e-6)
+    assert_near(found, gradient)
+    assert_near(form.hessian_product(params, tape, direction), product, 2e-4)
+    assert torch.equal(form.logits(params, x), logits)
+    again = form.gradient(params, x, y, ("body.2.norm.bias", "head.bias"))[0]
+    assert list(again) == ["body.2.norm.bias", "head.bias"]
+    assert all(torch.equal(again[n], found[n]) for n in again)
+    still = {n: d if n.startswith("body.1") else torch.zeros_like(d) for n, d in direction.items()}
+    # A second time from the same tape, which is left as it was.
+    part = form.hessian_product(params, tape, {n: d for n, d in direction.items() if n.startswith("body.1")})
+    whole = form.hessian_product(params, tape, still)
+    assert all(torch.equal(part[n], whole[n]) for n in whole)
+
+
+def test_a_gain_of_zero_takes_autograds_maxima() -> None:
+    net = Conv4(WAYS, (1, 16, 16), hidden=3)
+    params = drawn(net, 1, 1)
+    params["body.1.norm.weight"][0, 1], params["body.1.norm.bias"][0, 1] = 0.0, 0.5
+    x, y = torch.randn(1, 4, 1, 16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([[0, 1, 2, 0]])
+    _, gradient, _ = autograd(net.double(), double(params), x.double(), y, double(params))
+    found = known(net).gradient(params, x, y)[0]
+    assert gradient["body.1.norm.weight"][0, 1] != 0
+    assert_near(found, gradient)
+
+
+def test_what_is_not_a_number_is_not_hidden() -> None:
+    net = Conv4(WAYS, (1, 16, 16), hidden=3)
+    params, y = drawn(net, 2, 1), torch.zeros(2, 4, dtype=torch.int64)
+    x = torch.randn(2, 4, 1, 16, 16)
+    x[1, 2, 0, 5, 5] = torch.nan
+    gradient, loss, _, _ = known(net).gradient(params, x, y)
+    assert torch.isfinite(loss).tolist() == [True, False]
+    assert all(torch.isfinite(g[0]).all() for g in gradient.values())
+    assert not torch.isfinite(gradient["head.weight"][1]).all()
+
+
+LEARNERS: dict[str, Callable[[nn.Module], Learner]] = {
+    "maml": lambda net: MAML(net, adaptation_steps=2, fast_lr=0.3),
+    "maml, recomputed": lambda net: MAML(net, adaptation_steps=2, fast_lr=0.3, recompute=True),
+    "fomaml": lambda net: MAML(net, adaptation_steps=2, fast_lr=0.3, first_order=True),
+    "metasgd": lambda net: MetaSGD(net, adaptation_steps=2, fast_lr=0.3),
+    "metalstm": lambda net: MetaLSTM(net, adaptation_steps=2),
+    "anil": lambda net: ANIL(net, adaptation_steps=2, fast_lr=0.3),
+    "boil": lambda net: BOIL(net, adaptation_steps=2, fast_lr=0.3),
+}
+
+
+def on_kernels(learner: Any) -> Any:
+    """The learner, made to use the kernels where it would use the closed form of a CPU."""
+    learner.backbone.known = learner.backbone.known_on_cuda
+    assert isinstance(learner.backbone.known, ClosedFormCUDA)
+    return learner
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_every_learners_meta_gradient(name: str) -> None:
+    net = Conv4(WAYS, (1, 16, 16), hidden=2)
+    reference, learner = LEARNERS[name](net), on_kernels(LEARNERS[name](net))
+    meta = reference.init(torch.Generator().manual_seed(0))
+    batch = make_batch(2, WAYS, 1, 2, (1, 16, 16), torch.float32)
+    exact = type(batch)(*(part.double() if part.is_floating_point() else part for part in batch))
+    assert takes_batches(learner, meta, batch.support_x)
+    expected, about = looped(reference)(double(meta), exact)
+    found, info = map_together(learner, task_gradient)(meta, batch)
+    for ours, theirs in zip(info, about, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+    a, b = (torch.cat([tree[n].double().flatten(1) for n in meta], 1) for tree in (found, expected))
+    assert float(((a - b).norm(dim=1) / b.norm(dim=1)).max()) < 1e-4
+
+
+@pytest.mark.parametrize("tasks", [(), (2,)], ids=["one task", "two"])
+def test_derivatives_of_any_order(tasks: tuple[int, ...]) -> None:
+    """A user's own loop: the gradient of a gradient through adaptation."""
+    net = Conv4(WAYS, (1, 16, 16), hidden=2)
+    batch = make_batch(2, WAYS, 1, 1, (1, 16, 16), torch.float32)
+    x, y, query_x, query_y = (part if tasks else part[0] for part in batch)
+    results = []
+    for learner in (MAML(net, adaptation_steps=2, fast_lr=0.2), on_kernels(MAML(net, adaptation_steps=2, fast_lr=0.2))):
+        start = learner.init(torch.Generator().manual_seed(0))
+        meta = {n: p.expand(*tasks, *p.shape).clone().requires_grad_() for n, p in start.items()}
+        adapted = learner.adapt(meta, x, y)
+        each = (
+            [({n: p[i] for n, p in adapted.items()}, query_x[i]) for i in range(2)] if tasks else [(adapted, query_x)]
+        )
+        logits = torch.cat([learner.predict(phi, images) for phi, images in each])
+        loss = nn.functional.cross_entropy(logits, query_y.flatten())
+        slopes = torch.autograd.grad(loss, list(meta.values()), create_graph=True)
+        square = torch.stack([g.square().sum() for g in slopes]).sum()
+        results.append([*slopes, *torch.autograd.grad(square, list(meta.values()))])
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.detach().abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("network", "shape", "dtype"),
+    [
+        (lambda: Conv4(WAYS, (1, 28, 28), hidden=4, downsample="stride"), (1, 28, 28), torch.float32),
+        (lambda: Conv4(WAYS, (1, 16, 16), hidden=65), (1, 16, 16), torch.float32),
+        (lambda: Conv4(WAYS, (1, 16, 16), hidden=4), (2, 16, 16), torch.float32),
+        (lambda: Conv4(WAYS, (1, 16, 16), hidden=4), (1, 15, 16), torch.float32),
+        (lambda: Conv4(WAYS, (1, 16, 16), hidden=4), (1, 16, 16), torch.float64),
+    ],
+    ids=["strided", "too many filters", "other channels", "too small", "float64"],
+)
+def test_what_the_kernels_do_not_cover(
+    network: Callable[[], Conv4], shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    net = network()
+    params = {n: p.detach().to(dtype) for n, p in net.named_parameters()}
+    assert not known(net).fits(params, torch.zeros(3, *shape, dtype=dtype))
+
+
+def test_where_no_kernel_runs_it_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
+    module.works_on.cache_clear()
+    for _ in range(2):
+        assert not module.works_on(torch.device("cuda", 77))
+    (warning,) = recwarn.list
+    assert "own CUDA kernels do not run here (" in str(warning.message)
+    assert "by autograd" in str(warning.message)
+    module.works_on.cache_clear()
+
+
+_BUILD = """
+import sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from metaheed.learners import Conv4, kernels
+from metaheed.learners.closed_form import closed_form
+from metaheed.learners.closed_form_cuda import ClosedFormCUDA
+
+KINDS = {torch.float32: "*fp32", torch.int8: "*i8", torch.int64: "*i64"}
+built = {}
+
+class Build:
+    def __init__(self, function):
+        self.function = function
+
+    def __getitem__(self, grid):
+        def build(*args, num_warps=4, num_stages=3):
+            signature, constants = {}, {}
+            for parameter, value in zip(self.function.params, args, strict=True):
+                name = parameter.name
+                if parameter.is_constexpr:
+                    signature[name], constants[name] = "constexpr", value
+                elif isinstance(value, torch.Tensor):
+                    signature[name] = KINDS[value.dtype]
+                else:
+                    signature[name] = "fp32" if isinstance(value, float) else "i32"
+            key = (self.function.__name__, num_warps, num_stages, *constants.items())
+            if key not in built:
+                source = ASTSource(self.function, signature, constants)
+                options = {"num_warps": num_warps, "num_stages": num_stages}
+                made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+                built[key] = made.metadata.shared
+        return build
+
+for name, value in list(vars(kernels).items()):
+    if isinstance(value, triton.runtime.JITFunction) and name != "_tap":
+        setattr(kernels, name, Build(value))
+kernels.precision = lambda x: sys.argv[1]
+net = Conv4(5, (3, 32, 32), hidden=int(sys.argv[2]))
+form = closed_form(net, ClosedFormCUDA)
+params = {n: torch.randn(4, *p.shape) for n, p in net.named_parameters()}
+for images in map(int, sys.argv[3:]):
+    x, y = torch.randn(4, images, 3, 32, 32), torch.zeros(4, images, dtype=torch.int64)
+    tape = form.gradient(params, x, y, keep=True)[3]
+    form.hessian_product(params, tape, params)
+    form.logits(params, x)
+print(len(built), max(built.values()))
+"""
+
+
+@pytest.mark.parametrize(
+    ("products", "hidden", "images"), [("tf32x3", 32, (5, 75)), ("tf32", 64, (75,))], ids=["float32", "TF32"]
+)
+def test_every_kernel_is_built_for_a_device(products: str, hidden: int, images: tuple[int, ...]) -> None:
+    """For the smallest shared memory of a device with units for TF32: 99 KiB."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", _BUILD, products, str(hidden), *map(str, images)],
+        env={**environment, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    count, shared = map(int, done.stdout.split())
+    assert count >= 20
+    assert shared <= 99 * 1024
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    code = "import sys, metaheed, metaheed.learners, metaheed.outer; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_copies_lie_as_the_kernels_want_them(rng: torch.Generator) -> None:
+    net = Conv4(WAYS, (3, 16, 16), hidden=4)
+    meta = MAML(net).init(rng)
+    copied = module.copies(meta, 3)
+    for name, p in meta.items():
+        assert torch.equal(copied[name], p.expand(3, *p.shape))
+    weight: Tensor = copied["body.1.conv.weight"]
+    assert weight.permute(0, 3, 4, 2, 1).is_contiguous()
