@@ -62,14 +62,15 @@ def _tap(
     o = tl.arange(0, P)
     weights = w + task * (9 * IN * OUT)
     if FEW:  # K runs over taps and channels
-        tap = k // IN
-        channel = k % IN
-        r = row[:, None] + (tap // 3 - 1)[None, :]
-        c = col[:, None] + (tap % 3 - 1)[None, :]
+        down = k // (3 * IN) - 1
+        across = k // IN % 3 - 1
+        r = row[:, None] + down[None, :]
+        c = col[:, None] + across[None, :]
         inside = ok[:, None] & (k < 9 * IN)[None, :] & (r >= 0) & (r < H) & (c >= 0) & (c < W)
         base = x + task.to(tl.int64) * task_step
-        at = image[:, None] * image_step + r * row_step + c * column_step + (channel * channel_step)[None, :]
-        a = tl.load(base + at, mask=inside, other=0.0)
+        pixel = image * image_step + row * row_step + col * column_step
+        shift = down * row_step + across * column_step + k % IN * channel_step
+        a = tl.load(base + pixel[:, None] + shift[None, :], mask=inside, other=0.0)
         b = tl.load(weights + k[:, None] * OUT + o[None, :], mask=(k < 9 * IN)[:, None] & (o < OUT)[None, :], other=0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
@@ -317,17 +318,21 @@ def _weights(
     to = out + (task * tl.num_programs(0) + block).to(tl.int64) * (9 * IN * OUT)
     if FEW:
         acc = tl.zeros((K, P), tl.float32)
-        tap = k // IN
-        base = x + task.to(tl.int64) * task_step
+        down = k // (3 * IN) - 1
+        across = k // IN % 3 - 1
+        shift = down * row_step + across * column_step + k % IN * channel_step
+        base = x + task.to(tl.int64) * task_step + shift[:, None]
         for i in range(STEPS):
             m = (block * STEPS + i) * BK + tl.arange(0, BK)
             ok = m < M
             d = tl.load(dy + plane + m[:, None] * OUT + o[None, :], mask=ok[:, None] & seen, other=0.0)
-            row = ((m // W) % H)[None, :] + (tap // 3 - 1)[:, None]
-            col = (m % W)[None, :] + (tap % 3 - 1)[:, None]
-            inside = ok[None, :] & (k < 9 * IN)[:, None] & (row >= 0) & (row < H) & (col >= 0) & (col < W)
-            at = (m // (W * H))[None, :] * image_step + row * row_step + col * column_step
-            a = tl.load(base + at + ((k % IN) * channel_step)[:, None], mask=inside, other=0.0)
+            row = (m // W) % H
+            col = m % W
+            r = row[None, :] + down[:, None]
+            c = col[None, :] + across[:, None]
+            inside = ok[None, :] & (k < 9 * IN)[:, None] & (r >= 0) & (r < H) & (c >= 0) & (c < W)
+            pixel = m // (W * H) * image_step + row * row_step + col * column_step
+            a = tl.load(base + pixel[None, :], mask=inside, other=0.0)
             acc = tl.dot(a, d, acc, input_precision=PRECISION)
         tl.store(to + k[:, None] * OUT + o[None, :], acc, mask=(k < 9 * IN)[:, None] & seen)
     else:
