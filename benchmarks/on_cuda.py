@@ -305,52 +305,63 @@ def _equal(a: OuterState, b: OuterState) -> bool:
     return all(torch.equal(one[n], other[n]) for one, other in zip(a, b, strict=True) for n in one)
 
 
+class Variant(NamedTuple):
+    """What is timed on a setting."""
+
+    learner: str
+    rule: str
+    execution: str = "vectorized"
+    captured: bool = True
+    tf32: bool = False
+
+
 def speed(bench: Bench, names: list[str], seconds: float) -> None:
-    """Iterations a second, validations and checkpoints aside."""
-    for name in names:
+    """Iterations a second, validations and checkpoints aside; what counts most first, for a run may be cut off."""
+    peers: dict[str, float | None] = {}
+    for name, variant in _timed(names, bench.quick):
         setting = SETTINGS[name]
-        peer = learn2learn_rate(bench, setting, seconds)
-        if peer is not None:
-            bench.note("speed", setting=name, rule="uniform", library="learn2learn", per_second=peer)
-        for tf32, captured, execution, learner, rule in _variants(bench.quick):
-            if name != names[0] and (tf32 or not captured or (execution, learner) != ("vectorized", "maml")):
-                continue  # the first setting shows what those change
-            values: dict[str, Any] = {"setting": name, "learner": learner, "rule": rule, "execution": execution}
-            values |= {"captured": captured, "tf32": tf32}
-            with float32_products(tf32):
-                block = 4 if bench.quick else 50
-                steps, notices = steps_of(bench, setting, learner, rule, execution, captured, block)
-                try:
-                    rate, peak = _rate(bench, steps, seconds)
-                except torch.OutOfMemoryError as error:
-                    bench.note("speed", **values, out_of_memory=str(error).partition("\n")[0])
-                    continue
-                finally:
-                    steps.close()
-                    del steps
-                    gc.collect()
-            minutes = PAPER_ITERATIONS / rate / 60
-            times = {"times_learn2learn": rate / peer} if peer and (learner, rule) == ("maml", "uniform") else {}
-            bench.note(
-                "speed", **values, per_second=rate, minutes_of_55000=minutes, peak_gib=peak, notices=notices, **times
+        if name not in peers:
+            peers[name] = peer = learn2learn_rate(bench, setting, seconds)
+            if peer is not None:
+                bench.note("speed", setting=name, rule="uniform", library="learn2learn", per_second=peer)
+        values = {"setting": name, **variant._asdict()}
+        with float32_products(variant.tf32):
+            block = 4 if bench.quick else 50
+            steps, notices = steps_of(
+                bench, setting, variant.learner, variant.rule, variant.execution, variant.captured, block
             )
-
-
-def _variants(quick: bool) -> Iterator[tuple[bool, bool, str, str, str]]:
-    """TF32 or not, captured or not, execution, learner, rule; what counts most first, for a run may be cut off."""
-    if quick:
-        yield from (
-            (False, captured, execution, "maml", "attended") for captured in (True, False) for execution in EXECUTIONS
+            try:
+                rate, peak = _rate(bench, steps, seconds)
+            except torch.OutOfMemoryError as error:
+                bench.note("speed", **values, out_of_memory=str(error).partition("\n")[0])
+                continue
+            finally:
+                steps.close()
+                del steps
+                gc.collect()
+        minutes, peer = PAPER_ITERATIONS / rate / 60, peers[name]
+        times = {"times_learn2learn": rate / peer} if peer and variant[:2] == ("maml", "uniform") else {}
+        bench.note(
+            "speed", **values, per_second=rate, minutes_of_55000=minutes, peak_gib=peak, notices=notices, **times
         )
+
+
+def _timed(names: list[str], quick: bool) -> Iterator[tuple[str, Variant]]:
+    """Settings and what is timed there; the first setting shows what all else changes."""
+    first, attended = names[0], Variant("maml", "attended")
+    if quick:
+        for execution in EXECUTIONS:
+            yield first, attended._replace(execution=execution)
+            yield first, attended._replace(execution=execution, captured=False)
         return
     rules = ("attended", "uniform", "attended, probe reused")
-    for tf32 in (False, True):
-        yield from ((tf32, True, "vectorized", "maml", rule) for rule in rules)
-    yield from ((False, True, "vectorized", learner, "attended") for learner in ("metasgd", "metalstm", "fomaml"))
-    yield (False, False, "vectorized", "maml", "attended")
-    for execution in EXECUTIONS:
-        if execution != "vectorized":
-            yield (False, True, execution, "maml", "attended")
+    yield from ((first, Variant("maml", rule, tf32=tf32)) for tf32 in (False, True) for rule in rules)
+    yield from ((name, Variant("maml", rule)) for name in names[1:] for rule in rules)
+    yield from ((first, Variant(learner, "attended")) for learner in ("metasgd", "metalstm", "fomaml"))
+    yield first, attended._replace(captured=False)
+    yield from (
+        (first, attended._replace(execution=execution)) for execution in EXECUTIONS if execution != "vectorized"
+    )
 
 
 def _rate(bench: Bench, steps: Steps, seconds: float) -> tuple[float, float | None]:
