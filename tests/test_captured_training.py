@@ -191,7 +191,7 @@ def test_every_execution_has_its_remedy(execution: Any, remedy: str) -> None:
 def test_a_chunk_is_suggested_from_what_is_known() -> None:
     assert [suggest_chunk(n, None, None) for n in (1, 2, 5, 16)] == [1, 1, 2, 8]
     assert suggest_chunk(16, 10 * 2**30, 2**30) == 9
-    assert suggest_chunk(4, 10 * 2**30, 2**30) == 3, "fewer than what failed"
+    assert suggest_chunk(4, 10 * 2**30, 2**30) == 2, "a measure that what failed contradicts is none"
     assert suggest_chunk(4, 2**20, 2**30) == 1
 
 

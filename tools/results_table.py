@@ -286,6 +286,38 @@ def speed(file: Path) -> str:
     return about + SPEED + "".join(rows)
 
 
+CUDA = (
+    "| setting | MAML, steps a second | over learn2learn's | TA-MAML, steps a second | 55,000 of them "
+    "| with probe reuse | MAML and TA-MAML with TF32 |\n|---|---|---|---|---|---|---|\n"
+)
+CUDA_SETTINGS = {
+    "a": "(a) miniImageNet 3×84×84, 5-way 1-shot, B = 4",
+    "b": "(b) miniImageNet 3×84×84, 5-way 5-shot, B = 4",
+    "cifar": "(c) CIFAR-FS 3×32×32, 5-way 1-shot, B = 4",
+    "omniglot": "(d) Omniglot 1×28×28, 20-way 1-shot, B = 16",
+}
+
+
+def cuda_speed(file: Path) -> str:
+    """One row a setting of `benchmarks/on_cuda.py --parts speed`: captured steps of the default execution."""
+    result = json.loads(file.read_text())
+    rates: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in result["results"]:
+        if "library" not in row and (row["learner"], row["execution"], row["captured"]) == ("maml", "vectorized", True):
+            rates[row["setting"], row["rule"], "TF32" if row["tf32"] else ""] = row
+    rows = []
+    for setting, title in CUDA_SETTINGS.items():
+        plain, attended = rates[setting, "uniform", ""], rates[setting, "attended", ""]
+        cells = [title, f"{plain['per_second']:.1f}", f"{plain['times_learn2learn']:.0f}"]
+        cells += [f"{attended['per_second']:.1f}", f"{attended['minutes_of_55000']:.1f} min"]
+        cells.append(f"{rates[setting, 'attended, probe reused', '']['per_second']:.1f}")
+        rough = [rates.get((setting, rule, "TF32")) for rule in ("uniform", "attended")]
+        cells.append(", ".join(f"{row['per_second']:.1f}" for row in rough if row is not None) or "—")
+        rows.append(f"| {' | '.join(cells)} |\n")
+    about = result["about"]
+    return f"{about['device']}, PyTorch {about['torch']}, Python {about['python']}.\n\n" + CUDA + "".join(rows)
+
+
 WORDS = {
     "(faithful-to-release)": "with the leak",
     "(attention-reuse-probe)": "with probe reuse",
@@ -307,7 +339,10 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
     "README.md": (lambda: table(*(_RESULTS / study for study in STUDIES)),),
     "results/eight_algorithms/README.md": (lambda: table_and_curves(_RESULTS / "eight_algorithms"),),
     "results/omniglot_20way/README.md": (lambda: table_and_curves(_RESULTS / "omniglot_20way"),),
-    "docs/performance.md": (lambda: speed(_RESULTS / "speed" / "speed.json"),),
+    "docs/performance.md": (
+        lambda: speed(_RESULTS / "speed" / "speed.json"),
+        lambda: cuda_speed(_RESULTS / "cuda" / "speed.json"),
+    ),
     "docs/findings.md": (
         lambda: worded(main_differences, _RESULTS / "cifar_fs"),
         lambda: worded(seed_by_seed, _RESULTS / "cifar_fs"),

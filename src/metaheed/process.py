@@ -175,11 +175,10 @@ def starts_explained() -> Iterator[None]:
 
 def suggest_chunk(at_once: int, available: int | None, task_bytes: int | None) -> int:
     """How many tasks to compute at once where `at_once` were too many: what fits in nine tenths of the bytes available,
-    where both are known, else half; at least 1.
+    where both are known and say that these did not fit, else half; at least 1.
     """
-    if available is not None and task_bytes:
-        return max(1, min(at_once - 1, int(0.9 * available / task_bytes)))
-    return max(1, at_once // 2)
+    fitting = int(0.9 * available / task_bytes) if available is not None and task_bytes else at_once
+    return max(1, fitting if fitting < at_once else at_once // 2)
 
 
 def _less_memory(config: RunConfig, at_once: int, chunk: int) -> str:

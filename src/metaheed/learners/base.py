@@ -176,8 +176,9 @@ def descend(
     """
     at = detached(adapted) if first_order else adapted
     network = learner.network if isinstance(learner, NetworkLearner) and x.dim() == 5 else None
-    fast = None if network is None else network.closed_form(at, x)
-    if not isinstance(fast, ClosedFormCUDA):
+    in_kernels = network is not None and isinstance(network.known_at(x), ClosedFormCUDA)
+    fast = network.closed_form(at, x) if network is not None and in_kernels else None
+    if fast is None:
         gradient, _, _ = loss_gradient(learner, at, x, y, names)
         return {n: p - rate * gradient[n] if n in gradient else p for n, p in adapted.items()}
     wanted = tuple(at if names is None else names)
@@ -333,11 +334,15 @@ class Backbone:
 
     def closed_form(self, params: Params, x: Tensor) -> ClosedForm | None:
         """The network's derivatives without autograd, where they are known and apply to these very tensors."""
-        fast = self.known_on_cuda if x.device.type == "cuda" else self.known
+        fast = self.known_at(x)
         if fast is None or not ordinary([x, *params.values()]) or x.requires_grad or set(params) != fast.names:
             return None
         # Many tasks at once have no other form to fall back to: `takes_batches` has asked about network and shapes.
         return fast if x.dim() == 5 or (fast.applies and fast.fits(params, x)) else None
+
+    def known_at(self, x: Tensor) -> ClosedForm | None:
+        """The closed form for the device that images lie on, if there is one."""
+        return self.known_on_cuda if x.device.type == "cuda" else self.known
 
     def place_constants(self, device: torch.device) -> None:
         """Move frozen parameters and buffers to where the network is called, lest every call copy them there."""
