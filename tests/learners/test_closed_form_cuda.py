@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -42,9 +43,9 @@ def kernels() -> ModuleType:
 @pytest.fixture(autouse=True)
 def large_tiles(kernels: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Interpreted, a tile costs about the same however large it is."""
-    monkeypatch.setattr(kernels, "_tile", lambda *_: kernels._Tile(256, 4, 3))
-    monkeypatch.setattr(kernels, "_TILE", 256)
-    monkeypatch.setattr(kernels, "_SMALL", 0)
+    monkeypatch.setattr(kernels, "_tile", lambda *_: kernels._Tile(1024, 4, 3))
+    monkeypatch.setattr(kernels, "_TILE", 1024)
+    monkeypatch.setattr(kernels, "_SUMMED", 512)
 
 
 def known(network: nn.Module) -> ClosedFormCUDA:
@@ -73,7 +74,7 @@ def assert_near(found: Params, expected: Params, limit: float = 2e-5) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "hidden", "places"),
-    [((3, 17, 20), 3, 64), ((1, 16, 16), 1, 256), ((9, 16, 17), 17, 256)],
+    [((3, 17, 20), 3, 64), ((1, 16, 16), 1, 512), ((9, 16, 17), 17, 1024)],
     ids=["odd, in many tiles", "one channel and filter", "many channels"],
 )
 def test_gradient_and_hessian_product_are_autograds(
@@ -81,7 +82,8 @@ def test_gradient_and_hessian_product_are_autograds(
 ) -> None:
     monkeypatch.setattr(kernels, "_tile", lambda *_: kernels._Tile(places, 4, 3))
     monkeypatch.setattr(kernels, "_TILE", places)
-    monkeypatch.setattr(kernels, "_SMALL", 0 if places > 64 else 1 << 16)
+    monkeypatch.setattr(kernels, "_SUMMED", min(places, 256))
+    monkeypatch.setattr(kernels, "_SMALL", 1 << 16 if places > 64 else 0)
     net = Conv4(WAYS, shape, hidden=hidden)
     form, params, direction = known(net), drawn(net, 2, 1), drawn(net, 2, 2)
     generator = torch.Generator().manual_seed(3)
@@ -265,12 +267,14 @@ print(len(built), max(built.values()))
 @pytest.mark.parametrize(
     ("products", "hidden", "images"), [("tf32x3", 32, (5, 75)), ("tf32", 64, (75,))], ids=["float32", "TF32"]
 )
-def test_every_kernel_is_built_for_a_device(products: str, hidden: int, images: tuple[int, ...]) -> None:
+def test_every_kernel_is_built_for_a_device(
+    products: str, hidden: int, images: tuple[int, ...], tmp_path: Path
+) -> None:
     """For the smallest shared memory of a device with units for TF32: 99 KiB."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-c", _BUILD, products, str(hidden), *map(str, images)],
-        env={**environment, "PYTHONPATH": str(ROOT / "src")},
+        env={**environment, "PYTHONPATH": str(ROOT / "src"), "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
         check=False,

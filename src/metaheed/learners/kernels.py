@@ -21,6 +21,8 @@ _DENSE = 8
 """Channels from which a tap's channels fill a matrix product by themselves; below, all nine taps share one."""
 _SMALL = 1 << 16
 """Places of all tasks below which a plane is small."""
+_SUMMED = 32
+"""Places that one product of a weight's gradient sums over."""
 _TILE = 32
 """Places that a program of an elementwise pass takes."""
 
@@ -590,9 +592,8 @@ def weight_gradient(x: Tensor, dy: Tensor, second: tuple[Tensor, Tensor] | None 
     B, n, H, W, IN = x.shape
     OUT = dy.shape[-1]
     M = n * H * W
-    BK = 32
     steps = 2 if B * M < _SMALL // 2 else 16
-    blocks = triton.cdiv(M, BK * steps)
+    blocks = triton.cdiv(M, _SUMMED * steps)
     out = dy.new_empty(B, blocks, 9, IN, OUT)
     x2, dy2 = (x, dy) if second is None else second
     few = _few(IN) and second is None
@@ -602,7 +603,7 @@ def weight_gradient(x: Tensor, dy: Tensor, second: tuple[Tensor, Tensor] | None 
     narrow = max(IN, OUT) <= 32
     _weights[(blocks, 1 if few else 3, B)](
         *(x, dy, x2, dy2, out, M, H, W, *_strides(x)),
-        *(IN, _inner(IN, few), OUT, _padded(OUT), few, second is not None, BK, steps, products),
+        *(IN, _inner(IN, few), OUT, _padded(OUT), few, second is not None, _SUMMED, steps, products),
         num_warps=2 if narrow else 8,
         num_stages=3 if narrow else 2,
     )
