@@ -60,6 +60,8 @@ def test_gradients_are_the_cpus(execution: str, rng: torch.Generator) -> None:
     ids=["84 px", "64 filters", "many tasks", "odd"],
 )
 def test_kernels_are_autograd_in_float64(shape: tuple[int, int, int], hidden: int, ways: int, tasks: int) -> None:
+    from metaheed.learners.kernels import precision  # needs Triton
+
     learner = MAML(Conv4(ways, shape, hidden=hidden), adaptation_steps=2, fast_lr=0.05)
     meta = {n: p.cuda() for n, p in learner.init(torch.Generator().manual_seed(0)).items()}
     batch = Episode(*(part.cuda() for part in make_batch(tasks, ways, 1, 3, shape, torch.float32)))
@@ -75,6 +77,8 @@ def test_kernels_are_autograd_in_float64(shape: tuple[int, int, int], hidden: in
     distances = (a - b).norm(dim=1) / b.norm(dim=1)
     assert float(distances.median()) < 1e-4
     with float32_products(True):
+        if precision(batch.support_x) != "tf32":
+            return  # the device has no units for it
         rough, _ = map_together(learner, task_gradient)(meta, batch)
     c = torch.cat([rough[n].double().flatten(1) for n in meta], dim=1)
     assert 10 * distances.median() < ((c - b).norm(dim=1) / b.norm(dim=1)).median() < 1

@@ -3,6 +3,8 @@
 What only a device can show is in tests/test_on_cuda.py.
 """
 
+import contextlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD
 from metaheed.learners import closed_form_cuda as module
-from metaheed.learners.base import takes_batches
+from metaheed.learners.base import loss_gradient, takes_batches
 from metaheed.learners.closed_form import closed_form
 from metaheed.learners.closed_form_cuda import ClosedFormCUDA
 from metaheed.outer import looped, map_together, task_gradient
@@ -26,7 +28,7 @@ from tests.conftest import ROOT, make_batch
 from tests.learners.test_closed_form import autograd
 
 pytestmark = [
-    pytest.mark.skipif(not module.available(), reason="Triton is not installed"),
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted"),
 ]
 WAYS = 3
@@ -73,21 +75,28 @@ def assert_near(found: Params, expected: Params, limit: float = 2e-5) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "hidden", "places"),
-    [((3, 17, 20), 3, 64), ((1, 16, 16), 1, 512), ((9, 16, 17), 17, 1024)],
-    ids=["odd, in many tiles", "one channel and filter", "many channels"],
+    ("shape", "hidden", "places", "ways"),
+    [((3, 17, 20), 3, 64, 3), ((1, 16, 16), 1, 512, 17), ((9, 16, 17), 17, 1024, 3)],
+    ids=["odd, in many tiles", "one channel and filter, many ways", "many channels"],
 )
 def test_gradient_and_hessian_product_are_autograds(
-    shape: tuple[int, int, int], hidden: int, places: int, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, int, int],
+    hidden: int,
+    places: int,
+    ways: int,
+    kernels: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(kernels, "_tile", lambda *_: kernels._Tile(places, 4, 3))
     monkeypatch.setattr(kernels, "_TILE", places)
     monkeypatch.setattr(kernels, "_SUMMED", min(places, 256))
     monkeypatch.setattr(kernels, "_SMALL", 1 << 16 if places > 64 else 0)
-    net = Conv4(WAYS, shape, hidden=hidden)
+    net = Conv4(ways, shape, hidden=hidden)
     form, params, direction = known(net), drawn(net, 2, 1), drawn(net, 2, 2)
     generator = torch.Generator().manual_seed(3)
-    x, y = torch.randn(2, 3, *shape, generator=generator), torch.randint(0, WAYS, (2, 3), generator=generator)
+    # Neither lies in memory as its shape says.
+    x = torch.randn(3, 2, *shape, generator=generator).transpose(0, 1)
+    y = torch.randint(0, ways, (3, 2), generator=generator).T
     assert form.fits({n: p[0] for n, p in params.items()}, x)
     loss, gradient, product = autograd(net.double(), double(params), x.double(), y, double(direction))
     found, found_loss, logits, tape = form.gradient(params, x, y, keep=True)
@@ -203,14 +212,89 @@ def test_what_the_kernels_do_not_cover(
     assert not known(net).fits(params, torch.zeros(3, *shape, dtype=dtype))
 
 
-def test_where_no_kernel_runs_it_is_said_once(recwarn: pytest.WarningsRecorder) -> None:
-    module.works_on.cache_clear()
+def test_where_no_kernel_runs_it_is_said_once(
+    recwarn: pytest.WarningsRecorder, monkeypatch: pytest.MonkeyPatch, kernels: ModuleType
+) -> None:
+    monkeypatch.setattr(module, "_WORKS", {})
     for _ in range(2):
         assert not module.works_on(torch.device("cuda", 77))
     (warning,) = recwarn.list
     assert "own CUDA kernels do not run here (" in str(warning.message)
     assert "by autograd" in str(warning.message)
-    module.works_on.cache_clear()
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kernels, "cross_entropy", full)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "zeros", lambda *_, **__: torch.ones(1))
+    with pytest.raises(torch.OutOfMemoryError):  # which is another matter, and is over when there is memory again
+        module.works_on(torch.device("cuda", 78))
+    assert torch.device("cuda", 78) not in module._WORKS
+
+
+def test_without_triton_networks_are_made_all_the_same() -> None:
+    code = """if True:
+        import sys, types, warnings
+        sys.modules["triton"] = types.ModuleType("triton")
+        import torch
+        from metaheed.learners import MAML, Conv4
+        from metaheed.learners.closed_form_cuda import works_on
+        MAML(Conv4(3, (1, 16, 16)))
+        warnings.simplefilter("error")
+        try:
+            works_on(torch.device("cuda", 0))
+        except UserWarning as warning:
+            print(warning)
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "own CUDA kernels do not run here (" in done.stdout
+
+
+@pytest.mark.parametrize("label", [-1, WAYS, 17])
+def test_a_label_that_is_no_class_gives_no_loss(label: int) -> None:
+    net = Conv4(WAYS, (1, 16, 16), hidden=1)
+    params, x = drawn(net, 2, 1), torch.randn(2, 2, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    gradient, loss, _, _ = known(net).gradient(params, x, torch.tensor([[0, label], [1, 2]]))
+    assert torch.isfinite(loss).tolist() == [False, True]
+    assert not torch.isfinite(gradient["head.bias"][0]).any()
+    assert all(torch.isfinite(g[1]).all() for g in gradient.values())
+
+
+@pytest.mark.parametrize("y", [torch.zeros(2, 2), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 2, WAYS)])
+def test_what_is_not_a_label_is_refused(y: Tensor) -> None:
+    net = Conv4(WAYS, (1, 16, 16), hidden=1)
+    with pytest.raises(ValueError, match=r"need \(2, 2\) of torch.int64: one class in \[0, 3\) an image"):
+        known(net).gradient(drawn(net, 2, 1), torch.randn(2, 2, 1, 16, 16), y)
+
+
+def test_a_rate_that_is_learned_has_a_gradient() -> None:
+    net, batch = Conv4(WAYS, (1, 16, 16), hidden=1), make_batch(2, WAYS, 1, 1, (1, 16, 16), torch.float32)
+    slopes: list[Tensor] = []
+    for learner in (MAML(net, adaptation_steps=1), on_kernels(MAML(net, adaptation_steps=1))):
+        rate = torch.tensor(0.2, requires_grad=True)
+        learner.fast_lr = rate
+        meta = module.copies(learner.init(torch.Generator().manual_seed(0)), 2)
+        adapted = learner.adapt(meta, batch.support_x, batch.support_y)
+        slopes += torch.autograd.grad(torch.stack([p.square().sum() for p in adapted.values()]).sum(), rate)
+    torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_that_is_changed_changes_no_derivative() -> None:
+    net, batch = Conv4(WAYS, (1, 16, 16), hidden=1), make_batch(2, WAYS, 1, 1, (1, 16, 16), torch.float32)
+    learner = on_kernels(MAML(net))
+    products = []
+    for factor in (1, 100):
+        start = module.copies(learner.init(torch.Generator().manual_seed(0)), 2)
+        at = {n: p.requires_grad_() for n, p in start.items()}
+        gradient, _, _ = loss_gradient(learner, at, batch.support_x, batch.support_y)
+        total = torch.stack([g.sum() for g in gradient.values()]).sum()
+        with torch.no_grad():
+            for g in gradient.values():
+                g.mul_(factor)
+        products.append(torch.autograd.grad(total, list(at.values())))
+    assert all(map(torch.equal, *products))
 
 
 _BUILD = """
@@ -244,7 +328,7 @@ class Build:
             if key not in built:
                 source = ASTSource(self.function, signature, constants)
                 options = {"num_warps": num_warps, "num_stages": num_stages}
-                made = triton.compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+                made = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[3]), 32), options=options)
                 built[key] = made.metadata.shared
         return build
 
@@ -255,7 +339,7 @@ kernels.precision = lambda x: sys.argv[1]
 net = Conv4(5, (3, 32, 32), hidden=int(sys.argv[2]))
 form = closed_form(net, ClosedFormCUDA)
 params = {n: torch.randn(4, *p.shape) for n, p in net.named_parameters()}
-for images in map(int, sys.argv[3:]):
+for images in map(int, sys.argv[4:]):
     x, y = torch.randn(4, images, 3, 32, 32), torch.zeros(4, images, dtype=torch.int64)
     tape = form.gradient(params, x, y, keep=True)[3]
     form.hessian_product(params, tape, params)
@@ -265,15 +349,17 @@ print(len(built), max(built.values()))
 
 
 @pytest.mark.parametrize(
-    ("products", "hidden", "images"), [("tf32x3", 32, (5, 75)), ("tf32", 64, (75,))], ids=["float32", "TF32"]
+    ("products", "hidden", "images", "capability", "kib"),
+    [("tf32x3", 32, (5, 75), 86, 99), ("tf32", 64, (75,), 90, 227), ("ieee", 32, (75,), 75, 64)],
+    ids=["float32 on Ampere", "TF32 on Hopper", "float32 on Turing"],
 )
 def test_every_kernel_is_built_for_a_device(
-    products: str, hidden: int, images: tuple[int, ...], tmp_path: Path
+    products: str, hidden: int, images: tuple[int, ...], capability: int, kib: int, tmp_path: Path
 ) -> None:
-    """For the smallest shared memory of a device with units for TF32: 99 KiB."""
+    """And asks for no more shared memory than it has."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", _BUILD, products, str(hidden), *map(str, images)],
+        [sys.executable, "-c", _BUILD, products, str(hidden), str(capability), *map(str, images)],
         env={**environment, "PYTHONPATH": str(ROOT / "src"), "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,
@@ -282,7 +368,7 @@ def test_every_kernel_is_built_for_a_device(
     assert done.returncode == 0, done.stderr[-2000:]
     count, shared = map(int, done.stdout.split())
     assert count >= 20
-    assert shared <= 99 * 1024
+    assert shared <= kib * 1024
 
 
 def test_importing_the_package_does_not_import_triton() -> None:

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad_and_value, vjp
 
 from metaheed.errors import ConfigError, unknown
 from metaheed.learners.closed_form import ClosedForm, closed_form, mean_cross_entropy
-from metaheed.learners.closed_form_cuda import ClosedFormCUDA, available
+from metaheed.learners.closed_form_cuda import ClosedFormCUDA
 from metaheed.learners.derivatives import Step, detached, many_vectors, needs_graph, recomputed, transformed
 from metaheed.types import Params
 
@@ -175,7 +175,9 @@ def descend(
     of autograd's graph: v ← v − α ∇²L v.
     """
     at = detached(adapted) if first_order else adapted
-    network = learner.network if isinstance(learner, NetworkLearner) and x.dim() == 5 else None
+    # A rate that is a tensor may be learned: then it is a part of the graph.
+    simple = x.dim() == 5 and isinstance(rate, float | int)
+    network = learner.network if isinstance(learner, NetworkLearner) and simple else None
     in_kernels = network is not None and isinstance(network.known_at(x), ClosedFormCUDA)
     fast = network.closed_form(at, x) if network is not None and in_kernels else None
     if fast is None:
@@ -258,7 +260,7 @@ class Backbone:
             )
         self.known = closed_form(self.module)
         """The network's closed form, if it is one of those that have one."""
-        self.known_on_cuda = closed_form(self.module, ClosedFormCUDA) if available() else None
+        self.known_on_cuda = closed_form(self.module, ClosedFormCUDA)
         """The same on a CUDA device."""
 
     @property
@@ -335,7 +337,7 @@ class Backbone:
     def closed_form(self, params: Params, x: Tensor) -> ClosedForm | None:
         """The network's derivatives without autograd, where they are known and apply to these very tensors."""
         fast = self.known_at(x)
-        if fast is None or not ordinary([x, *params.values()]) or x.requires_grad or set(params) != fast.names:
+        if fast is None or not ordinary_tensors([x, *params.values()]) or x.requires_grad or set(params) != fast.names:
             return None
         # Many tasks at once have no other form to fall back to: `takes_batches` has asked about network and shapes.
         return fast if x.dim() == 5 or (fast.applies and fast.fits(params, x)) else None
@@ -360,7 +362,7 @@ class Backbone:
         return {n: c.to(like.device, like.dtype if c.is_floating_point() else c.dtype) for n, c in constants.items()}
 
 
-def ordinary(tensors: Sequence[Tensor]) -> bool:
+def ordinary_tensors(tensors: Sequence[Tensor]) -> bool:
     """Whether these are ordinary tensors on a CPU, or on one CUDA device, and nothing transforms what is computed from
     them.
     """
@@ -377,8 +379,8 @@ def ordinary(tensors: Sequence[Tensor]) -> bool:
 
 
 def ordinary_on_cpu(tensors: Sequence[Tensor]) -> bool:
-    """`ordinary`, and on a CPU."""
-    return tensors[-1].device.type == "cpu" and ordinary(tensors)
+    """`ordinary_tensors`, and on a CPU."""
+    return tensors[-1].device.type == "cpu" and ordinary_tensors(tensors)
 
 
 def _refuse(module: nn.Module) -> None:

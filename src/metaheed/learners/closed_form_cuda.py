@@ -15,8 +15,6 @@ Legend: as in `kernels.py`.
 """
 
 import contextlib
-import functools
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -32,33 +30,45 @@ _MOST_CHANNELS = 64
 """Whose weight's gradient a program can hold."""
 _MOST_PLACES = 1 << 21
 """Of a plane of all images of a task: their partial sums are added by one program."""
+_MOST_FEATURES = 1 << 14
+"""Of an image, which one program takes to the logits."""
 
 
-def available() -> bool:
-    """Whether Triton, which the kernels are written in, is installed."""
-    return importlib.util.find_spec("triton") is not None
+_WORKS: dict[torch.device, bool] = {}
 
 
-@functools.cache
 def works_on(device: torch.device) -> bool:
-    """Whether a kernel can be built and run on a device, tried once; warns where it cannot.
+    """Whether a kernel can be built and run on a device; tried once, and where it cannot a warning says so.
 
-    Triton needs a C compiler, and a device that it knows.
+    Triton must be there (PyTorch's builds for CUDA on Linux bring it along), find a C compiler, and know the device.
+
+    Raises:
+        torch.OutOfMemoryError: which says nothing of the kernels.
     """
+    if device not in _WORKS:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False  # where nothing can be tried
+        _WORKS[device] = _tried_on(device)
+    return _WORKS[device]
+
+
+def _tried_on(device: torch.device) -> bool:
     try:
         from metaheed.learners import kernels
 
         with torch.cuda.device(device):
-            kernels.cross_entropy(
-                torch.zeros(1, 1, 2, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device)
-            )
+            logits, label = torch.zeros(1, 1, 2, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device)
+            kernels.cross_entropy(logits, label)
             torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # whatever Triton's parts raise: autograd computes the same
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
             f"metaheed's own CUDA kernels do not run here ({reason}): networks are differentiated by autograd, which "
-            "takes several times as long. Triton needs a C compiler (gcc or clang) and a GPU that it supports",
-            stacklevel=2,
+            "takes several times as long. The kernels need Triton, a C compiler (gcc or clang) and a GPU that Triton "
+            "supports",
+            stacklevel=3,
         )
         return False
     return True
@@ -131,7 +141,7 @@ class ClosedFormCUDA(ClosedForm):
             if not 1 < places <= _MOST_PLACES or min(size) < 2:
                 return False
             channels, size = wide, [side // 2 for side in size]
-        return True
+        return bool(head.shape[-1] <= _MOST_FEATURES)
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """See `ClosedForm`."""
@@ -161,7 +171,8 @@ class ClosedFormCUDA(ClosedForm):
         for index in range(len(blocks) - 1, lowest - 1, -1):
             block = blocks[index] if keep else blocks.pop()  # its planes are freed as soon as may be
             dy = kernels.spread(block.y, e, block.place, block.norm, block.gain, S)
-            found |= _named(self._shapes[index].name, kernels.weight_gradient(block.x, dy), S)
+            # What is handed out is not what is kept: whoever changes the one must not change the other.
+            found |= _named(self._shapes[index].name, kernels.weight_gradient(block.x, dy), S.clone() if keep else S)
             turned = kernels.turned(block.weight) if index > lowest else None
             if keep:
                 slopes.insert(0, _Slope(e, S, dy, turned))

@@ -182,7 +182,7 @@ def map_together(
     general = map_vectorized(partial(function, learner), chunk_size)
 
     def run(meta: Params, batch: Episode) -> T:
-        if not takes_batches(learner, meta, batch.support_x):
+        if not all(takes_batches(learner, meta, images) for images in (batch.support_x, batch.query_x)):
             return general(meta, batch)
         # A processor's cache is to hold what is computed at once; a GPU is to have enough to do.
         at_once = chunk_size or (TASKS_AT_ONCE if batch.support_x.device.type == "cpu" else len(batch.support_x))
