@@ -4,6 +4,8 @@
 #     experiments/cifar_fs.sh search DATA_ROOT OUT      10 configurations x 1,000 iterations, of MAML and of TA-MAML
 #     experiments/cifar_fs.sh train DATA_ROOT OUT       4,000 iterations of every arm, judged on 600 frozen tasks
 #     experiments/cifar_fs.sh learners DATA_ROOT OUT    the same of MetaSGD and MetaLSTM++, with and without attention
+#     experiments/cifar_fs.sh full DATA_ROOT OUT        55,000 iterations of the three main arms, 3 seeds: for a GPU, where
+#                                                       a seed takes a quarter of an hour; into an OUT of their own
 #
 # DATA_ROOT holds cifar-100-python. Every command may be given again, or in several terminals: what is done is left, what
 # was cut off goes on. To train with the search that was made here, copy results/cifar_fs_search/search-* into OUT first.
@@ -13,6 +15,7 @@
 set -euo pipefail
 . "$(dirname "$0")/run_once.sh"
 what=$1 data=$2 out=$3
+iterations=4000
 setting=(--data cifar-fs --data-root "$data" --ways 5 --shots 1 --threads 1)
 
 study() { echo "$out/search-cifar-fs-5way1shot-$1"; }
@@ -33,7 +36,7 @@ gamma=(--attention-lr "$(rate ta-maml attention_lr)")
 run() { # NAME SEED, then what to train
   local folder=$out/cifar-fs-5way1shot-$1-seed$2 seed=$2
   shift 2
-  run_once "$folder" "$@" "${setting[@]}" --seed "$seed" --iterations 4000
+  run_once "$folder" "$@" "${setting[@]}" --seed "$seed" --iterations "$iterations"
 }
 
 counterparts() { # of seed $1: what the first two questions need
@@ -60,6 +63,11 @@ steep() { # of seed $1: γ as large as the released code's default, 18 times wha
   run ta-maml-equivariant-gamma "$1" ta-maml "${equivariant[@]}" "${attended[@]}" --attention-lr 3e-3
 }
 
+if [ "$what" = full ]; then
+  iterations=55000
+  for seed in 0 1 2; do counterparts "$seed"; done
+  exit
+fi
 if [ "$what" = learners ]; then
   for seed in 0 1; do
     run metasgd "$seed" metasgd "${maml[@]}"
