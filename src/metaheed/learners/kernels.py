@@ -7,7 +7,7 @@ run.
 Legend: B tasks, n images each, C channels in, O out. A plane is (B, n, H, W, C), contiguous: channels-last, the tasks
 apart. M = n·H·W places of a task. A weight is (B, 9, C, O), its first axis after B the tap. Vectors are (B, O).
 
-Importing this module needs Triton, which PyTorch's builds for CUDA bring along. With TRITON_INTERPRET=1 in the
+Importing this module needs Triton, which PyTorch's builds for CUDA on Linux bring along. With TRITON_INTERPRET=1 in the
 environment before the import, everything here works on CPU tensors, slowly: so it is tested.
 """
 
@@ -142,10 +142,9 @@ def _convolution(
             q_dot = tl.load(p4 + plane + at, mask=there, other=0.0)
             second += e * q_dot
     tl.store(out + plane + at, acc, mask=there)
-    if THEN != "nothing":
-        spot = vector * blocks + block
-        tl.store(sums + spot, tl.sum(first, 0), mask=o < OUT)
-        tl.store(sums + tl.num_programs(1) * OUT * blocks + spot, tl.sum(second, 0), mask=o < OUT)
+    spot = vector * blocks + block
+    tl.store(sums + spot, tl.sum(first, 0), mask=o < OUT)
+    tl.store(sums + tl.num_programs(1) * OUT * blocks + spot, tl.sum(second, 0), mask=o < OUT)
 
 
 @triton.jit(do_not_specialize=["M", "blocks", "BO"])
@@ -409,14 +408,13 @@ def _cross_entropy(logits, y, p, slope, loss, rows, n, N: tl.constexpr, P: tl.co
     total = tl.sum(e, 1)
     share = e / total[:, None]
     label = tl.load(y + r, mask=ok, other=0)
-    share = tl.where(
-        ((label >= 0) & (label < N))[:, None], share, float("nan")
-    )  # no class: nothing to learn is learned
+    a_class = (label >= 0) & (label < N)  # of what is none nothing is to be learned
+    share = tl.where(a_class[:, None], share, float("nan"))
     hit = k[None, :] == label[:, None]
     tl.store(p + at, share.to(tl.float32), mask=there)
     tl.store(slope + at, ((share - tl.where(hit, 1.0, 0.0)) / n).to(tl.float32), mask=there)
     chosen = tl.sum(tl.where(hit, v, 0.0), 1)
-    nats = tl.where((label >= 0) & (label < N), tl.log(total) + top - chosen, float("nan"))
+    nats = tl.where(a_class, tl.log(total) + top - chosen, float("nan"))
     tl.store(loss + r, nats.to(tl.float32), mask=ok)
 
 
