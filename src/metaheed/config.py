@@ -530,6 +530,9 @@ class TrainingConfig:
     ends at each validation and checkpoint, too; the results are the same at any number."""
     tf32: bool = False
     """Let CUDA round what it multiplies to TF32's 10 bits: faster, and less exact than float32. No effect on a CPU."""
+    check_gradient: bool = True
+    """Before training on a network of one's own, compare the meta-gradient of one small task with finite differences in
+    float64, which finds operations whose derivatives are wrong. It takes a few passes over eight images."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder (needs the extra metaheed[tensorboard])."""
 

@@ -1,8 +1,9 @@
 """Judging a trained run on frozen tasks, and comparing runs on the same ones."""
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,19 +16,28 @@ from metaheed.config import CHUNKED, EvaluationConfig, ExecutionName, FreezeConf
 from metaheed.data import Episodes, load_dataset
 from metaheed.data.convert import convert
 from metaheed.data.frozen import Frozen, FrozenEpisodes, freeze, read_episodes
-from metaheed.errors import DataError, NonFiniteError, RunError
-from metaheed.learners import place_constants
+from metaheed.errors import ConfigError, DataError, MetaheedError, NonFiniteError, RunError
+from metaheed.learners import Learner, NetworkLearner, place_constants
 from metaheed.outer import (
     Execution,
     adapted_outcome,
     build_execution,
+    explain_failure,
     initial_outcome,
     pick_for_run,
     workers_ended,
 )
-from metaheed.process import cpu_threads, float32_products, memory_explained, pick_device, starts_explained
+from metaheed.process import (
+    cannot_start,
+    cpu_threads,
+    float32_products,
+    is_out_of_memory,
+    memory_explained,
+    pick_device,
+    starts_explained,
+)
 from metaheed.runs import Pixels, RunFolder, check_writable, load_weights, recorded_pixels, write_whole
-from metaheed.types import Params
+from metaheed.types import Episode, Params
 
 _AT_ONCE = 10  # tasks a batch in evaluation: bounds memory, and how long an interruption waits
 
@@ -131,6 +141,7 @@ def evaluate_run(
         cpu_threads(run.training),
         float32_products(run.training.tf32),
         memory_explained(run, where, min(_AT_ONCE, setting.tasks), learner),
+        _failures_explained(run, where, learner, meta, episodes),
     ):
         adapted, initial = (
             evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)
@@ -158,6 +169,28 @@ def evaluate_run(
     }
     write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
+
+
+@contextlib.contextmanager
+def _failures_explained(
+    run: RunConfig, where: torch.device, learner: Learner, meta: Params, episodes: Episodes
+) -> Iterator[None]:
+    """Turn what a user's own network raises into ConfigError, with what helps."""
+    try:
+        yield
+    except MetaheedError:
+        raise
+    except Exception as error:  # a user's network may raise anything
+        systems = isinstance(error, RuntimeError) and (is_out_of_memory(error) or cannot_start(error))
+        if systems or not isinstance(learner, NetworkLearner) or learner.backbone.is_ours:
+            raise
+
+        def executed(learner: Learner, function: Callable[[Learner, Params, Episode], Any]) -> Execution[Any]:
+            return build_execution(run.training, where, learner, function)
+
+        execution = run.training.execution
+        explained = explain_failure(error, learner, meta, episodes.batch(0, 1), executed, execution, judging=True)
+        raise ConfigError(f"backbone {run.learner.backbone!r}: {explained}") from error
 
 
 def _judging(

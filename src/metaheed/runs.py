@@ -37,7 +37,7 @@ from metaheed.config import RunConfig, from_dict, to_dict
 from metaheed.data import Dataset
 from metaheed.errors import RunError
 from metaheed.files import try_lock, write_synced
-from metaheed.learners import Learner, build_learner
+from metaheed.learners import Learner, NetworkLearner, build_learner
 from metaheed.outer import OuterState
 from metaheed.types import Params
 
@@ -397,6 +397,8 @@ def load_weights(
         config.check_ways(ways)
     learner = build_judged_learner(config, ways, (channels, height, width))
     check_fits(learner.init(torch.Generator().manual_seed(0)), meta, f"{folder.path}'s {which} checkpoint")
+    if isinstance(learner, NetworkLearner):
+        learner.hold(meta)  # lest somebody who looks inside finds a network that was never trained
     return learner, meta, about
 
 

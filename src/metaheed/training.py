@@ -22,14 +22,15 @@ from metaheed.data.images import make_split
 from metaheed.errors import (
     ConfigError,
     Interrupted,
+    MetaheedError,
     NonFiniteError,
     OutOfMemoryError,
     RunError,
-    WorkerError,
 )
 from metaheed.evaluation import evaluate, interval
-from metaheed.learners import Learner, build_learner, find_backbone, place_constants
+from metaheed.learners import Learner, NetworkLearner, build_learner, find_backbone, place_constants
 from metaheed.outer import (
+    Execution,
     OuterState,
     Rule,
     StepRecord,
@@ -40,7 +41,9 @@ from metaheed.outer import (
     build_optimizer,
     build_rule,
     build_steps,
+    check_gradient,
     describe_execution,
+    explain_failure,
     initial_gradient,
     pick_for_run,
     plain_gradient,
@@ -286,7 +289,7 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             reporter.message(f"data: {session.dataset.origin}")
         fresh = _fresh(session)
         with memory_explained(config, session.device, 1, session.learner):
-            _try_out(session, fresh.state.meta)
+            _try_out(session, fresh.state.meta, reporter.message)
         if checkpoint is None:
             checkpoint = fresh
         else:
@@ -472,31 +475,44 @@ def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
     return weights
 
 
-def _try_out(session: _Session, meta: Params) -> None:
-    """Two gradients of one task: refuses a network that cannot be differentiated twice, or that is random.
+def _try_out(session: _Session, meta: Params, notice: Callable[[str], None]) -> None:
+    """A few gradients of two tasks: refuses a network that cannot be differentiated twice, whose derivatives are wrong,
+    or that does not give the same task the same result every time.
 
     Raises:
         ConfigError: says what the network does, and the remedy.
     """
+    training, learner = session.config.training, session.learner
     meta = {name: p.to(session.device) for name, p in meta.items()}
     backbone = session.config.learner.backbone
-    execution = build_execution(session.config.training, session.device, session.learner, task_gradient)
-    task = Episode(*(part[:1] for part in session.tools.train(0)))
+    execution = build_execution(training, session.device, learner, task_gradient)
+    task, other = (Episode(*(part[:1] for part in session.tools.train(t))) for t in (0, 1))
     on_cuda = session.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(session.device)
         before = torch.cuda.memory_allocated(session.device)
+
+    def executed(learner: Learner, function: Callable[[Learner, Params, Episode], Any]) -> Execution[Any]:
+        return build_execution(training, session.device, learner, function)
+
+    own_network = isinstance(learner, NetworkLearner) and not learner.backbone.is_ours
     try:
-        (_, info), (_, again) = execution(meta, task), execution(meta, task)
-    except RuntimeError as error:
-        if is_out_of_memory(error) or cannot_start(error) or isinstance(error, WorkerError):
+        if own_network:
+            assert isinstance(learner, NetworkLearner)
+            learner.backbone.examine(learner.initial(meta), task.support_x[0])
+        _, info = execution(meta, task)
+        if own_network:
+            execution(meta, other)  # what it leaves behind must not change the next task's result
+        _, again = execution(meta, task)
+    except MetaheedError:
+        raise
+    except Exception as error:  # a user's network may raise anything
+        if isinstance(error, RuntimeError) and (is_out_of_memory(error) or cannot_start(error)):
             raise
-        raise ConfigError(
-            f"backbone {backbone!r} cannot be meta-learned under the {session.config.training.execution} execution "
-            f"({str(error).splitlines()[0]}). Try --execution looped; where it is attention whose second derivative is "
-            "missing, use torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in its forward; where it writes into its own "
-            "buffers, make it stop"
-        ) from error
+        if not own_network:
+            raise
+        explained = explain_failure(error, learner, meta, task, executed, training.execution, judging=False)
+        raise ConfigError(f"backbone {backbone!r}: {explained}") from error
     if on_cuda:
         session.task_bytes = torch.cuda.max_memory_allocated(session.device) - before
     # Kernels of a GPU may round differently from call to call; a loss that is not finite is found by the loop.
@@ -506,6 +522,13 @@ def _try_out(session: _Session, meta: Params) -> None:
             f"{float(again.query_loss)}: adaptation must be one and the same function every time, so remove what is "
             "random in it (functional dropout, say) or changes with each call"
         )
+    if own_network and training.check_gradient:
+        try:
+            unknown = check_gradient(learner, meta, Episode(*(part[0] for part in task)), executed)
+        except ConfigError as error:
+            raise ConfigError(f"backbone {backbone!r}: {error}") from error
+        if unknown is not None:
+            notice(f"backbone {backbone!r}: {unknown}")
 
 
 def _fresh(session: _Session) -> Checkpoint:

@@ -161,11 +161,19 @@ def other_activation(network: Conv4) -> None:
     network.body[2].relu = nn.LeakyReLU()
 
 
-def weight_norm(network: Conv4) -> None:
-    nn.utils.parametrizations.weight_norm(network.head)
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight / 2
 
 
-@pytest.mark.parametrize("change", [hooked, frozen, other_norm, other_activation, weight_norm])
+def parametrised(network: Conv4) -> None:
+    nn.utils.parametrize.register_parametrization(network.head, "weight", Doubled())
+
+
+@pytest.mark.parametrize("change", [hooked, frozen, other_norm, other_activation, parametrised])
 def test_a_changed_network_is_not_taken_for_the_one_that_is_known(change: Callable[[Conv4], None]) -> None:
     network = Conv4(WAYS, (1, 16, 16), hidden=4)
     change(network)

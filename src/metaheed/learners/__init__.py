@@ -11,7 +11,7 @@ from metaheed.config import (
 )
 from metaheed.errors import ConfigError
 from metaheed.learners.backbones import BACKBONES, Conv4, ImageShape, build_backbone, find_backbone
-from metaheed.learners.base import Backbone, Learner, place_constants, task_loss
+from metaheed.learners.base import Backbone, Learner, NetworkLearner, place_constants, task_loss
 from metaheed.learners.maml import MAML
 from metaheed.learners.meta_lstm import MetaLSTM
 from metaheed.learners.meta_sgd import MetaSGD
@@ -28,6 +28,7 @@ __all__ = [
     "Learner",
     "MetaLSTM",
     "MetaSGD",
+    "NetworkLearner",
     "ProtoNet",
     "build_backbone",
     "build_learner",

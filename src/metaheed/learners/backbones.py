@@ -1,16 +1,19 @@
 """The field's base network, and how a network is named on the command line."""
 
+import hashlib
 import importlib
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from metaheed.errors import ConfigError, unknown
+from metaheed.learners.conversion import refuse
+from metaheed.learners.examination import check_logits
 
 ImageShape = tuple[int, int, int]
 """(channels, height, width)."""
@@ -61,6 +64,28 @@ class Conv4(nn.Module):
         else:
             features = hidden * (height // 16) * (width // 16)
         self.head = nn.Linear(features, ways)
+        self._made_with = self._fingerprint()
+
+    @property
+    def was_given_weights(self) -> bool:
+        """Whether it holds other weights than those it was made with, or last drew: loaded ones, for instance."""
+        return self._fingerprint() != self._made_with
+
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, p in self.named_parameters():
+            digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
+            if not p.is_meta:
+                digest.update(p.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        # Another dtype or device (`double`, `cuda`, …) makes no other weights.
+        were_given = self.was_given_weights
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not were_given:
+            self._made_with = self._fingerprint()
+        return self
 
     def redraw(self, generator: torch.Generator) -> None:
         """Draw the weights anew: Glorot uniform for convolutions and head, biases 0, norms the identity."""
@@ -73,6 +98,7 @@ class Conv4(nn.Module):
                 elif isinstance(part, nn.BatchNorm2d):
                     part.weight.fill_(1.0)
                     part.bias.zero_()
+        self._made_with = self._fingerprint()
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (n, C, H, W) to logits (n, N)."""
@@ -130,18 +156,15 @@ def build_backbone(name: str, ways: int, image_shape: ImageShape, seed: int, fol
             module = builder(ways, image_shape)
             if not isinstance(module, nn.Module):
                 raise TypeError(f"it returned {type(module).__name__}, not a torch.nn.Module")
+            refuse(module)
             with torch.no_grad():
                 logits = module.train()(torch.zeros(2 * ways, *image_shape))
-    except ConfigError:
-        raise
+        check_logits(logits, 2 * ways, ways)
+    except ConfigError as error:
+        raise ConfigError(f"backbone {name!r}: {error}") from error
     except Exception as error:  # as above: a user's class may raise anything
         raise ConfigError(
             f"backbone {name!r}: building it for {ways} ways and images {image_shape} failed with "
             f"{type(error).__name__}: {error}"
         ) from error
-    if tuple(logits.shape) != (2 * ways, ways):
-        raise ConfigError(
-            f"backbone {name!r}: {2 * ways} images give an output of shape {tuple(logits.shape)}, "
-            f"but it must be ({2 * ways}, {ways}): one logit a class"
-        )
     return module

@@ -1,7 +1,7 @@
 """What a learner is: the way one task is adapted, apart from how tasks are combined."""
 
-import copy
-import warnings
+import os
+import threading
 from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
@@ -12,7 +12,9 @@ from torch.func import functional_call, grad_and_value, vjp
 from metaheed.errors import ConfigError, unknown
 from metaheed.learners.closed_form import ClosedForm, closed_form, mean_cross_entropy
 from metaheed.learners.closed_form_cuda import ClosedFormCUDA
+from metaheed.learners.conversion import converted, copied
 from metaheed.learners.derivatives import Step, detached, many_vectors, needs_graph, recomputed, transformed
+from metaheed.learners.examination import Findings, examine
 from metaheed.types import Params
 
 
@@ -101,6 +103,8 @@ def loss_gradient(
 def _general_gradient(
     learner: Learner, at: Params, x: Tensor, y: Tensor, names: Sequence[str] | None
 ) -> tuple[Params, Tensor, Tensor]:
+    if isinstance(learner, NetworkLearner) and not learner.backbone.is_examined:
+        learner.backbone.examine(at, x)  # here, where no transform hides it
     moving = at if names is None else {name: at[name] for name in names}
     gradient, (loss, logits) = grad_and_value(lambda p: task_loss(learner, {**at, **p}, x, y), has_aux=True)(moving)
     return gradient, loss, logits
@@ -235,33 +239,54 @@ def below(prefix: str, tree: Params) -> Params:
     return {name.removeprefix(prefix): leaf for name, leaf in tree.items() if name.startswith(prefix)}
 
 
+class _ForkSafeLock:
+    """A lock that its thread may take again; in a process that was forked meanwhile it is free."""
+
+    def __init__(self) -> None:
+        self._lock, self._process = threading.RLock(), os.getpid()
+
+    def __enter__(self) -> None:
+        if self._process != os.getpid():  # the thread that held it at the fork does not exist here
+            self._lock, self._process = threading.RLock(), os.getpid()
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
 class Backbone:
     """A network as a pure function of its parameters, for learners to build on.
 
-    The module is copied; the caller's own stays as it is.
+    The module is copied; the caller's own stays as it is. A network of the user's own is looked at once more when it is
+    first called (see `examination.py`). Calls from several threads wait for one another, since parameters are put into
+    the module while it runs; a network in closed form does not need that.
 
     Args:
-        module: any network from images (n, C, H, W) to logits (n, N). Batch norm with running statistics is converted
-            to batch statistics (with a warning), for a task's adaptation must not write into shared buffers. Parameters
-            with requires_grad=False stay constants of the module.
+        module: any network from images (n, C, H, W) to logits (n, N); see `conversion.py` for what is converted, with a
+            warning, and what is refused. Parameters with requires_grad=False stay constants of the module.
 
     Raises:
-        ConfigError: the module has active dropout, tied or uninitialised parameters, or none that can be trained.
+        ConfigError: the network cannot be adapted. At the first call: it does not return logits, or writes into its
+            parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
-        _refuse(module)
-        self.module = copy.deepcopy(module).train()
-        converted = [name for name, part in self.module.named_modules() if _use_batch_statistics(part)]
-        if converted:
-            warnings.warn(
-                f"running statistics of {', '.join(converted)} are made batch statistics, on a copy of the network",
-                stacklevel=3,
-            )
+        self.module = converted(module, stacklevel=3)
         self.known = closed_form(self.module)
         """The network's closed form, if it is one of those that have one."""
         self.known_on_cuda = closed_form(self.module, ClosedFormCUDA)
         """The same on a CUDA device."""
+        self._findings: Findings | None = None
+        self._lock = _ForkSafeLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in vars(self).items() if name != "_lock"}
+        if self.known is None:  # a closed form holds on to its modules, and nothing in those has a history
+            state["module"] = copied(self.module)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=_ForkSafeLock())
 
     @property
     def names(self) -> list[str]:
@@ -280,7 +305,7 @@ class Backbone:
         ]  # a parametrised layer's own parameters lie below it
         if name is None:
             return owners[-1]
-        modules = [n for n, _ in self.module.named_modules() if n]
+        modules = [n for n, _ in self.module.named_modules(remove_duplicate=False) if n]
         if name not in modules:
             raise unknown("head", name, modules)
         if not [*self.module.get_submodule(name).parameters()]:
@@ -300,11 +325,12 @@ class Backbone:
             if inputs and isinstance(output, Tensor):
                 seen.append((inputs[0], output, output._version))
 
-        hook = self.module.get_submodule(head).register_forward_hook(note, with_kwargs=True)
-        try:
-            logits = self(params, x)
-        finally:
-            hook.remove()
+        with self._lock:  # the calls of other threads must not be noted
+            hook = self.module.get_submodule(head).register_forward_hook(note, with_kwargs=True)
+            try:
+                logits = self(params, x)
+            finally:
+                hook.remove()
         if not seen or seen[-1][1] is not logits or seen[-1][2] != logits._version:
             raise ConfigError(
                 f"the network's logits are not what its module {head!r} puts out, so that is not its head: name the "
@@ -314,15 +340,48 @@ class Backbone:
 
     def names_of(self, module: str) -> set[str]:
         """The names of the learned parameters inside a module ("" is the whole network)."""
-        return {name for name in self.names if not module or name.startswith(f"{module}.")}
+        inside = {id(p) for p in self.module.get_submodule(module).parameters()}
+        return {name for name, p in self.module.named_parameters() if p.requires_grad and id(p) in inside}
 
     def init(self, generator: torch.Generator) -> Params:
-        """The parameters: redrawn by the module's own `redraw(generator)` where it has one, else its present values."""
+        """The parameters: redrawn by the module's own `redraw(generator)` where it has one, else its present values.
+
+        One of our own networks that was given other weights than those it was made with keeps them.
+        """
         redraw = getattr(self.module, "redraw", None)
-        if redraw is not None:
+        if redraw is not None and not getattr(self.module, "was_given_weights", False):
             redraw(generator)
         learned = dict(self.module.named_parameters())
         return {name: learned[name].detach().clone() for name in self.names}
+
+    def hold(self, params: Params) -> None:
+        """Put these values into the module itself, for those who look inside it; calls do not use them."""
+        learned = dict(self.module.named_parameters())
+        with torch.no_grad():
+            for name in self.names:
+                learned[name].copy_(params[name])
+
+    def filled(self, params: Params) -> nn.Module:
+        """A copy of the module with these parameters, on their device and in their dtype.
+
+        Raises:
+            ConfigError: they are not the network's parameters.
+        """
+        expected = {name: tuple(p.shape) for name, p in self.module.named_parameters() if p.requires_grad}
+        found = {name: tuple(p.shape) for name, p in params.items()}
+        if expected != found:
+            wrong = min(name for name in {*expected, *found} if expected.get(name) != found.get(name))
+            raise ConfigError(
+                f"these are not the network's parameters: {wrong!r} is {found.get(wrong, 'absent')} here and "
+                f"{expected.get(wrong, 'absent')} in the network"
+            )
+        like = next(iter(params.values()))
+        module = copied(self.module).to(like.device, like.dtype)
+        learned = dict(module.named_parameters())
+        with torch.no_grad():
+            for name, p in params.items():
+                learned[name].copy_(p)
+        return module
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
         """Logits (n, N) in the parameters' dtype."""
@@ -330,9 +389,43 @@ class Backbone:
             if x.dim() == 5:
                 return fast.logits(params, x)
             return fast.logits({n: p.unsqueeze(0) for n, p in params.items()}, x.unsqueeze(0)).squeeze(0)
+        self.examine(params, x)
         like = next(iter(params.values()))
-        logits: Tensor = functional_call(self.module, {**self._constants(like), **params}, (x.to(like.dtype),))
+        return self._call(params, self._constants(like), x.to(like.dtype))
+
+    def _call(self, params: Params, constants: Params, x: Tensor) -> Tensor:
+        with self._lock:
+            logits: Tensor = functional_call(self.module, {**constants, **params}, (x,))
         return logits
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether the network is one of this package's own, as it was built."""
+        return self.known is not None and self.known.applies
+
+    @property
+    def is_examined(self) -> bool:
+        """Whether `examine` has done its work."""
+        return self._findings is not None
+
+    def examine(self, params: Params, x: Tensor) -> None:
+        """Look at a network of the user's own, once, where no transform of torch.func is at work (which hides it).
+
+        Args:
+            params: φ.
+            x: images (n, C, H, W).
+
+        Raises:
+            ConfigError: as the class says.
+        """
+        if self.is_examined or transformed() or torch.compiler.is_compiling() or set(params) != set(self.names):
+            return
+        with self._lock:
+            if self.is_ours:
+                self._findings = Findings(frozenset())
+            else:
+                like = next(iter(params.values()))
+                self._findings = examine(self.module, self._call, params, self._constants(like), x.to(like.dtype))
 
     def closed_form(self, params: Params, x: Tensor) -> ClosedForm | None:
         """The network's derivatives without autograd, where they are known and apply to these very tensors."""
@@ -359,7 +452,11 @@ class Backbone:
         """Frozen parameters and buffers, where they must follow the parameters to their device and dtype."""
         frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
         constants = {**frozen, **dict(self.module.named_buffers())}
-        return {n: c.to(like.device, like.dtype if c.is_floating_point() else c.dtype) for n, c in constants.items()}
+        written = self._findings.written if self._findings is not None else frozenset()
+        return {
+            n: c.to(like.device, like.dtype if c.is_floating_point() else c.dtype, copy=n in written)
+            for n, c in constants.items()
+        }
 
 
 def ordinary_tensors(tensors: Sequence[Tensor]) -> bool:
@@ -383,39 +480,6 @@ def ordinary_on_cpu(tensors: Sequence[Tensor]) -> bool:
     return tensors[-1].device.type == "cpu" and ordinary_tensors(tensors)
 
 
-def _refuse(module: nn.Module) -> None:
-    if not isinstance(module, nn.Module):
-        raise ConfigError(f"the backbone is {module!r}, but it must be a torch.nn.Module (an instance, not a class)")
-    seen: dict[int, str] = {}
-    for name, p in module.named_parameters(remove_duplicate=False):
-        if isinstance(p, nn.parameter.UninitializedParameter):
-            raise ConfigError(f"backbone parameter {name!r} has no shape yet: run the network once before passing it")
-        if id(p) in seen:
-            raise ConfigError(
-                f"backbone parameters {seen[id(p)]!r} and {name!r} are one tied tensor, which cannot be adapted "
-                "under two names: give each its own, or use the shared one through a single module"
-            )
-        seen[id(p)] = name
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ConfigError("the backbone has no parameter with requires_grad=True: there is nothing to learn")
-    for name, part in module.named_modules():
-        # _DropoutNd holds p; attention and recurrent layers hold a number called dropout.
-        rate = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0.0)
-        if isinstance(rate, float | int) and rate > 0:
-            raise ConfigError(
-                f"backbone module {name!r} has dropout {rate}: adaptation must be the same function in training and "
-                "test, so set its rate to 0 or remove it"
-            )
-
-
-def _use_batch_statistics(part: nn.Module) -> bool:
-    if not isinstance(part, nn.modules.batchnorm._NormBase) or not part.track_running_stats:
-        return False
-    part.track_running_stats = False
-    part.running_mean = part.running_var = part.num_batches_tracked = None
-    return True
-
-
 class NetworkLearner:
     """What learners on a backbone share: θ and φ are its parameters under their own names unless a learner says else.
 
@@ -434,6 +498,11 @@ class NetworkLearner:
         self.recompute = recompute
 
     @property
+    def has_exact_gradient(self) -> bool:
+        """Whether the meta-gradient is the whole derivative of the query loss; not where derivatives are dropped."""
+        return True
+
+    @property
     def network(self) -> Backbone | None:
         """The backbone, if predictions are its logits and nothing more."""
         return self.backbone if type(self).predict is NetworkLearner.predict else None
@@ -449,6 +518,25 @@ class NetworkLearner:
     def predict(self, adapted: Params, x: Tensor) -> Tensor:
         """Logits (n, N) at φ."""
         return self.backbone(adapted, x)
+
+    def module(self, params: Params) -> nn.Module:
+        """A plain `nn.Module` that holds these parameters, for saving, exporting and use in other libraries.
+
+        Its parameters have the names of the network that the learner was made of. Batch norm uses the statistics of the
+        batch it is given, as it does here.
+
+        Args:
+            params: θ, of which the module computes φ⁰ (the network before adaptation), or the φ of a task.
+
+        Raises:
+            ConfigError: they are neither.
+        """
+        is_adapted = set(params) == set(self.backbone.names)
+        return self.backbone.filled(params if is_adapted else self.initial(params))
+
+    def hold(self, meta: Params) -> None:
+        """Put φ⁰ into the network inside, for those who look there; the learner itself never does."""
+        self.backbone.hold(self.initial(meta))
 
     def steps(self, step: Step, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """T times state ← step(θ, state, support set)."""

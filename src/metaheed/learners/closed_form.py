@@ -40,7 +40,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metaheed.errors import ConfigError
 from metaheed.learners.backbones import Conv4
+from metaheed.learners.derivatives import transformed
 from metaheed.types import Params
 
 _aten = torch.ops.aten
@@ -255,8 +257,27 @@ class ClosedForm:
 
 
 def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """In nats, over the images of logits (…, n, N) and labels (…, n): (…)."""
-    return -torch.log_softmax(logits, -1).gather(-1, y.unsqueeze(-1)).squeeze(-1).mean(-1)
+    """In nats, over the images of logits (…, n, N) and labels (…, n): (…).
+
+    Raises:
+        ConfigError: the labels are not int64 of that shape; on a CPU also: they are not in [0, N).
+    """
+    if y.shape != logits.shape[:-1] or y.dtype != torch.int64:
+        raise ConfigError(
+            f"the labels are of shape {tuple(y.shape)} and type {y.dtype}, but they must be whole numbers (torch.int64) of "
+            f"shape {tuple(logits.shape[:-1])}, one for each image"
+        )
+    try:
+        chosen = torch.log_softmax(logits, -1).gather(-1, y.unsqueeze(-1))
+    except (RuntimeError, IndexError) as error:
+        if "out of bounds" not in str(error):
+            raise
+        wrong = "" if transformed() else f" such as {int(y[(y < 0) | (y >= logits.shape[-1])][0])}"
+        raise ConfigError(
+            f"there are labels outside 0..{logits.shape[-1] - 1}{wrong}, but the network has {logits.shape[-1]} logits: "
+            "number the classes of a task from 0, or build the network for more ways"
+        ) from error
+    return -chosen.squeeze(-1).mean(-1)
 
 
 _Kind = TypeVar("_Kind", bound=ClosedForm)
@@ -273,9 +294,14 @@ def closed_form(module: nn.Module, kind: type[_Kind] = ClosedForm) -> _Kind | No
     return kind(module) if usual and type(module.head) is nn.Linear and module.head.bias is not None else None
 
 
+def _of_norm(norm: dict[str, Any]) -> tuple[Any, ...]:
+    return norm["eps"], norm["track_running_stats"], *norm["_buffers"].values()
+
+
+# By functions that have names, so that a learner can be pickled.
 _SETTINGS: dict[type[nn.Module], Callable[[dict[str, Any]], Any]] = {
     nn.Conv2d: itemgetter("stride", "padding", "dilation", "groups", "padding_mode"),
-    nn.BatchNorm2d: lambda norm: (norm["eps"], norm["track_running_stats"], *norm["_buffers"].values()),
+    nn.BatchNorm2d: _of_norm,
     nn.MaxPool2d: itemgetter("kernel_size", "stride", "padding", "dilation", "return_indices", "ceil_mode"),
     nn.AdaptiveAvgPool2d: itemgetter("output_size"),
 }

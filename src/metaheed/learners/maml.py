@@ -50,6 +50,11 @@ class MAML(NetworkLearner):
         self.fast_lr = fast_lr
         self.first_order = first_order
 
+    @property
+    def has_exact_gradient(self) -> bool:
+        """Whether second derivatives are kept."""
+        return not self.first_order
+
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φᵀ after T gradient steps on the support set."""
         return self.steps(self._step, meta, self.initial(meta), support_x, support_y)

@@ -74,6 +74,11 @@ class MetaLSTM(NetworkLearner):
         self.forget_bias = forget_bias
         self.input_bias = input_bias
 
+    @property
+    def has_exact_gradient(self) -> bool:
+        """No: losses and gradients enter the learned update as constants."""
+        return False
+
     def init(self, generator: torch.Generator) -> Params:
         """θ: c_0 as MAML's θ at the same seed, the rest drawn as the class says."""
         start = super().init(generator)

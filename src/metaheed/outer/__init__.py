@@ -66,6 +66,7 @@ from metaheed.outer.rules import (
     uniform,
     uniform_2b,
 )
+from metaheed.outer.self_check import check_gradient, explain_failure
 from metaheed.outer.steps import Buffered, OneByOne, Steps, Streams
 from metaheed.types import Episode, Params
 
@@ -91,10 +92,12 @@ __all__ = [
     "build_optimizer",
     "build_rule",
     "build_steps",
+    "check_gradient",
     "clipped",
     "describe_execution",
     "equity",
     "equity_coefficients",
+    "explain_failure",
     "inequality",
     "initial_gradient",
     "initial_outcome",

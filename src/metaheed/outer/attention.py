@@ -97,17 +97,25 @@ class TaskAttention(nn.Module):
                     assert part.bias is not None
                     part.bias.uniform_(-bound, bound, generator=generator)
 
-    def forward(self, info: TaskInfo) -> Tensor:
+    def forward(self, info: TaskInfo, check: bool = True) -> Tensor:
         """Weights (B,) in the dtype of `info`; differentiable with respect to δ only.
 
+        Args:
+            info: of (B,) tensors. What only an omitted input is made of may be anything, NaN included.
+            check: look whether every input is finite, for which the host waits for a GPU; one value that is not would
+                make all weights NaN, and θ with them.
+
         Raises:
-            ValueError: `info` is not of (B,) tensors, or of another B than the module was built for.
+            ValueError: `info` is not of (B,) tensors, or of another B than the module was built for; or an input of a
+                task is not finite.
         """
         if info.query_loss.dim() != 1:
             raise ValueError(f"info has shape {tuple(info.query_loss.shape)}, but it must be batched: (B,)")
         tasks = info.query_loss.shape[0]
         if self.tasks is not None and tasks != self.tasks:
             raise ValueError(f"built for {self.tasks} tasks but given {tasks}: rebuild it, or use 'equivariant'")
+        if check:
+            self._check_finite(info)
         dtype = next(self.parameters()).dtype
         x = attention_features(info).to(dtype)
         if len(self.inputs) < len(FEATURES):
@@ -124,6 +132,25 @@ class TaskAttention(nn.Module):
             pooled = torch.cat([x.mean(0), x.amax(0)]).expand(tasks, -1)
             scores = self.layers(torch.cat([x, pooled], dim=1)).squeeze(1)
         return torch.softmax(scores, 0).to(info.query_loss.dtype)
+
+    def _check_finite(self, info: TaskInfo) -> None:
+        inputs = [FEATURES[k] for k in self.inputs]
+        made_of = {"loss_ratio": ("query_loss", "initial_loss")}
+        needed = sorted({field for name in inputs for field in made_of.get(name, (name,))})
+        values = torch.stack([getattr(info, field).detach() for field in needed])
+        wrong = (~torch.isfinite(values)).nonzero().tolist()
+        if not wrong:
+            return
+        field, task = needed[wrong[0][0]], wrong[0][1]
+        advice = "leave the task out of the batch, or stop training that diverges"
+        if field == "query_accuracy":
+            advice = "where there is no accuracy (regression, say), build TaskAttention(..., omit='query_accuracy')"
+        elif field == "initial_loss":
+            advice = "compute the loss before adaptation, or build TaskAttention(..., omit='loss_ratio')"
+        raise ValueError(
+            f"the {field} of task {task + 1} of {values.shape[1]} is {float(values[wrong[0][0], task])}, which would "
+            f"make the weights of all tasks NaN: {advice}"
+        )
 
 
 def stack_gradients(task_grads: Sequence[Mapping[str, Tensor | None] | Sequence[Tensor | None]]) -> Params:

@@ -17,7 +17,7 @@ from torch.func import vmap
 
 from metaheed.config import TASKS_AT_ONCE
 from metaheed.errors import ConfigError
-from metaheed.learners.base import Learner, loss_gradient, takes_batches, task_loss
+from metaheed.learners.base import Learner, NetworkLearner, loss_gradient, takes_batches, task_loss
 from metaheed.learners.closed_form_cuda import copies
 from metaheed.learners.derivatives import detached, ordinary, recorded, transformed
 from metaheed.types import Episode, Params, TaskInfo
@@ -183,6 +183,8 @@ def map_together(
 
     def run(meta: Params, batch: Episode) -> T:
         if not all(takes_batches(learner, meta, images) for images in (batch.support_x, batch.query_x)):
+            if isinstance(learner, NetworkLearner) and not learner.backbone.is_examined:
+                learner.backbone.examine(learner.initial(meta), batch.support_x[0])  # inside, vmap would hide it
             return general(meta, batch)
         # A processor's cache is to hold what is computed at once; a GPU is to have enough to do.
         at_once = chunk_size or (TASKS_AT_ONCE if batch.support_x.device.type == "cpu" else len(batch.support_x))

@@ -276,7 +276,8 @@ def attended(
             info = TaskInfo(**below("pending.info.", state.rule))
         else:
             task_grads, info = tools.gradients(state.meta, tools.train(t))
-        weights, pull_delta = value_and_pullback(lambda d: functional_call(attention, d, (info,)), delta)
+        # Whether numbers are finite is looked at by whoever makes the steps, without waiting for a GPU in each of them.
+        weights, pull_delta = value_and_pullback(lambda d: functional_call(attention, d, (info, False)), delta)
         combined = weighted_sum(weights, task_grads)
         if release_leak:
             ahead = {name: p - meta_lr * combined[name] for name, p in state.meta.items()}

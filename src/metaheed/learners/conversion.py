@@ -1,0 +1,199 @@
+"""A network made fit for adaptation, on a copy: what is refused, what is converted, and what is frozen.
+
+An adapted network must be a pure function of its parameters and its images: the same task gives the same logits, in
+training and in test, whatever came before. And its second derivatives must be right, for meta-gradients are made of
+them. Most networks that break one of these rules do so in a way that has a remedy, which is applied here.
+
+1. Refused: what has no remedy here (wrappers that hide the network, dropout, tied or uninitialised parameters).
+2. Converted: batch norm with running statistics to batch statistics; weight norm to plain operations, because the
+   second derivative of PyTorch's fused one is wrong.
+3. Frozen: the singular vectors of spectral norm, which every forward pass would move otherwise.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
+from torch.nn.utils.spectral_norm import SpectralNorm as _OldSpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm as _OldWeightNorm
+
+from metaheed.errors import ConfigError
+
+
+def converted(module: nn.Module, stacklevel: int = 2) -> nn.Module:
+    """A copy of the network that can be adapted; the caller's own stays as it is. Every change is said in a warning.
+
+    Args:
+        module: maps images (n, C, H, W) to logits (n, N).
+        stacklevel: of the warnings, counted from the caller of this function as in `warnings.warn`.
+
+    Raises:
+        ConfigError: the network cannot be adapted; the message says why, and what to do.
+    """
+    refuse(module)
+    network = copied(module).train()
+    changes = {
+        "running statistics of {} are made batch statistics, on a copy of the network": _use_batch_statistics,
+        "weight norm of {} is computed by plain operations on a copy of the network, because the second derivative of "
+        "PyTorch's fused operation is wrong": _use_plain_weight_norm,
+        "the singular vectors of the spectral norm of {} are kept as they are, on a copy of the network: each forward "
+        "pass would move them, and the same task would get other logits every time": _freeze_spectral_norm,
+    }
+    for message, change in changes.items():
+        # A parametrised layer's parametrisations are modules below it.
+        names = [name.split(".parametrizations")[0] for name, part in network.named_modules() if change(part)]
+        if names:
+            warnings.warn(message.format(", ".join(n or "the network" for n in names)), stacklevel=stacklevel + 1)
+    return network
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """A deep copy; tensors with a history that a forward pass left in the network are copied as plain values.
+
+    Raises:
+        ConfigError: the network holds something that cannot be copied.
+    """
+    left = [tensor for part in module.modules() for tensor in _tensors(vars(part)) if _has_history(tensor)]
+    try:
+        return copy.deepcopy(module, {id(tensor): _plain(tensor) for tensor in left})
+    except Exception as error:  # whatever the network holds may refuse to be copied in its own way
+        raise ConfigError(
+            f"the backbone ({type(module).__name__}) cannot be copied ({type(error).__name__}: {error}): learners work "
+            "on a copy of the network, so remove from it what copy.deepcopy refuses"
+        ) from error
+
+
+def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif depth and isinstance(value, dict):
+        for inside in value.values():
+            yield from _tensors(inside, depth - 1)
+    elif depth and isinstance(value, list | tuple | set):
+        for inside in value:
+            yield from _tensors(inside, depth - 1)
+
+
+def _has_history(tensor: Tensor) -> bool:
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor) or not tensor.is_leaf
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.detach().clone()
+
+
+def refuse(module: nn.Module) -> None:
+    """Raise ConfigError if the network has what cannot be adapted and cannot be converted."""
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"the backbone is {module!r}, but it must be a torch.nn.Module (an instance, not a class)")
+    for name, part in module.named_modules():
+        _refuse_wrapper(name, part)
+    _refuse_ties(module)
+    for name, p in module.named_parameters():
+        if isinstance(p, nn.parameter.UninitializedParameter):
+            raise ConfigError(f"backbone parameter {name!r} has no shape yet: run the network once before passing it")
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError("the backbone has no parameter with requires_grad=True: there is nothing to learn")
+    for name, part in module.named_modules():
+        # _DropoutNd holds p; attention and recurrent layers hold a number called dropout.
+        rate = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0.0)
+        if isinstance(rate, float | int) and rate > 0:
+            raise ConfigError(
+                f"backbone module {name!r} has dropout {rate}: adaptation must be the same function in training and "
+                "test, so set its rate to 0 or remove it"
+            )
+
+
+def _refuse_wrapper(name: str, part: nn.Module) -> None:
+    what = f"backbone module {name!r}" if name else "the backbone"
+    path = f"network.{name}" if name else "network"
+    if isinstance(part, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise ConfigError(
+            f"{what} is a {type(part).__name__}, which spreads one batch over devices: hand over the module inside it, "
+            f"{path}.module"
+        )
+    if isinstance(part, torch.jit.ScriptModule):
+        raise ConfigError(
+            f"{what} is a scripted or traced module, which cannot be called with other parameters than its own: hand "
+            "over the Python module that it was made of"
+        )
+    if hasattr(part, "_orig_mod"):  # torch.compile's wrapper, whose class is private
+        raise ConfigError(
+            f"{what} is compiled by torch.compile, which cannot be differentiated twice: hand over the module inside "
+            f"it, {path}._orig_mod"
+        )
+
+
+def _refuse_ties(module: nn.Module) -> None:
+    """One tensor under two names is refused, unless it is one module that is registered under two names."""
+    seen: dict[int, str] = {}
+    for prefix, part in module.named_modules():  # each module once, however many names it has
+        for local, p in part.named_parameters(recurse=False, remove_duplicate=False):
+            name = f"{prefix}.{local}" if prefix else local
+            if id(p) in seen:
+                raise ConfigError(
+                    f"backbone parameters {seen[id(p)]!r} and {name!r} are one tied tensor, which cannot be adapted "
+                    "under two names: give each its own, or use the shared one through a single module"
+                )
+            seen[id(p)] = name
+
+
+def _use_batch_statistics(part: nn.Module) -> bool:
+    if not isinstance(part, nn.modules.batchnorm._NormBase) or not part.track_running_stats:
+        return False
+    part.track_running_stats = False
+    part.running_mean = part.running_var = part.num_batches_tracked = None
+    return True
+
+
+def _normed(v: Tensor, g: Tensor, dim: int) -> Tensor:
+    """v · g/‖v‖, the norm over all axes but `dim`; over all of them where `dim` is −1 (as PyTorch counts here)."""
+    axes = [axis for axis in range(v.dim()) if axis != dim]
+    return v * (g / v.square().sum(axes, keepdim=dim != -1).sqrt())
+
+
+class PlainWeightNorm(_WeightNorm):
+    """`torch.nn.utils.parametrizations.weight_norm`'s module by plain operations, whose derivatives are right.
+
+    Salimans, Kingma: Weight Normalization, NeurIPS 2016, eq. 2. In PyTorch 2.13 the derivative of the derivative of
+    `torch._weight_norm` is wrong: `torch.autograd.gradgradcheck` of it fails, that of these operations passes.
+    """
+
+    def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+        """The weight from its lengths g and its directions v."""
+        return _normed(weight_v, weight_g, self.dim)
+
+
+class PlainOldWeightNorm(_OldWeightNorm):
+    """The same for `torch.nn.utils.weight_norm`, a hook before the layer's forward pass."""
+
+    def compute_weight(self, module: nn.Module) -> Tensor:
+        """The weight from the layer's lengths g and directions v."""
+        return _normed(getattr(module, f"{self.name}_v"), getattr(module, f"{self.name}_g"), self.dim)
+
+
+def _use_plain_weight_norm(part: nn.Module) -> bool:
+    found = False
+    for child_name, child in part.named_children():  # a parametrised layer's list of parametrisations holds it
+        if type(child) is _WeightNorm:
+            part.register_module(child_name, PlainWeightNorm(child.dim))
+            found = True
+    for key, hook in part._forward_pre_hooks.items():
+        if type(hook) is _OldWeightNorm:
+            part._forward_pre_hooks[key] = PlainOldWeightNorm(hook.name, hook.dim)
+            found = True
+    return found
+
+
+def _freeze_spectral_norm(part: nn.Module) -> bool:
+    hooks = [hook for hook in part._forward_pre_hooks.values() if isinstance(hook, _OldSpectralNorm)]
+    moving = [norm for norm in [part, *hooks] if isinstance(norm, _SpectralNorm | _OldSpectralNorm)]
+    for norm in moving:
+        norm.n_power_iterations = 0
+    return bool(moving)
