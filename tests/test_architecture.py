@@ -20,7 +20,7 @@ LAYERS = (
     ("data", "learners"),
     ("outer",),
     ("process", "runs", "recipes"),
-    ("evaluation",),
+    ("evaluation", "starting"),
     ("training", "figures"),
     ("progress", "search"),
     ("demo", "toy"),

@@ -382,7 +382,7 @@ def test_a_checkpoint_of_other_settings(
     ("network", "message"),
     [
         ("RandomEachTime", "gave the same task the losses"),
-        ("NoSecondDerivative", "cannot be meta-learned under the looped"),
+        ("NoSecondDerivative", "cannot be meta-learned under the execution looped"),
     ],
 )
 def test_networks_that_cannot_be_meta_learned_are_refused(

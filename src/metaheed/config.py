@@ -224,6 +224,9 @@ class LearnerConfig:
     backbone_path: Path | None = None
     """Folder in which the module of module:Class is looked for first; none: the current one. Recorded, so that the
     run can be continued from anywhere."""
+    init_from: Path | None = None
+    """Start from these weights instead of drawn ones: a .safetensors file, or a run folder (its best checkpoint). A
+    head of another number of classes is drawn anew. The weights are copied into the run folder."""
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -446,9 +449,10 @@ class AttendedConfig(RuleConfig):
     """Probe with the batch that the next iteration trains on, which then has its gradients already: attention at nearly
     no cost. The paper draws a batch of its own instead."""
     faithful_to_release: bool = False
-    """Repeat a defect of the code that the authors released, to measure what it does: the look-ahead on which the probe
+    """Repeat, in an idealised form, a defect of the code that the authors released: the look-ahead on which the probe
     batch is judged stays connected to θ, so that θ descends the summed loss of that batch as well, and training sees
-    2B tasks an iteration."""
+    2B tasks an iteration. It is not the whole released step, which also adapts the probe tasks one after another on a
+    shared copy. For maml and metasgd only: the released TA-MetaLSTM++ has no such leak."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -578,6 +582,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self.check_ways(self.episodes.test_shape[0], "test_ways")
+        if isinstance(self.rule, AttendedConfig):
+            _require(
+                not self.rule.faithful_to_release or type(self.learner) in (MAMLConfig, MetaSGDConfig),
+                "faithful_to_release",
+                self.rule.faithful_to_release,
+                f"the released code has this leak for maml and metasgd only, not for {self.learner.name}: leave it out",
+            )
         if isinstance(self.rule, EquityConfig):
             _require(
                 self.learner.has_start or self.rule.equity_losses in ("auto", "adapted"),

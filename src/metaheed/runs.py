@@ -6,6 +6,7 @@
     timing.jsonl                   a line between two checkpoints: iterations, seconds, peak memory
     checkpoints/last.safetensors   the whole state, for exact resume; previous.safetensors is the one before
     checkpoints/best.safetensors   θ at the best validation accuracy, under the backbone's own names
+    start.safetensors              the weights that it started from, where those were given (--init-from)
     replayed.safetensors           the weights of another run, where the rule replays them
     classes.json                   the classes of each split, where they were split by a seed or a user's lists
     result.json                    the evaluation on test tasks of the run's own test setting (result-val.json: on
@@ -94,6 +95,7 @@ class RunFolder:
         self.timing_file = path / "timing.jsonl"
         self.result_file = self.result("test")
         self.replayed_file = path / "replayed.safetensors"
+        self.start_file = path / "start.safetensors"
         self.classes_file = path / "classes.json"
         self.lock_file = path / "run.lock"
         self._last_is_damaged = False
@@ -269,6 +271,18 @@ class RunFolder:
         except RunError:
             return None
 
+    def write_start(self, weights: Params) -> None:
+        """Keep the weights that this run starts from."""
+        write_whole(self.start_file, _packed(weights, {}))
+
+    def read_start(self) -> Params | None:
+        """What `write_start` kept; none: nothing.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        return _unpacked(self.start_file)[0] if self.start_file.exists() else None
+
     def record_classes(self, dataset: Dataset) -> None:
         """Keep which classes of a folder of one's own are trained on and which not.
 
@@ -310,7 +324,7 @@ class RunFolder:
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write left beside its target."""
-        for file in (self.config_file, self.last, self.best, self.replayed_file, self.classes_file):
+        for file in (self.config_file, self.last, self.best, self.replayed_file, self.start_file, self.classes_file):
             file.with_suffix(".part").unlink(missing_ok=True)
         for part in self.path.glob("result*.part"):
             part.unlink(missing_ok=True)

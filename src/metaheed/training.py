@@ -63,6 +63,7 @@ from metaheed.process import (
     starts_explained,
 )
 from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
+from metaheed.starting import read_weights, start_from
 from metaheed.types import Episode, Params
 
 VALIDATION_SEED = 0
@@ -126,6 +127,8 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
     """
     check_name(config.episodes.data)
     learner = config.learner
+    if learner.init_from is not None:
+        learner = replace(learner, init_from=learner.init_from.expanduser().absolute())
     if ":" in learner.backbone:
         learner = replace(learner, backbone_path=(learner.backbone_path or Path()).expanduser().absolute())
     find_backbone(learner.backbone, learner.backbone_path)
@@ -163,8 +166,8 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
             except Exception:  # whatever it was, a run that has not begun leaves no folder that refuses the next
                 logs = (folder.metrics_file, folder.tasks_file)
                 if not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
-                    made_here = (folder.config_file, folder.lock_file, folder.replayed_file, folder.classes_file)
-                    for file in (*made_here, *logs, folder.timing_file):
+                    made_here = (folder.config_file, folder.lock_file, folder.start_file, folder.replayed_file)
+                    for file in (*made_here, folder.classes_file, *logs, folder.timing_file):
                         file.unlink(missing_ok=True)
                 raise
     finally:
@@ -287,7 +290,7 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         session = _set_up(config, dataset, folder)
         if session.dataset.origin:
             reporter.message(f"data: {session.dataset.origin}")
-        fresh = _fresh(session)
+        fresh = _fresh(session, _given_start(config, session, folder, reporter))
         with memory_explained(config, session.device, 1, session.learner):
             _try_out(session, fresh.state.meta, reporter.message)
         if checkpoint is None:
@@ -531,9 +534,22 @@ def _try_out(session: _Session, meta: Params, notice: Callable[[str], None]) -> 
             notice(f"backbone {backbone!r}: {unknown}")
 
 
-def _fresh(session: _Session) -> Checkpoint:
-    generator = torch.Generator().manual_seed(session.config.training.seed)
-    meta = session.learner.init(generator)
+def _given_start(config: RunConfig, session: _Session, folder: RunFolder, reporter: Reporter) -> Params | None:
+    """θ of the weights that a run was told to start from, kept in its folder; none: it starts from drawn ones."""
+    if config.learner.init_from is None:
+        return None
+    kept = folder.read_start()
+    if kept is None:
+        drawn = session.learner.init(torch.Generator().manual_seed(config.training.seed))
+        source = config.learner.init_from
+        kept = start_from(read_weights(source), session.learner, drawn, str(source), reporter.message)
+        folder.write_start(kept)
+    return kept
+
+
+def _fresh(session: _Session, meta: Params | None = None) -> Checkpoint:
+    if meta is None:
+        meta = session.learner.init(torch.Generator().manual_seed(session.config.training.seed))
     state = OuterState(meta, session.tools.optimizer.init(meta), session.rule.init(meta))
     return Checkpoint(Progress(), state, {}, session.dataset.image_shape, session.pixels)
 

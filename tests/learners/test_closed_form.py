@@ -258,7 +258,7 @@ def own_convolution(network: Any) -> None:
 
 LATER: list[Callable[[Any], None]] = [
     *(other_convolution, other_stride, other_padding, other_epsilon, one_more_layer, another_order, without_mean),
-    *(other_class, running_statistics, half_frozen, hooked, other_norm, other_activation, weight_norm),
+    *(other_class, running_statistics, half_frozen, hooked, other_norm, other_activation, parametrised),
     *(own_forward, own_convolution),
 ]
 

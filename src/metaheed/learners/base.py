@@ -405,7 +405,7 @@ class Backbone:
 
     @property
     def is_examined(self) -> bool:
-        """Whether `examine` has done its work."""
+        """Whether `examine` has looked."""
         return self._findings is not None
 
     def examine(self, params: Params, x: Tensor) -> None:
@@ -420,12 +420,11 @@ class Backbone:
         """
         if self.is_examined or transformed() or torch.compiler.is_compiling() or set(params) != set(self.names):
             return
+        if self.is_ours:
+            return
         with self._lock:
-            if self.is_ours:
-                self._findings = Findings(frozenset())
-            else:
-                like = next(iter(params.values()))
-                self._findings = examine(self.module, self._call, params, self._constants(like), x.to(like.dtype))
+            like = next(iter(params.values()))
+            self._findings = examine(self.module, self._call, params, self._constants(like), x.to(like.dtype))
 
     def closed_form(self, params: Params, x: Tensor) -> ClosedForm | None:
         """The network's derivatives without autograd, where they are known and apply to these very tensors."""

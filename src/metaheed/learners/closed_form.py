@@ -264,8 +264,8 @@ def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """
     if y.shape != logits.shape[:-1] or y.dtype != torch.int64:
         raise ConfigError(
-            f"the labels are of shape {tuple(y.shape)} and type {y.dtype}, but they must be whole numbers (torch.int64) of "
-            f"shape {tuple(logits.shape[:-1])}, one for each image"
+            f"the labels are of shape {tuple(y.shape)} and type {y.dtype}, but they must be int64 "
+            f"of shape {tuple(logits.shape[:-1])}: one whole number for each image"
         )
     try:
         chosen = torch.log_softmax(logits, -1).gather(-1, y.unsqueeze(-1))
@@ -274,8 +274,8 @@ def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
             raise
         wrong = "" if transformed() else f" such as {int(y[(y < 0) | (y >= logits.shape[-1])][0])}"
         raise ConfigError(
-            f"there are labels outside 0..{logits.shape[-1] - 1}{wrong}, but the network has {logits.shape[-1]} logits: "
-            "number the classes of a task from 0, or build the network for more ways"
+            f"there are labels outside 0..{logits.shape[-1] - 1}{wrong}, but the network has {logits.shape[-1]} "
+            "logits: number the classes of a task from 0, or build the network for more ways"
         ) from error
     return -chosen.squeeze(-1).mean(-1)
 

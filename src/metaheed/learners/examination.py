@@ -92,8 +92,8 @@ def examine(
     written = frozenset(name for name, c in constants.items() if handed[name]._version or not _same(handed[name], c))
     if written:
         warnings.warn(
-            f"the network writes into {', '.join(sorted(written))} during its forward pass, so that the same task would "
-            "get other logits every time: every pass begins from the values that these have now",
+            f"the network writes into {', '.join(sorted(written))} during its forward pass, so that the same task "
+            "would get other logits every time: every pass begins from the values that these have now",
             stacklevel=2,
         )
     return Findings(written)

@@ -218,6 +218,8 @@ def explain_failure(
         )
     elif "checkpoint" in said or "saved tensors hooks" in said or "saved_tensors_hooks" in said:
         advice.append("remove torch.utils.checkpoint from it, and save memory with --recompute instead")
+    elif "setup_context" in said:
+        advice.append("give its autograd.Function a setup_context method, as PyTorch's torch.func asks for")
     elif "inplace" in said or "in-place" in said:
         advice.append("make its forward write into no tensor in place")
     elif "derivative for" in said or "double backwards" in said or "once_differentiable" in said:

@@ -21,11 +21,11 @@ from metaheed.paper import ITERATIONS, Cell, all_cells
 
 OF_A_RUN: dict[str, tuple[str, ...]] = {
     "episodes": ("data_root",),
-    "learner": ("backbone_path",),
+    "learner": ("backbone_path", "init_from"),
     "rule": ("replay",),
     "training": (
         *("seed", "out", "device", "threads", "execution", "chunk_size", "capture", "block", "tf32"),
-        *("checkpoint_every", "log_initial_loss", "tensorboard"),
+        *("checkpoint_every", "log_initial_loss", "check_gradient", "tensorboard"),
     ),
 }
 """Group of the config -> the fields that belong to a machine or to one run, and so not to a recipe."""
