@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from metaheed.learners import Conv4
+
 
 class Tiny(nn.Sequential):
     """Smooth, so that finite differences are exact to their order; 8×8 pixels after pooling."""
@@ -80,3 +82,68 @@ class NoSecondDerivative(Tiny):
 class WrongWays(Tiny):
     def __init__(self, ways: int, image_shape: tuple[int, int, int]) -> None:
         super().__init__(ways + 1, image_shape)
+
+
+class FusedWeightNorm(Tiny):
+    """Calls PyTorch's operation whose second derivative is wrong."""
+
+    def __init__(self, ways: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(ways, image_shape)
+        self.lengths = nn.Parameter(torch.rand(ways, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = nn.Sequential(*list(self.children())[:-1])(x)
+        head = self[6]
+        assert isinstance(head, nn.Linear)
+        return nn.functional.linear(features, torch._weight_norm(head.weight, self.lengths.to(x), 0), head.bias)
+
+
+class Distances(Tiny):
+    """Its second derivative is not there on any device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return -torch.cdist(logits, torch.eye(logits.shape[1]).to(logits))
+
+
+class Checkpointed(Tiny):
+    """Saves memory in a way that torch.func refuses."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        logits: Tensor = checkpoint(super().forward, x, use_reentrant=False)
+        return logits
+
+
+class LooksAtItsNumbers(Tiny):
+    """vmap cannot take it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return logits if float(logits.detach().abs().max()) < 1e9 else 0 * logits
+
+
+class Attending(Tiny):
+    """PyTorch's fused attention, whose second derivative is not there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        tokens = logits.unsqueeze(0).unsqueeze(0)
+        return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)[0, 0]
+
+
+class Tuple(Tiny):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x), x  # type: ignore[no-untyped-call]
+
+
+def parallel(ways: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    return nn.DataParallel(Tiny(ways, image_shape))
+
+
+def given_weights(ways: int, image_shape: tuple[int, int, int]) -> nn.Module:
+    """One of the package's own networks, with weights loaded into it."""
+    network = Conv4(ways, image_shape, hidden=4)
+    network.load_state_dict({name: torch.full_like(value, 0.01) for name, value in network.state_dict().items()})
+    return network

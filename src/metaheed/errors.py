@@ -4,7 +4,10 @@ Every one names the thing, the value found and the remedy; the command line prin
 """
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class MetaheedError(Exception):
@@ -82,6 +85,14 @@ class Interrupted(MetaheedError):  # noqa: N818  # an end asked for, not a fault
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.signal_number = signal_number
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's that led here: the nearest one outside of this package."""
+    package, level, frame = str(Path(__file__).parent), 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def is_systems(error: Exception) -> bool:

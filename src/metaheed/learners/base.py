@@ -12,7 +12,12 @@ from torch.func import functional_call, grad_and_value, vjp
 from metaheed.errors import ConfigError, unknown
 from metaheed.learners.closed_form import ClosedForm, closed_form, mean_cross_entropy
 from metaheed.learners.closed_form_cuda import ClosedFormCUDA
-from metaheed.learners.conversion import converted, copied
+from metaheed.learners.conversion import (
+    converted,
+    copied,
+    with_parametrised_classes,
+    without_parametrised_classes,
+)
 from metaheed.learners.derivatives import Step, detached, many_vectors, needs_graph, recomputed, transformed
 from metaheed.learners.examination import Findings, examine
 from metaheed.types import Params
@@ -271,7 +276,7 @@ class Backbone:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self.module = converted(module, stacklevel=3)
+        self.module = converted(module)
         self.known = closed_form(self.module)
         """The network's closed form, if it is one of those that have one."""
         self.known_on_cuda = closed_form(self.module, ClosedFormCUDA)
@@ -282,11 +287,13 @@ class Backbone:
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in vars(self).items() if name != "_lock"}
         if self.known is None:  # a closed form holds on to its modules, and nothing in those has a history
-            state["module"] = copied(self.module)
+            state["module"] = without_parametrised_classes(self.module)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=_ForkSafeLock())
+        if self.known is None:
+            with_parametrised_classes(self.module)
 
     @property
     def names(self) -> list[str]:
@@ -310,7 +317,9 @@ class Backbone:
             raise unknown("head", name, modules)
         if not [*self.module.get_submodule(name).parameters()]:
             raise ConfigError(f"head {name!r} has no parameters: those that have are {', '.join(owners)}")
-        return name
+        # A module that is registered under two names has its parameters under the first.
+        first: str = next(n for n, part in self.module.named_modules() if part is self.module.get_submodule(name))
+        return first
 
     def into_head(self, params: Params, x: Tensor, head: str) -> Tensor:
         """What the network hands to its head on the way from images to logits.
@@ -513,6 +522,10 @@ class NetworkLearner:
     def initial(self, meta: Params) -> Params:
         """φ⁰ = θ."""
         return meta
+
+    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """φᵀ; each learner says how."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it adapts")
 
     def predict(self, adapted: Params, x: Tensor) -> Tensor:
         """Logits (n, N) at φ."""

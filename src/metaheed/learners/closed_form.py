@@ -42,7 +42,6 @@ from torch import Tensor, nn
 
 from metaheed.errors import ConfigError
 from metaheed.learners.backbones import Conv4
-from metaheed.learners.derivatives import transformed
 from metaheed.types import Params
 
 _aten = torch.ops.aten
@@ -272,7 +271,8 @@ def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     except (RuntimeError, IndexError) as error:
         if "out of bounds" not in str(error):
             raise
-        wrong = "" if transformed() else f" such as {int(y[(y < 0) | (y >= logits.shape[-1])][0])}"
+        hidden = torch._C._functorch.is_functorch_wrapped_tensor(y)  # by vmap
+        wrong = "" if hidden else f" such as {int(y[(y < 0) | (y >= logits.shape[-1])][0])}"
         raise ConfigError(
             f"there are labels outside 0..{logits.shape[-1] - 1}{wrong}, but the network has {logits.shape[-1]} "
             "logits: number the classes of a task from 0, or build the network for more ways"

@@ -11,25 +11,24 @@ them. Most networks that break one of these rules do so in a way that has a reme
 """
 
 import copy
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm, _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm as _OldSpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm as _OldWeightNorm
 
-from metaheed.errors import ConfigError
+from metaheed.errors import ConfigError, warn
 
 
-def converted(module: nn.Module, stacklevel: int = 2) -> nn.Module:
+def converted(module: nn.Module) -> nn.Module:
     """A copy of the network that can be adapted; the caller's own stays as it is. Every change is said in a warning.
 
     Args:
         module: maps images (n, C, H, W) to logits (n, N).
-        stacklevel: of the warnings, counted from the caller of this function as in `warnings.warn`.
 
     Raises:
         ConfigError: the network cannot be adapted; the message says why, and what to do.
@@ -47,7 +46,7 @@ def converted(module: nn.Module, stacklevel: int = 2) -> nn.Module:
         # A parametrised layer's parametrisations are modules below it.
         names = [name.split(".parametrizations")[0] for name, part in network.named_modules() if change(part)]
         if names:
-            warnings.warn(message.format(", ".join(n or "the network" for n in names)), stacklevel=stacklevel + 1)
+            warn(message.format(", ".join(n or "the network" for n in names)))
     return network
 
 
@@ -65,6 +64,31 @@ def copied(module: nn.Module) -> nn.Module:
             f"the backbone ({type(module).__name__}) cannot be copied ({type(error).__name__}: {error}): learners work "
             "on a copy of the network, so remove from it what copy.deepcopy refuses"
         ) from error
+
+
+def without_parametrised_classes(module: nn.Module) -> nn.Module:
+    """A copy that can be pickled: PyTorch makes a class for every parametrised layer, which no pickle can name."""
+    plain = copied(module)
+    for part in plain.modules():
+        if parametrize.is_parametrized(part):
+            part.__class__ = type(part).__bases__[0]
+            # weight_norm's reader of checkpoints of before it was a parametrisation is local to a function.
+            hooks: dict[int, Any] = part._load_state_dict_pre_hooks
+            for key in [k for k, hook in hooks.items() if "weight_norm" in getattr(hook.hook, "__qualname__", "")]:
+                del hooks[key]
+    return plain
+
+
+def with_parametrised_classes(module: nn.Module) -> nn.Module:
+    """The module, its layers made parametrised again: the inverse of `without_parametrised_classes`."""
+    for part in module.modules():
+        lists = part._modules.get("parametrizations")
+        names = [*lists] if isinstance(lists, nn.ModuleDict) else []
+        if names and not all(isinstance(getattr(type(part), name, None), property) for name in names):
+            parametrize._inject_new_class(part)
+            for name in names:
+                parametrize._inject_property(part, name)
+    return module
 
 
 def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:

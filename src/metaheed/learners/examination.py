@@ -3,14 +3,13 @@
 Made once for each network of a user's own, on the first images that it is given; our own networks need none.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from metaheed.errors import ConfigError
+from metaheed.errors import ConfigError, warn
 from metaheed.types import Params
 
 
@@ -82,19 +81,17 @@ def examine(
             )
         hidden = _hidden(module, leaves, logits)
     if hidden:
-        warnings.warn(
+        warn(
             f"the network uses {', '.join(hidden)} by a way that PyTorch does not see (a plain Python list or dict, a "
             "lambda or a bound method made in __init__, a module that is not registered): there it keeps its first "
             "values, is never adapted and never learns. Use it as self.NAME in forward, or hold it in an "
             "nn.ParameterList or nn.ModuleList",
-            stacklevel=2,
         )
     written = frozenset(name for name, c in constants.items() if handed[name]._version or not _same(handed[name], c))
     if written:
-        warnings.warn(
+        warn(
             f"the network writes into {', '.join(sorted(written))} during its forward pass, so that the same task "
-            "would get other logits every time: every pass begins from the values that these have now",
-            stacklevel=2,
+            "would get other logits every time: every pass begins from the values that these have now"
         )
     return Findings(written)
 

@@ -55,7 +55,10 @@ class ProtoNet(NetworkLearner):
         self._plain = plain  # draws the body's start as every other learner does
         # A head with a bias, whatever it had; its values are φ's, so none are drawn.
         headed = copy.deepcopy(plain.module)
-        headed.set_submodule(self.head, nn.utils.skip_init(nn.Linear, self.features, self.ways))  # type: ignore[no-untyped-call]
+        replaced = headed.get_submodule(self.head)
+        new_head: nn.Module = nn.utils.skip_init(nn.Linear, self.features, self.ways)  # type: ignore[no-untyped-call]
+        for name in [n for n, part in headed.named_modules(remove_duplicate=False) if part is replaced]:
+            headed.set_submodule(name, new_head)
         super().__init__(headed)
 
     def init(self, generator: torch.Generator) -> Params:

@@ -216,7 +216,7 @@ def explain_failure(
         advice.append(
             "attention has second derivatives with torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in its forward"
         )
-    elif "checkpoint" in said or "saved tensors hooks" in said or "saved_tensors_hooks" in said:
+    elif "checkpoint" in said or "saved tensor" in said:
         advice.append("remove torch.utils.checkpoint from it, and save memory with --recompute instead")
     elif "setup_context" in said:
         advice.append("give its autograd.Function a setup_context method, as PyTorch's torch.func asks for")

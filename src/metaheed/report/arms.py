@@ -166,6 +166,8 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     if episodes.data == "folder" and episodes.data_root is not None:
         # Own images, which the name of the data set does not tell apart; by the last name, for folders are moved.
         found["episodes.images"] = episodes.data_root.name
+    if config.learner.init_from is not None:  # by the last name, too
+        found["learner.init_from"] = config.learner.init_from.name
     return found
 
 

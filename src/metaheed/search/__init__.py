@@ -115,6 +115,8 @@ def _anywhere(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, Sea
     learner, root = config.learner, config.episodes.data_root
     if ":" in learner.backbone:
         learner = replace(learner, backbone_path=(learner.backbone_path or Path()).expanduser().absolute())
+    if learner.init_from is not None:
+        learner = replace(learner, init_from=learner.init_from.expanduser().absolute())
     storage = settings.storage
     file = sqlite_file(storage)
     if file is not None:

@@ -1,0 +1,186 @@
+"""Networks and weights of a user's own, through the command line."""
+
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import metaheed as package
+from metaheed.config import AttendedConfig, MetaLSTMConfig, RunConfig
+from metaheed.errors import ConfigError
+from metaheed.learners import MAML, Conv4, MetaSGD, NetworkLearner
+from metaheed.runs import RunFolder
+from tests.conftest import Run
+from tests.networks import Tiny
+from tests.test_training import SMALL, content
+
+TINY = [*SMALL, "--backbone", "tests.networks:Tiny", "--iterations", 1, "--val-every", 1, "--val-tasks", 2]
+OURS = [*SMALL, "--backbone", "conv4-32", "--val-every", 1, "--val-tasks", 2]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "network", "said"),
+    [
+        ("maml", "FusedWeightNorm", r"meta-gradient of the network is wrong"),
+        ("maml", "FusedWeightNorm", r"the first derivative is right, so the second derivative of an operation"),
+        ("maml", "Distances", r"What helps: it works with --first-order; second derivatives are there if"),
+        ("metasgd", "Distances", r"it works with --first-order"),
+        ("maml", "Attending", r"it works with --first-order; attention has second derivatives with torch.nn.attention"),
+        ("maml", "Checkpointed", r"remove torch.utils.checkpoint from it, and save memory with --recompute"),
+        ("maml", "Tuple", r"returns a tuple of 2 values"),
+        ("maml", "parallel", r"hand over the module inside it, network.module"),
+    ],
+)
+def test_a_network_that_cannot_be_trained_is_told_what_helps(
+    algorithm: str, network: str, said: str, metaheed: Run, tmp_path: Path
+) -> None:
+    options = [*SMALL, "--backbone", f"tests.networks:{network}", "--threads", 1, "--out", tmp_path / "run"]
+    status, _, err = metaheed("train", algorithm, *options)
+    assert status == 1
+    assert said in err.splitlines()[-1], err
+    assert "--execution looped" not in err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options", [("--first-order",), ("--no-check-gradient",)])
+def test_the_check_of_the_gradient_is_skipped_where_it_says_nothing(
+    options: tuple[str, ...], metaheed: Run, tmp_path: Path
+) -> None:
+    named = [*TINY, "--backbone", "tests.networks:FusedWeightNorm", "--out", tmp_path / "run", *options]
+    status, _, err = metaheed("train", "maml", *named)
+    assert status == 0, err
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "metalstm++"])
+def test_vmap_that_fails_is_one_line_in_training_and_in_judging(algorithm: str, metaheed: Run, tmp_path: Path) -> None:
+    named = [*TINY, "--backbone", "tests.networks:LooksAtItsNumbers", "--out", tmp_path / "run"]
+    status, _, err = metaheed("train", algorithm, *named, "--execution", "vectorized")
+    assert (status, "under the execution vectorized" in err, "it works with --execution looped" in err) == (
+        1,
+        True,
+        True,
+    ), err
+    assert metaheed("train", algorithm, *named)[0] == 0
+    status, out, err = metaheed("evaluate", tmp_path / "run", "--tasks", 4, "--execution", "vectorized")
+    assert (status, out, len(err.splitlines())) == (1, "", 1)
+    assert "cannot be judged under the execution vectorized" in err
+    assert "it works with --execution looped" in err
+    assert metaheed("evaluate", tmp_path / "run", "--tasks", 4)[0] == 0
+
+
+def test_weights_that_a_network_was_built_with_are_kept(metaheed: Run, tmp_path: Path) -> None:
+    named = [*TINY, "--backbone", "tests.networks:given_weights", "--meta-lr", 1e-12, "--out", tmp_path / "run"]
+    assert metaheed("train", "maml", *named)[0] == 0
+    _, meta = package.load(tmp_path / "run", "last")
+    assert float((meta["body.0.conv.weight"] - 0.01).abs().max()) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of MAML on Conv4 with 32 filters."""
+    from metaheed.cli import main
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    options = [*OURS, "--iterations", 2, "--out", run]
+    assert main(["train", "maml", *map(str, options)]) == 0
+    return run
+
+
+def test_after_load_the_network_inside_has_the_trained_weights(trained: Path) -> None:
+    learner, meta = package.load(trained)
+    assert isinstance(learner, NetworkLearner)
+    for module in (learner.backbone.module, learner.module(meta)):
+        assert all(torch.equal(p, meta[name]) for name, p in module.named_parameters())
+
+
+START = [*OURS, "--iterations", 1, "--meta-lr", 1e-12]
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "metasgd", "metalstm++", "ta-maml"])
+def test_a_run_starts_from_another(algorithm: str, trained: Path, metaheed: Run, tmp_path: Path) -> None:
+    _, meta = package.load(trained)
+    status, _, err = metaheed("train", algorithm, *START, "--init-from", trained, "--out", tmp_path / "run")
+    assert (status, f"starting from {trained}: " in err) == (0, True), err
+    learner, found = package.load(tmp_path / "run", "last")
+    start = learner.initial(found)
+    assert all(torch.allclose(start[name], meta[name], atol=1e-6) for name in meta)
+
+
+def test_a_run_starts_from_a_file_and_needs_it_no_more(trained: Path, metaheed: Run, tmp_path: Path) -> None:
+    _, meta = package.load(trained)
+    file = tmp_path / "weights.safetensors"
+    save_file({f"module.encoder.{name}": p for name, p in meta.items()} | {"other": torch.ones(3)}, file)
+    run = tmp_path / "run"
+    status, _, err = metaheed("train", "maml", *START, "--init-from", file, "--out", run, "--meta-lr", 0.01)
+    assert (status, "18 of 18 parameters" in err) == (0, True), err
+    kept = content(run)
+    file.unlink()
+    for each in (run / "checkpoints").iterdir():
+        each.unlink()
+    assert metaheed("train", "--resume", run)[0] == 0
+    assert content(run) == kept
+
+
+def test_a_head_of_other_ways_is_drawn(trained: Path, metaheed: Run, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    status, _, err = metaheed("train", "maml", *START, "--ways", 3, "--init-from", trained, "--out", run)
+    assert (status, "16 of 18 parameters; the head (head.weight, head.bias) is drawn anew" in err) == (0, True), err
+    _, meta = package.load(trained)
+    _, found = package.load(run, "last")
+    assert torch.allclose(found["body.3.conv.weight"], meta["body.3.conv.weight"], atol=1e-6)
+    assert found["head.weight"].shape[0] == 3
+
+
+def test_weights_that_do_not_fit_are_refused_and_leave_nothing(trained: Path, metaheed: Run, tmp_path: Path) -> None:
+    wrong, damaged, pickled = tmp_path / "w.safetensors", tmp_path / "d.safetensors", tmp_path / "p.pth"
+    save_file({"a": torch.ones(2)}, wrong)
+    damaged.write_bytes(b"no such thing")
+    torch.save({"a": torch.ones(2)}, pickled)
+    nans = tmp_path / "n.safetensors"
+    save_file({name: p * float("nan") for name, p in package.load(trained)[1].items()}, nans)
+    for source, message in (
+        (wrong, "does not fit the network: 'body.0.conv.weight' is absent there and (32, 1, 3, 3) in the network"),
+        (damaged, "is no safetensors file"),
+        (pickled, "a pickle can run code"),
+        (nans, "not finite"),
+        (tmp_path / "none", "there is no such file"),
+        (tmp_path, "has no checkpoint to read"),
+    ):
+        status, _, err = metaheed("train", "maml", *START, "--init-from", source, "--out", tmp_path / "run")
+        assert (status, len(err.strip().splitlines()[-1:]), message in err) == (1, 1, True), err
+        assert not (tmp_path / "run").exists()
+    status, _, err = metaheed(
+        "train", "maml", *START, "--backbone", "conv4-64", "--init-from", trained, "--out", tmp_path / "run"
+    )
+    assert (status, "'body.0.conv.weight' is (32, 1, 3, 3) there and (64, 1, 3, 3)" in err) == (1, True)
+
+
+def test_the_leak_of_the_release_is_refused_where_the_release_has_none(metaheed: Run, tmp_path: Path) -> None:
+    for algorithm in ("ta-metalstm++",):
+        status, _, err = metaheed("train", algorithm, *SMALL, "--faithful-to-release", "--out", tmp_path / "run")
+        assert (status, "has this leak for maml and metasgd only, not for metalstm" in err) == (1, True), err
+    with pytest.raises(ConfigError, match=r"only, not for metalstm"):
+        RunConfig(learner=MetaLSTMConfig(), rule=AttendedConfig(faithful_to_release=True))
+
+
+def test_python_users_are_warned_at_their_own_line() -> None:
+    network = nn.Sequential(Tiny(3, (1, 16, 16)), nn.BatchNorm1d(3))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        MAML(network)
+        MetaSGD(network)
+    assert [Path(w.filename).name for w in said] == [Path(__file__).name] * 2
+
+
+def test_a_network_loaded_for_a_run_does_not_change_it(trained: Path, metaheed: Run, tmp_path: Path) -> None:
+    """Conv4 notices given weights; a run's own start is drawn all the same."""
+    again = tmp_path / "again"
+    options = [*OURS, "--iterations", 2, "--out", again]
+    assert metaheed("train", "maml", *options)[0] == 0
+    for which in ("best", "last"):
+        one, other = (RunFolder(path).read_weights(which)[0] for path in (trained, again))
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert isinstance(package.load(again)[0].backbone.module, Conv4)  # type: ignore[attr-defined]
