@@ -54,6 +54,9 @@ def _check_types(config: Any) -> None:
         if typing.get_origin(hint) is ClassVar:
             continue
         value = getattr(config, name)
+        if isinstance(value, str) and Path in (kinds := _alternatives(hint)) and str not in kinds:
+            value = Path(value)  # a path may be given as a string everywhere
+            object.__setattr__(config, name, value)
         if not any(_is(value, kind) for kind in _alternatives(hint)):
             _require(False, name, value, f"it must be {_describe(hint)}")
 
