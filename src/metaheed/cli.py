@@ -10,7 +10,8 @@ import json
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,7 +39,7 @@ from metaheed.config import (
     default_pair,
     unchecked,
 )
-from metaheed.errors import ConfigError, Interrupted, MetaheedError, unknown
+from metaheed.errors import ConfigError, Interrupted, MetaheedError, MetaheedWarning, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,7 +273,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that has no ± still gets the number
     try:
-        return _dispatch(arguments)
+        with _plain_warnings():
+            return _dispatch(arguments)
     except Interrupted as stop:
         print(str(stop), file=sys.stderr)
         return 128 + stop.signal_number
@@ -290,6 +292,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, MemoryError) as error:
         print(f"error: {error or type(error).__name__}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print our own warnings as a line each: on the command line no line of Python is the user's."""
+    usual = warnings.formatwarning
+
+    def plain(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+        return (
+            f"warning: {message}\n"
+            if issubclass(category, MetaheedWarning)
+            else usual(message, category, *where, **more)
+        )
+
+    warnings.formatwarning = plain
+    try:
+        yield
+    finally:
+        warnings.formatwarning = usual
 
 
 def _dispatch(arguments: list[str]) -> int:

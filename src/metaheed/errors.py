@@ -3,6 +3,7 @@
 Every one names the thing, the value found and the remedy; the command line prints it in one line and never a traceback.
 """
 
+import contextlib
 import difflib
 import sys
 import warnings
@@ -87,12 +88,17 @@ class Interrupted(MetaheedError):  # noqa: N818  # an end asked for, not a fault
         self.signal_number = signal_number
 
 
+class MetaheedWarning(UserWarning):
+    """Something that the user did not ask for, and should know."""
+
+
 def warn(message: str) -> None:
     """Warn at the line of the user's that led here: the nearest one outside of this package."""
-    package, level, frame = str(Path(__file__).parent), 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(package):
+    ours = (str(Path(__file__).parent), contextlib.__file__)  # whose context managers decorate functions of ours
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
+    warnings.warn(message, MetaheedWarning, stacklevel=level)
 
 
 def is_systems(error: Exception) -> bool:
