@@ -16,6 +16,8 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
     ("errors", "files"),
+    ("parsing",),
+    ("trust",),
     ("types", "config", "paper"),
     ("data", "learners"),
     ("outer",),
