@@ -152,7 +152,7 @@ def _prefixes(names: tuple[str, ...]) -> list[tuple[str, ...]]:
 def _is_link(name: str) -> LinkError:
     where = ""
     with contextlib.suppress(OSError):
-        where = f" to {os.readlink(name)}"
+        where = f" to {Path(name).readlink()}"
     words = f"it is a link{where}, and nothing is written through a link in such a folder: delete the link"
     return LinkError(errno.ELOOP, words, name)
 

@@ -158,7 +158,7 @@ class RunFolder:
             yield
 
     def _refuse_links(self) -> None:
-        """Raise OSError where a link lies in the place of one of the run's files or folders: before any work is lost."""
+        """Raise OSError where a link lies in the place of one of the run's files: before any work is lost."""
         for path in vars(self).values():
             if isinstance(path, Path) and path != self.path:
                 refuse_link(path)
@@ -312,8 +312,8 @@ class RunFolder:
             where = [{name: split for split, names in side.items() for name in names} for side in (then, now)]
             moved = next(n for n in sorted({*where[0], *where[1]}) if where[0].get(n) != where[1].get(n))
             raise RunError(
-                f"{self.path} was begun with other classes: {shown(moved)} was in {where[0].get(moved, 'none')} and is in "
-                f"{where[1].get(moved, 'none')} now. Put the folder back as it was, or train anew"
+                f"{self.path} was begun with other classes: {shown(moved)} was in {where[0].get(moved, 'none')} and is "
+                f"in {where[1].get(moved, 'none')} now. Put the folder back as it was, or train anew"
             )
 
     def check_classes(self, dataset: Dataset, split: str) -> None:

@@ -1,17 +1,17 @@
 """Whose word it is that a network's code may run.
 
-A config can name a network that is not one of metaheed's, as module:Class, and to use it is to import that module, which
-runs it. On the command line or in a call the user names it himself. In a file (a run's config.yaml, a recipe, a study's
-search.yaml) somebody else may have: what `config.from_dict` reads is therefore marked (`Named`), and `require`, without
-which no such name is imported, lets it pass only if
+A config can name a network that is not one of metaheed's, as module:Class, and to use it is to import that module,
+which runs it. On the command line or in a call the user names it himself. In a file (a run's config.yaml, a recipe, a
+study's search.yaml) somebody else may have: what `config.from_dict` reads is therefore marked (`Named`), and `require`,
+without which no such name is imported, lets it pass only if
 
 - the user allowed it in this process (`allow`: he named it himself, or gave --trust or trust=True), or
 - he did so before on this machine, and the code is still the same.
 
-The second is recorded in the user's state folder, outside every run folder: a file for each module, named by the hash of
-its path and holding the hash of its code. The code is the module's file, the packages it lies in, and what these import
-by name from the same folder, and so on; not what is imported from elsewhere (an installed library) or in another way
-(importlib, exec). Nothing is imported to find out.
+The second is recorded in the user's state folder, outside every run folder: a file for each module, named by the hash
+of its path and holding the hash of its code. The code is the module's file, the packages it lies in, and what these
+import by name from the same folder, and so on; not what is imported from elsewhere (an installed library) or in another
+way (importlib, exec). Nothing is imported to find out.
 """
 
 import ast
@@ -78,8 +78,8 @@ def allow(name: str, folder: Path | None) -> None:
         _record(code)
     except OSError as error:
         print(
-            f"that {name} may be imported is not remembered ({error}): give --trust each time, or set METAHEED_STATE to "
-            "a folder that can be written",
+            f"that {name} may be imported is not remembered ({error}): give --trust each time, or set METAHEED_STATE "
+            "to a folder that can be written",
             file=sys.stderr,
         )
 
@@ -186,7 +186,7 @@ def _record(code: Code) -> None:
     record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     number, part = tempfile.mkstemp(dir=record.parent, suffix=".part")  # readable by this user alone
     try:
-        with open(number, "w", encoding="utf-8") as file:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
             json.dump({"file": str(code.file), "sha256": code.sha256}, file)
         Path(part).replace(record)
     except BaseException:

@@ -118,7 +118,7 @@ def read(path: Path) -> Recipe:
         or set(values) != expected
         or not all(isinstance(values[n], dict) for n in expected)
     ):
-        found = brief(", ".join(map(shown, values))) if isinstance(values, dict) else type(values).__name__
+        found = brief(", ".join(map(str, values))) if isinstance(values, dict) else type(values).__name__
         raise ConfigError(f"{path} is not a recipe: it must hold the mappings provenance and config, and holds {found}")
     for group, names in OF_A_RUN.items():
         inside = values["config"].get(group)

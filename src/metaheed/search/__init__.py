@@ -128,8 +128,8 @@ def _inside(out: Path, storage: str) -> str:
     except ConfigError:
         named = "another database"
     raise ConfigError(
-        f"{out} says that its study is kept in {named}. What only a folder names is not opened: if that is where you keep "
-        "it, name it again, with its password if it has one (--storage URL)"
+        f"{out} says that its study is kept in {named}. What only a folder names is not opened: if that is where you "
+        "keep it, name it again, with its password if it has one (--storage URL)"
     )
 
 
