@@ -119,7 +119,8 @@ def _inside(out: Path, storage: str) -> str:
     try:
         file = sqlite_file(storage)
         url = sqlalchemy.engine.make_url(storage)
-        if file is not None and not url.query and str(file) != "" and not str(file).startswith("file:"):
+        plain = url.drivername in ("sqlite", "sqlite+pysqlite") and not url.query
+        if file is not None and plain and not str(file).startswith("file:"):
             file = file.absolute()
             if file.parent.resolve() == out.resolve():
                 refuse_links_to_database(file)

@@ -203,6 +203,8 @@ def _make(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         for name in ("trials", "workers"):
             make_folder(out / name, out)
+        for trial in sorted((out / "trials").iterdir()):
+            refuse_link(trial)
     except LinkError as error:
         raise RunError(cannot_write(error, out)) from error
     except OSError as error:
