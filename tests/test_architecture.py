@@ -125,6 +125,33 @@ def test_readme_paths_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
+FOLDERS = ("runs", "search", "training", "evaluation", "recipes", "reproduce", "report", "demo", "toy", "figures")
+"""What reads and writes folders that a stranger may have filled."""
+OPENING = {"open", "write_text", "write_bytes", "touch", "read_text", "read_bytes", "savefig", "safe_load"}
+
+
+def test_files_of_such_folders_are_opened_in_one_place() -> None:
+    """By metaheed.files, which follows no link where it writes and waits for no pipe; and parsed by metaheed.parsing."""
+    allowed = {
+        ("page.py", "read_text"),  # the package's own template
+        ("figures.py", "savefig"),  # into memory
+    }
+    for path in SOURCE.rglob("*.py"):
+        if _part(path) not in FOLDERS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", None)
+            assert name not in OPENING or (path.name, name) in allowed, f"{path}:{getattr(node, 'lineno', 0)} {name}"
+
+
+def test_what_a_file_says_becomes_a_config_with_its_mark_in_one_place() -> None:
+    """No other module builds a learner's config from values, so that none can leave out that a file named its network."""
+    for path in SOURCE.rglob("*.py"):
+        if path.name != "config.py":
+            assert "LEARNERS[" not in path.read_text().replace("LEARNERS[config.learner.name]()", ""), path
+
+
 def test_no_data_is_committed() -> None:
     largest = max((p.stat().st_size, str(p)) for p in SOURCE.rglob("*") if p.is_file() and "__pycache__" not in str(p))
     assert largest[0] < 100_000, largest

@@ -15,6 +15,9 @@ from metaheed.errors import ConfigError, RunError, brief, shown
 from metaheed.evaluation import compare, read_result
 from metaheed.files import YAML_BYTES, open_in_place, read_bounded
 from metaheed.parsing import from_json, from_yaml
+from metaheed.report.figures import read_toy
+from metaheed.report.measures import attention_log
+from metaheed.report.reading import find
 from metaheed.runs import RunFolder, load, stream_lines
 from tests.conftest import Run
 from tests.report.making import TASKS, make_run
@@ -271,37 +274,53 @@ BAD = [*CONTENTS, *(SPECIAL if os.name != "nt" else [])]
 def _spoil(file: Path, how: str) -> None:
     file.unlink(missing_ok=True)
     if how in CONTENTS:
-        file.write_bytes(CONTENTS[how])
+        file.write_bytes(CONTENTS[how] + b"\n")  # a log's last line counts only with its end
     else:
         SPECIAL[how](file)
 
 
+def _spoilt_run(folder: Path, name: str, how: str) -> Path:
+    timing = [{"iterations": 4, "seconds": 1.0, "device": "cpu"}]
+    run = make_run(folder, "ta-maml", timing=timing, accuracies=TASKS)
+    _spoil(run / name, how)
+    return run
+
+
 @pytest.mark.parametrize("how", BAD)
 def test_one_bad_run_stops_neither_report_nor_comparison(how: str, metaheed: Run, in_folder: Path) -> None:
-    """Each file of a run spoilt in turn, all in one report beside a good one."""
+    """Each file of a run is spoilt in turn: the run is listed as unreadable, or what is left of it is used."""
+    good = make_run(in_folder / "runs" / "good", accuracies=TASKS)
+    spoilt = {name: _spoilt_run(in_folder / "runs" / f"spoilt {name}", name, how) for name in READ}
+    found = find([in_folder / "runs"])
+    assert good in {run.path for run in found.runs}
+    listed = {Path(name) for name, _ in found.unreadable}
+    nothing = how in ("a link to nothing", "a link to itself")  # as if there were no such file
+    assert spoilt["config.yaml"] in listed
+    assert spoilt["metrics.jsonl"] in listed
+    problems = {run.path: run.problem for run in found.runs}
+    assert spoilt["result.json"] in listed or (nothing and problems[spoilt["result.json"]])
+    assert all(len(reason) < 700 and reason.isprintable() for _, reason in found.unreadable)
+    for file, read in (("tasks.jsonl", attention_log), ("toy.json", read_toy)):
+        with pytest.raises(RunError) as raised:
+            read(spoilt[file] / file)
+        assert len(str(raised.value)) < 700
+    status, out, err = metaheed("compare", good, "--against", spoilt["result.json"])
+    assert (status, out, err.count("\n"), len(err) < 900) == (1, "", 1, True), err
+    assert not Path("ran").exists()
+
+
+def test_a_report_on_them_all(metaheed: Run, in_folder: Path) -> None:
     make_run(in_folder / "runs" / "good", accuracies=TASKS)
-    for name in READ:
-        spoilt = make_run(
-            in_folder / "runs" / f"spoilt {name}",
-            "ta-maml",
-            timing=[{"iterations": 4, "seconds": 1.0, "device": "cpu"}],
-            accuracies=TASKS,
-            learner={"fast_lr": 0.2},
-        )
-        _spoil(spoilt / name, how)
-        if name in ("config.yaml", "result.json"):
-            status, out, err = metaheed("compare", "runs/good", "--against", spoilt)
-            if name == "result.json":
-                assert (status, out, err.count("\n")) == (1, "", 1), err
-                assert len(err) < 900
+    spoilt = [(name, how) for how in BAD for name in ("config.yaml", "result.json", "tasks.jsonl")]
+    for index, (name, how) in enumerate(spoilt):
+        _spoilt_run(in_folder / "runs" / f"{index:03d}", name, how)
     status, _, err = metaheed("report", "runs", "--out", "page", "--no-toy")
     assert status == 0, err
     page = Path("page/report.md").read_text()
-    if how not in ("a link to nothing", "a link to itself"):  # the same as no file there
-        for name in ("config.yaml", "result.json"):
-            assert f"runs/spoilt {name}" in page, "it is listed"
-    assert "cannot be read" in page or "is not a config" in page
-    assert max(map(len, page.splitlines())) < 6000
+    for index, (name, how) in enumerate(spoilt):
+        if name != "tasks.jsonl" and how not in ("a link to nothing", "a link to itself"):
+            assert f"runs/{index:03d} " in page, (name, how)
+    assert max(map(len, page.splitlines())) < 20_000
     assert not Path("ran").exists()
 
 

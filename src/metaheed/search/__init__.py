@@ -74,7 +74,7 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
             try:
                 worker.work()
             except KeyboardInterrupt:
-                raise Interrupted(f"stopped; {how_to_go_on(out)}", signal.SIGINT) from None
+                raise Interrupted(f"stopped; {how_to_go_on(out, settings.storage)}", signal.SIGINT) from None
             return write_results(shared)
     except (ConfigError, DataError):
         begun = [*out.glob("trials/*/config.yaml"), *[*out.glob("workers/*")][1:]]
@@ -83,7 +83,7 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
         raise
     except FAILURES as error:
         raise RunError(
-            f"the database {shown_as(settings.storage, out)} failed ({reason(error)}); {how_to_go_on(out)}"
+            f"the database {shown_as(settings.storage, out)} failed ({reason(error)}); {how_to_go_on(out, settings.storage)}"
         ) from error
     finally:
         for path in made:
@@ -126,6 +126,8 @@ def _inside(out: Path, storage: str) -> str:
                 refuse_links_to_database(file)
                 return sqlite_url(file)
         named = brief(shown_as(storage, out), 200)
+        if url.password == "***":
+            raise RunError(f"{out} keeps no password: name the database again (--storage URL), which is {named}")
     except ConfigError:
         named = "another database"
     raise ConfigError(

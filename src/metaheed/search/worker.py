@@ -19,7 +19,7 @@ from metaheed.errors import Interrupted, NonFiniteError, RunError
 from metaheed.files import cannot_write, make_folder, open_in_place, try_lock
 from metaheed.process import pick_device
 from metaheed.runs import Progress, RunFolder
-from metaheed.search.database import FAILURES, reason
+from metaheed.search.database import FAILURES, reason, shown_as
 from metaheed.search.draws import configured, used
 from metaheed.search.results import write_results
 from metaheed.search.study import SharedStudy, count_finished, of_trial, refuse_difference
@@ -29,9 +29,10 @@ _BEATS = 8  # signs of life within --lost-after
 _POLL = 2.0  # seconds between two looks for work
 
 
-def how_to_go_on(out: Path) -> str:
-    """Said wherever work stops before its end."""
-    return f"the same command goes on, and so does: metaheed search --resume {shlex.quote(str(out))}"
+def how_to_go_on(out: Path, storage: str | None) -> str:
+    """Said wherever work stops before its end. A database that is not the folder's own has to be named again."""
+    named = "" if storage is None else f" --storage {shlex.quote(shown_as(storage, out))}"
+    return f"the same command goes on, and so does: metaheed search --resume {shlex.quote(str(out))}{named}"
 
 
 class Presence:
@@ -161,7 +162,7 @@ class Worker:
             except Interrupted as stop:
                 self._give_back(trial_id)
                 raise Interrupted(
-                    f"stopped in trial {number} after iteration {report.iteration}; {how_to_go_on(shared.out)}",
+                    f"stopped in trial {number} after iteration {report.iteration}; {how_to_go_on(shared.out, shared.settings.storage)}",
                     stop.signal_number,
                 ) from None
             except BaseException:
