@@ -131,7 +131,7 @@ OPENING = {"open", "write_text", "write_bytes", "touch", "read_text", "read_byte
 
 
 def test_files_of_such_folders_are_opened_in_one_place() -> None:
-    """By metaheed.files, which follows no link where it writes and waits for no pipe; and parsed by metaheed.parsing."""
+    """By metaheed.files, which follows no link where it writes and waits for no pipe; and parsed by `parsing`."""
     allowed = {
         ("page.py", "read_text"),  # the package's own template
         ("figures.py", "savefig"),  # into memory
@@ -146,7 +146,7 @@ def test_files_of_such_folders_are_opened_in_one_place() -> None:
 
 
 def test_what_a_file_says_becomes_a_config_with_its_mark_in_one_place() -> None:
-    """No other module builds a learner's config from values, so that none can leave out that a file named its network."""
+    """No other module builds a learner's config from values, so that none forgets that a file named its network."""
     for path in SOURCE.rglob("*.py"):
         if path.name != "config.py":
             assert "LEARNERS[" not in path.read_text().replace("LEARNERS[config.learner.name]()", ""), path

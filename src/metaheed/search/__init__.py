@@ -82,9 +82,8 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
             shutil.rmtree(out)  # what no trial can be trained with leaves no study that refuses the next
         raise
     except FAILURES as error:
-        raise RunError(
-            f"the database {shown_as(settings.storage, out)} failed ({reason(error)}); {how_to_go_on(out, settings.storage)}"
-        ) from error
+        database, more = shown_as(settings.storage, out), how_to_go_on(out, settings.storage)
+        raise RunError(f"the database {database} failed ({reason(error)}); {more}") from error
     finally:
         for path in made:
             with contextlib.suppress(OSError):  # not empty: the study is there; or removed above

@@ -161,8 +161,9 @@ class Worker:
                 return
             except Interrupted as stop:
                 self._give_back(trial_id)
+                more = how_to_go_on(shared.out, shared.settings.storage)
                 raise Interrupted(
-                    f"stopped in trial {number} after iteration {report.iteration}; {how_to_go_on(shared.out, shared.settings.storage)}",
+                    f"stopped in trial {number} after iteration {report.iteration}; {more}",
                     stop.signal_number,
                 ) from None
             except BaseException:
