@@ -5,7 +5,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,6 +33,14 @@ def _away_from_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytes
     """No test writes into the user's cache; all share one, so that glyphs are built once."""
     cache = tmp_path_factory.getbasetemp() / "cache"
     monkeypatch.setenv("METAHEED_CACHE", os.environ.get("METAHEED_TEST_CACHE", str(cache)))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _state_away_from_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nor into the user's state folder, fixtures that outlive a test included."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAHEED_STATE", str(tmp_path_factory.getbasetemp() / "state"))
+        yield
 
 
 @pytest.fixture

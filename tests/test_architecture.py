@@ -16,6 +16,8 @@ from tests.conftest import ROOT
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
     ("errors", "files"),
+    ("parsing",),
+    ("trust",),
     ("types", "config", "paper"),
     ("data", "learners"),
     ("outer",),
@@ -121,6 +123,33 @@ def test_readme_paths_exist() -> None:
     assert len(paths) >= 8
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+FOLDERS = ("runs", "search", "training", "evaluation", "recipes", "reproduce", "report", "demo", "toy", "figures")
+"""What reads and writes folders that a stranger may have filled."""
+OPENING = {"open", "write_text", "write_bytes", "touch", "read_text", "read_bytes", "savefig", "safe_load"}
+
+
+def test_files_of_such_folders_are_opened_in_one_place() -> None:
+    """By metaheed.files, which follows no link where it writes and waits for no pipe; and parsed by `parsing`."""
+    allowed = {
+        ("page.py", "read_text"),  # the package's own template
+        ("figures.py", "savefig"),  # into memory
+    }
+    for path in SOURCE.rglob("*.py"):
+        if _part(path) not in FOLDERS:
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func if isinstance(node, ast.Call) else None
+            name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", None)
+            assert name not in OPENING or (path.name, name) in allowed, f"{path}:{getattr(node, 'lineno', 0)} {name}"
+
+
+def test_what_a_file_says_becomes_a_config_with_its_mark_in_one_place() -> None:
+    """No other module builds a learner's config from values, so that none forgets that a file named its network."""
+    for path in SOURCE.rglob("*.py"):
+        if path.name != "config.py":
+            assert "LEARNERS[" not in path.read_text().replace("LEARNERS[config.learner.name]()", ""), path
 
 
 def test_no_data_is_committed() -> None:

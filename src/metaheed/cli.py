@@ -60,6 +60,8 @@ class Resume:
     """This many tasks at once instead, under the executions vectorized and im2col; bits then differ, too."""
     capture: Literal["auto", "on", "off"] | None = None
     """Make the steps so instead (as in train --help)."""
+    trust: bool = False
+    """Let the code of the run's network run where that is not one of metaheed's and you did not train it here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +88,8 @@ class SearchResume:
     """Compute here instead (cpu, cuda, cuda:N); for trials that are begun from now on."""
     threads: int | None = None
     """CPU threads of the trials that are begun from now on."""
+    trust: bool = False
+    """Let the code of the study's network run where that is not one of metaheed's and you did not begin it here."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +107,8 @@ class Evaluate:
     """How tasks are run (as in train --help); none: as in training."""
     chunk_size: int | None = None
     """Tasks at once under the executions vectorized (taken where only this is given) and im2col."""
+    trust: bool = False
+    """Let the code of the run's network run where that is not one of metaheed's and you did not train it here."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -323,7 +329,7 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[:1] == ["train"]:
         named = arguments[1:2]
         if any(a.split("=")[0] == "--recipe" for a in arguments):
-            return _train(_of_recipe(arguments))
+            return _train(*_of_recipe(arguments))
         if named == ["custom"]:
             custom: RunConfig = _custom(arguments)
             return _train(custom)
@@ -493,12 +499,13 @@ def _custom(
     )
 
 
-def _of_recipe(arguments: list[str]) -> RunConfig:
-    """`train --recipe FILE` and the options that override it."""
+def _of_recipe(arguments: list[str]) -> tuple[RunConfig, bool]:
+    """`train --recipe FILE` and the options that override it; and whether --trust is given."""
     from metaheed import recipes
 
     own = argparse.ArgumentParser(prog="metaheed train", add_help=False, allow_abbrev=False)
     own.add_argument("--recipe", type=Path)
+    own.add_argument("--trust", action="store_true")
     chosen, rest = own.parse_known_args(arguments[1:])
     named = [a for a in rest[:1] if not a.startswith("-")]
     if named:
@@ -508,10 +515,14 @@ def _of_recipe(arguments: list[str]) -> RunConfig:
         RunConfig,
         f"train --recipe {chosen.recipe}",
         ["train", *rest],
-        f"Train a new run of {recipe.name} as {chosen.recipe} says, but for the options given.",
+        f"Train a new run of {recipe.name} as {chosen.recipe} says, but for the options given. --trust lets the "
+        "code of its network run where that is not one of metaheed's.",
         default=recipe.config,
     )
-    return config
+    if not any(a.split("=")[0] == "--backbone" for a in rest):
+        # The recipe's word, not the user's, whatever the parser made of it.
+        config = replace(config, learner=replace(config.learner, backbone=recipe.config.learner.backbone))
+    return config, chosen.trust
 
 
 def _setting(arguments: list[str]) -> tuple[str, int, int]:
@@ -542,12 +553,12 @@ def _tune_process() -> None:
     make_deterministic()
 
 
-def _train(config: RunConfig) -> int:
+def _train(config: RunConfig, trust: bool = False) -> int:
     from metaheed.progress import make_reporter
     from metaheed.training import train
 
     _tune_process()
-    path = train(config, make_reporter())
+    path = train(config, make_reporter(), trust)
     print(f"{path} is trained; judge it with 'metaheed evaluate {path}'")
     return 0
 
@@ -566,6 +577,7 @@ def _resume(command: Resume) -> int:
         execution=command.execution,
         chunk_size=command.chunk_size,
         capture=command.capture,
+        trust=command.trust,
     )
     print(f"{path} is trained; judge it with 'metaheed evaluate {path}'")
     return 0
@@ -593,7 +605,7 @@ def _search(command: Search) -> int:
 def _resume_search(command: SearchResume) -> int:
     from metaheed.search import read_search
 
-    config, settings = read_search(command.resume, command.storage)
+    config, settings = read_search(command.resume, command.storage, command.trust)
     training, episodes = config.training, config.episodes
     if command.device is not None:
         training = replace(training, device=command.device)
@@ -617,6 +629,7 @@ def _evaluate(command: Evaluate) -> int:
         command.device,
         execution=command.execution,
         chunk_size=command.chunk_size,
+        trust=command.trust,
     )
     if command.json:
         print(json.dumps(result))

@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from metaheed.errors import ConfigError, unknown
+from metaheed.errors import ConfigError, shown, unknown
+from metaheed.trust import Named
 
 _checking = ContextVar("checking", default=True)
+_LARGEST = 10**300  # of a whole number where any number is meant: larger ones are no float
 
 
 @contextlib.contextmanager
@@ -46,7 +48,7 @@ def checked(config: Any) -> Any:
 
 def _require(condition: bool, name: str, value: object, rule: str) -> None:
     if not condition and _checking.get():
-        raise ConfigError(f"--{name.replace('_', '-')} is {value!r}, but {rule}")
+        raise ConfigError(f"--{name.replace('_', '-')} is {shown(value)}, but {rule}")
 
 
 def _check_types(config: Any) -> None:
@@ -70,7 +72,8 @@ def _is(value: object, kind: Any) -> bool:
     if typing.get_origin(kind) is Literal:
         return value in typing.get_args(kind)
     if kind is float:
-        return isinstance(value, float | int) and not isinstance(value, bool)
+        whole = isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _LARGEST
+        return whole or isinstance(value, float)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     if typing.get_origin(kind) is tuple:
@@ -921,14 +924,14 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
-        if isinstance(value, Path):
+        if isinstance(value, Path | Named):
             value = str(value)
         result[f.name] = list(value) if isinstance(value, tuple) else value
     return result
 
 
 def from_dict(values: Any) -> RunConfig:
-    """The inverse of `to_dict` for a RunConfig.
+    """The inverse of `to_dict` for a RunConfig. A network of another than ours is marked as named by a file.
 
     Raises:
         ConfigError: a group or field is missing, unknown, or out of its bounds.
@@ -937,6 +940,8 @@ def from_dict(values: Any) -> RunConfig:
     algorithm = groups.pop("algorithm", None)
     learner = dict(_mapping(groups.pop("learner", None), "learner"))
     rule = dict(_mapping(groups.pop("rule", None), "rule"))
+    if isinstance(learner.get("backbone"), str) and ":" in learner["backbone"]:
+        learner["backbone"] = Named(learner["backbone"])
     kinds: dict[str, type[Any]] = {"episodes": EpisodeConfig, "outer": OuterConfig, "training": TrainingConfig}
     for name in groups:
         if name not in kinds:
@@ -947,7 +952,9 @@ def from_dict(values: Any) -> RunConfig:
         **{name: build(kind, groups.get(name), name) for name, kind in kinds.items()},
     )
     if algorithm != config.algorithm:
-        raise ConfigError(f"config: algorithm is {algorithm!r}, but its learner and rule make {config.algorithm!r}")
+        raise ConfigError(
+            f"config: algorithm is {shown(algorithm)}, but its learner and rule make {config.algorithm!r}"
+        )
     return config
 
 
@@ -960,7 +967,7 @@ def _named(known: dict[str, Any], what: str, values: dict[str, Any]) -> Any:
 
 def _mapping(values: Any, what: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ConfigError(f"{what} is {values!r}, but it must be a mapping of names to values")
+        raise ConfigError(f"{what} is {shown(values)}, but it must be a mapping of names to values")
     return values
 
 

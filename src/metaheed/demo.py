@@ -13,6 +13,7 @@ from metaheed.data import Episodes, load_dataset
 from metaheed.errors import RunError
 from metaheed.evaluation import compare, evaluate, evaluate_run, interval
 from metaheed.figures import training_figure
+from metaheed.files import LinkError, cannot_write, refuse_link
 from metaheed.outer import adapted_outcome, initial_outcome, map_looped
 from metaheed.progress import make_reporter
 from metaheed.runs import RunFolder, load
@@ -42,6 +43,10 @@ def demo(out: Path, iterations: int, seed: int, tasks: int = 300) -> Path:
         config = demo_config(algorithm, out / algorithm, iterations, seed)
         console.print(f"[bold]{label}[/]: {iterations} iterations of 5-way 1-shot tasks on glyphs")
         folder = RunFolder(out / algorithm)
+        try:
+            refuse_link(folder.path, out)
+        except LinkError as error:
+            raise RunError(cannot_write(error, folder.path)) from error
         if folder.config_file.exists():
             found = folder.read_config()
             recorded = replace(found.training, threads=None, device="auto", out=config.training.out)

@@ -16,8 +16,9 @@ from metaheed.config import CHUNKED, EvaluationConfig, ExecutionName, FreezeConf
 from metaheed.data import Episodes, load_dataset
 from metaheed.data.convert import convert
 from metaheed.data.frozen import Frozen, FrozenEpisodes, freeze, read_episodes
-from metaheed.errors import ConfigError, DataError, MetaheedError, NonFiniteError, RunError
-from metaheed.learners import Learner, NetworkLearner, place_constants
+from metaheed.errors import ConfigError, DataError, MetaheedError, NonFiniteError, RunError, brief, shown
+from metaheed.files import JSON_BYTES, read_bounded
+from metaheed.learners import Learner, NetworkLearner, find_backbone, place_constants
 from metaheed.outer import (
     Execution,
     adapted_outcome,
@@ -27,6 +28,7 @@ from metaheed.outer import (
     pick_for_run,
     workers_ended,
 )
+from metaheed.parsing import from_json
 from metaheed.process import (
     cannot_start,
     cpu_threads,
@@ -98,6 +100,7 @@ def evaluate_run(
     on_tasks: Callable[[int], None] | None = None,
     execution: ExecutionName | None = None,
     chunk_size: int | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """Judge a run and write its result.json; or, so that this one stays that of the run's own test setting,
     result-on-DATA.json, result-5way5shot15query.json, result-val.json.
@@ -110,6 +113,7 @@ def evaluate_run(
         on_tasks: see `evaluate`.
         execution: how the tasks are run; none: as in training, on a device of another kind as that suits it.
         chunk_size: this many at once, under the executions vectorized (taken where only this is given) and im2col.
+        trust: let the code of a network run that the run folder names, is not one of ours, and was not allowed before.
 
     Returns:
         What the result file holds: accuracy and its half-width, per-task accuracies, the tasks' hash, what was judged
@@ -121,7 +125,8 @@ def evaluate_run(
         StartError, WorkerError: a thread or worker process cannot be started, or a worker died.
     """
     folder = RunFolder(path)
-    run = folder.read_config()
+    run = folder.read_config(trust)
+    find_backbone(run.learner.backbone, run.learner.backbone_path)  # refused before anything is made or read
     frozen = None if config.episodes is None else read_episodes(config.episodes)
     setting = _setting(config, run, frozen)
     trained_on = run.episodes.data
@@ -360,7 +365,11 @@ def compare(runs: Sequence[Path], against: Sequence[Path], data: str | None = No
         raise RunError(
             f"{a} was trained on {of_a} and {b} on {of_b}: compare runs that were trained on the same data set"
         )
-    for field, what in (("episodes_sha256", "on different tasks"), ("checkpoint", "at different kinds of checkpoint")):
+    for field, what in (
+        ("episodes_sha256", "on different tasks"),
+        ("tasks", "on different numbers of tasks"),
+        ("checkpoint", "at different kinds of checkpoint"),
+    ):
         values = {r[field]: p for side in (left, right) for p, r in side.values()}
         if len(values) > 1:
             a, b = list(values.values())[:2]
@@ -455,6 +464,10 @@ _RESULT_FIELDS: dict[str, type] = {
     **{"algorithm": str, "checkpoint": str, "episodes_sha256": str},
     **{"accuracies": list, "accuracy": float, "seed": int, "tasks": int},
 }
+_ALSO: dict[str, type] = {
+    **{"data": str, "split": str, "ways": int, "shots": int, "iteration": int, "half_width_95": float}
+}
+_ROUNDED = 1e-5  # what a mean of accuracies that are rounded to a millionth may be off, and more
 
 
 def _result_file(
@@ -467,8 +480,10 @@ def _result_file(
 def read_result(path: Path, data: str | None = None, shape: Asked = _OWN) -> dict[str, Any]:
     """A run's result.json, or that of its evaluation on another data set, or on tasks of another shape.
 
+    What `compare` and `report` rest on is checked here, for both.
+
     Raises:
-        RunError: it is missing or damaged.
+        RunError: it is missing or damaged, or its numbers contradict each other.
     """
     folder = RunFolder(path)
     file, again = folder.result_file, f"metaheed evaluate {path}"
@@ -480,21 +495,43 @@ def read_result(path: Path, data: str | None = None, shape: Asked = _OWN) -> dic
         named = {"data": None if data == own.data else data, "ways": shape[0], "shots": shape[1], "queries": shape[2]}
         again += "".join(f" --{name} {value}" for name, value in named.items() if value is not None)
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = from_json(read_bounded(file, JSON_BYTES))
+        if not isinstance(result, dict):
+            raise ValueError("it is no JSON object")
         missing = {*_RESULT_FIELDS} - set(result)
-        for name in _RESULT_FIELDS:
-            if name in result and not isinstance(result[name], _RESULT_FIELDS[name]):
-                raise ValueError(f"its {name} is {result[name]!r}")
-        if not isinstance(result.get("trained_on", ""), str):
-            raise ValueError(f"its trained_on is {result['trained_on']!r}")
         if not missing:
-            accuracies = np.array(result["accuracies"], dtype=np.float64)
-            if accuracies.shape != (result["tasks"],):
-                raise ValueError(f"it has {result['tasks']} tasks, but accuracies of shape {accuracies.shape}")
+            _check_result(result)
     except FileNotFoundError:
         raise RunError(f"{path} has no {file.name}: run '{again}' first") from None
-    except (OSError, ValueError, TypeError) as error:
-        raise RunError(f"{file} cannot be read ({error}): run '{again}' again") from error
+    except OSError as error:
+        raise RunError(f"{file} cannot be read ({error.strerror or error}): run '{again}' again") from error
+    except (ValueError, TypeError, ArithmeticError) as error:
+        raise RunError(f"{file} cannot be read ({brief(str(error), 300)}): run '{again}' again") from error
     if missing:
         raise RunError(f"{file} lacks {', '.join(sorted(missing))}: run '{again}' again")
-    return dict(result)
+    return result
+
+
+def _check_result(result: dict[str, Any]) -> None:
+    """Raise ValueError unless a result is one that evaluation can have written."""
+    for name, kind in {**_RESULT_FIELDS, **_ALSO}.items():
+        value = result.get(name)
+        if (
+            not isinstance(value, kind)
+            or isinstance(value, bool)
+            or (isinstance(value, int) and not 0 <= value < 2**63)
+        ):
+            raise ValueError(f"its {name} is {shown(value)}")
+    if not isinstance(result.get("trained_on", ""), str):
+        raise ValueError(f"its trained_on is {shown(result['trained_on'])}")
+    accuracies, tasks = result["accuracies"], result["tasks"]
+    if len(accuracies) != tasks or tasks < 2:
+        raise ValueError(f"it has {tasks} tasks, but {len(accuracies)} accuracies; two at least are judged")
+    for accuracy in accuracies:
+        if not isinstance(accuracy, float | int) or isinstance(accuracy, bool) or not 0 <= accuracy <= 1:
+            raise ValueError(f"one of its accuracies is {shown(accuracy)}, and not a number from 0 to 1")
+    found, mean = result["accuracy"], math.fsum(accuracies) / tasks
+    if not abs(found - mean) <= _ROUNDED:  # of NaN, too
+        raise ValueError(f"its accuracy is {shown(found)}, but its tasks' mean is {mean:.6f}")
+    if not 0 <= result["half_width_95"] <= 1:  # of two tasks, one right and one wrong, it is 0.98
+        raise ValueError(f"its half_width_95 is {shown(result['half_width_95'])}")

@@ -19,6 +19,7 @@ Files hold iterations and never the clock, timing.jsonl excepted, so that the sa
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -36,10 +37,24 @@ from torch import Tensor
 
 from metaheed.config import RunConfig, from_dict, to_dict
 from metaheed.data import Dataset
-from metaheed.errors import RunError
-from metaheed.files import try_lock, write_synced
+from metaheed.errors import RunError, brief, shown
+from metaheed.files import (
+    JSON_BYTES,
+    LINE_BYTES,
+    YAML_BYTES,
+    cannot_write,
+    make_folder,
+    open_in_place,
+    open_to_read,
+    read_bounded,
+    refuse_link,
+    try_lock,
+    write_synced,
+)
 from metaheed.learners import Learner, NetworkLearner, build_learner
 from metaheed.outer import OuterState
+from metaheed.parsing import from_json, from_yaml
+from metaheed.trust import allow
 from metaheed.types import Params
 
 STUDY_FILE = "search.yaml"
@@ -98,6 +113,7 @@ class RunFolder:
         self.start_file = path / "start.safetensors"
         self.classes_file = path / "classes.json"
         self.lock_file = path / "run.lock"
+        self.events = path / "tensorboard"
         self._last_is_damaged = False
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
@@ -122,16 +138,18 @@ class RunFolder:
         """Hold the folder for this process, creating it; the operating system frees it when the process ends, however.
 
         Raises:
-            RunError: another living process holds it, or it cannot be written.
+            RunError: another living process holds it, it cannot be written, or a link lies in it where a file of ours
+                would.
         """
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = self.lock_file.open("a+")
+            self._refuse_links()
+            file = open_in_place(self.lock_file, "a+")
         with file:
             if not try_lock(file):
                 file.seek(0)
                 raise RunError(
-                    f"{self.path} is being trained by another process ({file.read().strip() or 'unknown'}): "
+                    f"{self.path} is being trained by another process ({brief(file.read(200)) or 'unknown'}): "
                     "wait for it, stop it, or choose another --out"
                 )
             with _writing(self.path):
@@ -141,6 +159,12 @@ class RunFolder:
             # The file stays when the lock goes: were it deleted, two processes could lock two files of that name.
             yield
 
+    def _refuse_links(self) -> None:
+        """Raise OSError where a link lies in the place of one of the run's files: before any work is lost."""
+        for path in vars(self).values():
+            if isinstance(path, Path) and path != self.path:
+                refuse_link(path)
+
     def is_held(self) -> bool:
         """Whether a living process holds the folder at this moment.
 
@@ -148,29 +172,33 @@ class RunFolder:
             RunError: it cannot be written, so that nobody can tell.
         """
         try:
-            with self.lock_file.open("r+") as file:
+            with open_in_place(self.lock_file, "r+") as file:
                 return not try_lock(file)
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
-            raise RunError(
-                f"cannot write {self.lock_file}: {error.strerror}. Grant permission there, or choose another folder"
-            ) from error
+            raise RunError(cannot_write(error, self.lock_file)) from error
 
-    def read_config(self) -> RunConfig:
+    def read_config(self, trust: bool = False) -> RunConfig:
         """The run's config.
+
+        Args:
+            trust: the user lets the code of its network run, if that is not one of ours.
 
         Raises:
             RunError: the folder holds no run, or its config.yaml is not one.
         """
         try:
-            text = self.config_file.read_bytes()
+            text = read_bounded(self.config_file, YAML_BYTES)
         except OSError as error:
             raise RunError(f"{self.path} is not a run folder: config.yaml cannot be read ({error.strerror})") from error
         try:
-            return from_dict(yaml.safe_load(text))
-        except (yaml.YAMLError, ValueError) as error:
+            config = from_dict(from_yaml(text))
+        except ValueError as error:
             raise RunError(f"{self.config_file} is not a config of this program: {error}") from error
+        if trust:
+            allow(config.learner.backbone, config.learner.backbone_path)
+        return config
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml, whole or not at all."""
@@ -182,7 +210,7 @@ class RunFolder:
         tensors = {f"{group}.{name}": leaf for group, tree in groups.items() for name, leaf in tree.items()}
         about = {**checkpoint.progress._asdict(), "image_shape": checkpoint.image_shape, "pixels": checkpoint.pixels}
         with _writing(self.path):
-            self.checkpoints.mkdir(exist_ok=True)
+            make_folder(self.checkpoints, self.path)
             part = self.last.with_suffix(".part")
             write_synced(part, _packed(tensors, about))
             # A damaged last one, found when the run was resumed, must not replace the whole one before it.
@@ -250,14 +278,13 @@ class RunFolder:
             RunError: tasks.jsonl is missing or damaged.
         """
         try:
-            lines = self.tasks_file.read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line)["weights"] for line in lines]
+            rows = [line["weights"] for line in stream_lines(self.tasks_file)]
             if not rows:
                 raise ValueError("it is empty")
             return torch.tensor(rows, dtype=torch.float64)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (RunError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
             raise RunError(
-                f"{self.tasks_file} cannot be read ({error}): it holds the weights to be replayed"
+                f"{self.tasks_file} cannot be read ({brief(str(error))}): it holds the weights to be replayed"
             ) from error
 
     def write_replayed(self, weights: Tensor) -> None:
@@ -299,8 +326,8 @@ class RunFolder:
             where = [{name: split for split, names in side.items() for name in names} for side in (then, now)]
             moved = next(n for n in sorted({*where[0], *where[1]}) if where[0].get(n) != where[1].get(n))
             raise RunError(
-                f"{self.path} was begun with other classes: {moved!r} was in {where[0].get(moved, 'none')} and is in "
-                f"{where[1].get(moved, 'none')} now. Put the folder back as it was, or train anew"
+                f"{self.path} was begun with other classes: {shown(moved)} was in {where[0].get(moved, 'none')} and is "
+                f"in {where[1].get(moved, 'none')} now. Put the folder back as it was, or train anew"
             )
 
     def check_classes(self, dataset: Dataset, split: str) -> None:
@@ -315,15 +342,17 @@ class RunFolder:
 
     def _read_classes(self) -> dict[str, list[str]] | None:
         try:
-            classes = json.loads(self.classes_file.read_text(encoding="utf-8"))
+            classes = from_json(read_bounded(self.classes_file, JSON_BYTES))
             return {split: list(classes[split]) for split in ("train", "val", "test")}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self.classes_file} cannot be read: {error!r}") from error
+            raise RunError(f"{self.classes_file} cannot be read: {brief(repr(error))}") from error
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write left beside its target."""
+        with _writing(self.path):
+            refuse_link(self.checkpoints)
         for file in (self.config_file, self.last, self.best, self.replayed_file, self.start_file, self.classes_file):
             file.with_suffix(".part").unlink(missing_ok=True)
         for part in self.path.glob("result*.part"):
@@ -342,7 +371,7 @@ class JsonLines:
                     f"{path} has {present} bytes, but the checkpoint was written after {length}: it has been altered. "
                     "Delete the run folder and train anew"
                 )
-            self._file = path.open("ab")
+            self._file = open_in_place(path, "ab")
             self._file.truncate(length)
 
     def write(self, values: dict[str, Any]) -> None:
@@ -370,34 +399,44 @@ def stream_lines(path: Path) -> Iterator[dict[str, Any]]:
         RunError: it is missing or damaged.
     """
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        with open_to_read(path) as file:
+            for number in itertools.count(1):
+                line = file.readline(LINE_BYTES)
                 if not line.endswith(b"\n"):
+                    if len(line) == LINE_BYTES:
+                        raise ValueError(f"line {number} has more than {LINE_BYTES:,} bytes")
                     return
-                value = json.loads(line)
+                value = from_json(line)
                 if not isinstance(value, dict):
                     raise ValueError(f"line {number} is no object")
                 yield value
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path} cannot be read: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {_said(error)}") from error
 
 
-def load(run: str | Path, checkpoint: str = "best", ways: int | None = None) -> tuple[Learner, Params]:
+def _said(error: Exception) -> str:
+    return brief(getattr(error, "strerror", None) or str(error), 300)
+
+
+def load(
+    run: str | Path, checkpoint: str = "best", ways: int | None = None, trust: bool = False
+) -> tuple[Learner, Params]:
     """A trained run as (learner, meta), for one's own loops; needs no data.
 
     Args:
         run: the run folder.
         checkpoint: "best" (on validation) or "last".
         ways: N of the tasks to come, where that may be any number (ProtoNet); none: as in training.
+        trust: let the code of a network run that the run folder names, is not one of ours, and was not allowed before.
 
     Raises:
         RunError: not a run, no such checkpoint, or one whose parameters are not those of the run's network.
-        ConfigError: more ways than the learner allows.
+        ConfigError: more ways than the learner allows; or the network's code would run and is not allowed.
     """
     if checkpoint not in ("best", "last"):
-        raise RunError(f"checkpoint is {checkpoint!r}, but it must be 'best' or 'last'")
+        raise RunError(f"checkpoint is {shown(checkpoint)}, but it must be 'best' or 'last'")
     folder = RunFolder(Path(run))
-    learner, meta, _ = load_weights(folder, folder.read_config(), checkpoint, ways)
+    learner, meta, _ = load_weights(folder, folder.read_config(trust), checkpoint, ways)
     return learner, meta
 
 
@@ -428,7 +467,7 @@ def check_fits(configured: Params, found: Params, what: str) -> None:
     for name in sorted({**expected, **there}):
         if expected.get(name) != there.get(name):
             raise RunError(
-                f"{what} is of another architecture: {name!r} is {there.get(name, 'absent')} there and "
+                f"{what} is of another architecture: {shown(name)} is {there.get(name, 'absent')} there and "
                 f"{expected.get(name, 'absent')} as configured. Use the checkpoint's own config.yaml"
             )
 
@@ -441,6 +480,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """
     part = path.with_suffix(".part")
     with _writing(path):
+        refuse_link(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(part, content)
         part.replace(path)
@@ -450,7 +490,8 @@ def check_writable(path: Path) -> None:
     """Raise RunError, before any work is lost, if a file cannot be written."""
     part = path.with_suffix(".part")
     with _writing(path):
-        part.touch()
+        refuse_link(path)
+        write_synced(part, b"")
         part.unlink()
 
 
@@ -472,10 +513,7 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(
-            f"cannot write {error.filename or path}: {error.strerror or error}. "
-            "Make room or grant permission there, or choose another folder"
-        ) from error
+        raise RunError(cannot_write(error, path)) from error
 
 
 def _packed(tensors: Params, about: dict[str, Any]) -> bytes:
@@ -490,20 +528,20 @@ def _packed(tensors: Params, about: dict[str, Any]) -> bytes:
 def _unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
     try:
         # Read at once: the library's own reader opens the file twice, and a training run may replace it in between.
-        content = path.read_bytes()
+        content = read_bounded(path)
         found = load_tensors(content)
         # The bytes' reader gives no metadata: the format's header is its length in 8 bytes, then JSON.
-        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        about = json.loads(header.get("__metadata__", {})["metaheed"])
+        header = from_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = from_json(header.get("__metadata__", {})["metaheed"])
         names = about.get("names", [])
         if sorted(names) != sorted(found):
             raise ValueError("its list of tensors does not match its content")
         # Copied into memory of PyTorch's own alignment: vector kernels round differently at another one.
         tensors = {name: found[name].clone() for name in names}
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise RunError(f"{path} is not a checkpoint: {error}") from error
+        raise RunError(f"{path} is not a checkpoint: {_said(error)}") from error
     if about.get("format") != _FORMAT:
-        raise RunError(f"{path} has checkpoint format {about.get('format')!r}, but this program reads {_FORMAT}")
+        raise RunError(f"{path} has checkpoint format {shown(about.get('format'))}, but this program reads {_FORMAT}")
     if about.pop("sha256", None) != _digest(tensors):
         raise RunError(f"{path} is damaged: its checksum does not match its content")
     del about["names"]

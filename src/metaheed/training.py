@@ -64,6 +64,7 @@ from metaheed.process import (
 )
 from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
 from metaheed.starting import read_weights, start_from
+from metaheed.trust import allow
 from metaheed.types import Episode, Params
 
 VALIDATION_SEED = 0
@@ -108,11 +109,17 @@ class Silent:
         pass
 
 
-def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
+def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = False) -> Path:
     """Train a new run.
 
     What can be known to be wrong is refused before the folder is made; if data or network turn out unusable before the
     first iteration, the folder is removed again.
+
+    Args:
+        config: of the run.
+        reporter: told how it goes.
+        trust: let the code of a network run that a recipe names and is not one of ours. What the caller names himself
+            is his word already.
 
     Returns:
         The run folder.
@@ -131,7 +138,10 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
         learner = replace(learner, init_from=learner.init_from.expanduser().absolute())
     if ":" in learner.backbone:
         learner = replace(learner, backbone_path=(learner.backbone_path or Path()).expanduser().absolute())
+    if trust:
+        allow(learner.backbone, learner.backbone_path)
     find_backbone(learner.backbone, learner.backbone_path)
+    allow(learner.backbone, learner.backbone_path)  # named by the user: so this run can be used without his saying so
     training = config.training
     device = pick_device(training.device)
     training = replace(
@@ -192,6 +202,7 @@ def resume(
     execution: ExecutionName | None = None,
     chunk_size: int | None = None,
     capture: Literal["auto", "on", "off"] | None = None,
+    trust: bool = False,
 ) -> Path:
     """Continue a run where its newest whole checkpoint stands, to the bits it would have had uninterrupted.
 
@@ -203,13 +214,16 @@ def resume(
         reporter: told how it goes.
         execution, chunk_size: compute so instead, and give up on the same bits.
         capture: make the steps so instead.
+        trust: let the code of a network run that the run folder names, is not one of ours, and was not allowed before.
 
     Raises:
         As `train`; RunError also where the folder holds no run.
     """
     reporter = reporter or Silent()
     folder = RunFolder(path)
-    folder.read_config()  # refuses what is not a run before anything is made there
+    learner = folder.read_config(trust).learner
+    # Refuses what is not a run, or may not be run, before anything is made there.
+    find_backbone(learner.backbone, learner.backbone_path)
     with folder.locked():
         config = folder.read_config()
         training, episodes = config.training, config.episodes
@@ -694,7 +708,7 @@ class _Events:
             from torch.utils.tensorboard import SummaryWriter
 
             # Events of iterations that a cut-off process did after its last checkpoint are purged.
-            self._writer = SummaryWriter(str(folder.path / "tensorboard"), purge_step=iteration + 1)
+            self._writer = SummaryWriter(str(folder.events), purge_step=iteration + 1)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
         if self._writer is not None:

@@ -1,5 +1,6 @@
 """The field's base network, and how a network is named on the command line."""
 
+import contextlib
 import hashlib
 import importlib
 import sys
@@ -11,6 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
+from metaheed import trust
 from metaheed.errors import ConfigError, unknown
 from metaheed.learners.conversion import refuse
 from metaheed.learners.examination import check_logits
@@ -121,17 +123,22 @@ def find_backbone(name: str, folder: Path | None = None) -> Callable[[int, Image
         folder: where the module is looked for before the rest of the import path.
 
     Raises:
-        ConfigError: there is no such name, module or class.
+        ConfigError: there is no such name, module or class, or a file names it and the user has not allowed it (see
+            `metaheed.trust`).
     """
     if name in BACKBONES:
         return BACKBONES[name]
     module_name, separator, attribute = name.partition(":")
     if not separator:
         raise unknown("backbone", name, [*BACKBONES, "module:Class"])
+    from_file = isinstance(name, trust.Named)
+    if from_file:
+        trust.require(name, folder)  # before the import path is changed, or anything imported
     if folder is not None and str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     try:
-        module = importlib.import_module(module_name)
+        with trust.from_source() if from_file else contextlib.nullcontext():
+            module = importlib.import_module(module_name)
     except Exception as error:  # whatever a user's module raises while it is imported belongs into the message
         raise ConfigError(
             f"backbone {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}. "

@@ -15,9 +15,10 @@ from typing import Any
 import yaml
 
 from metaheed.config import RunConfig, default_config, from_dict, to_dict
-from metaheed.errors import ConfigError, RunError
-from metaheed.files import write_synced
+from metaheed.errors import ConfigError, RunError, brief, shown
+from metaheed.files import YAML_BYTES, cannot_write, read_bounded, refuse_link, write_synced
 from metaheed.paper import ITERATIONS, Cell, all_cells
+from metaheed.parsing import from_yaml
 
 OF_A_RUN: dict[str, tuple[str, ...]] = {
     "episodes": ("data_root",),
@@ -54,16 +55,18 @@ class Recipe:
     def __post_init__(self) -> None:
         kind = self.provenance.get("kind")
         if kind not in ("untuned", "searched"):
-            raise ConfigError(f"provenance: kind is {kind!r}, but it must be untuned or searched")
+            raise ConfigError(f"provenance: kind is {shown(kind)}, but it must be untuned or searched")
         for name, expected in _SEARCHED.items() if kind == "searched" else ():
             value = self.provenance.get(name)
             if not isinstance(value, expected) or isinstance(value, bool):
                 raise ConfigError(
-                    f"provenance: {name} of a searched recipe is {value!r}, but it must be a {expected.__name__}"
+                    f"provenance: {name} of a searched recipe is {shown(value)}, but it must be a {expected.__name__}"
                 )
         accuracy = self.provenance.get("validation_accuracy", 0.0)
         if not isinstance(accuracy, float) or not (math.isfinite(accuracy) and 0 <= accuracy <= 1):
-            raise ConfigError(f"provenance: validation_accuracy is {accuracy!r}, but it must be a number from 0 to 1")
+            raise ConfigError(
+                f"provenance: validation_accuracy is {shown(accuracy)}, but it must be a number from 0 to 1"
+            )
 
     @property
     def name(self) -> str:
@@ -79,14 +82,12 @@ def write(recipe: Recipe, path: Path) -> None:
     """
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
+        refuse_link(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(part, text(recipe, path.name).encode())
         part.replace(path)
     except OSError as error:
-        raise RunError(
-            f"cannot write {error.filename or path}: {error.strerror or error}. "
-            "Make room or grant permission there, or choose another folder"
-        ) from error
+        raise RunError(cannot_write(error, path)) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -106,18 +107,18 @@ def read(path: Path) -> Recipe:
             recipe's.
     """
     try:
-        values = yaml.safe_load(path.read_bytes())
+        values = from_yaml(read_bounded(path, YAML_BYTES))
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"{path} is not a recipe, for it is not YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is not a recipe: {error}") from error
     expected = {"provenance", "config"}
     if (
         not isinstance(values, dict)
         or set(values) != expected
         or not all(isinstance(values[n], dict) for n in expected)
     ):
-        found = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
+        found = brief(", ".join(map(str, values))) if isinstance(values, dict) else type(values).__name__
         raise ConfigError(f"{path} is not a recipe: it must hold the mappings provenance and config, and holds {found}")
     for group, names in OF_A_RUN.items():
         inside = values["config"].get(group)

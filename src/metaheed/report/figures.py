@@ -6,7 +6,6 @@ thin ones single seeds.
 
 import io
 import itertools
-import json
 import math
 import re
 import textwrap
@@ -20,9 +19,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from metaheed.errors import RunError
+from metaheed.errors import RunError, brief
 from metaheed.figures import COLOURS, draw_trajectories
+from metaheed.files import JSON_BYTES, read_bounded
 from metaheed.paper import Setting
+from metaheed.parsing import from_json
 from metaheed.report.arms import Arm, algorithm_label, title
 from metaheed.report.measures import INPUTS, AttentionLog, Band, mean_band, mean_curve
 from metaheed.report.reading import plain
@@ -320,7 +321,7 @@ def read_toy(file: Path) -> Toy:
         RunError: it cannot be read.
     """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = from_json(read_bounded(file, JSON_BYTES))
         runs = {plain(str(name)): value for name, value in found.items() if name != "optima"}
         paths = {name: _points(value["points"]) for name, value in runs.items()}
         numbers = {n: (float(value["path_length"]), float(value["displacement"])) for n, value in runs.items()}
@@ -328,7 +329,7 @@ def read_toy(file: Path) -> Toy:
         if not paths or len(paths) > len(COLOURS):
             raise ValueError(f"{len(paths)} algorithms")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise RunError(f"{file} is not what 'metaheed toy' writes: {error!r}") from error
+        raise RunError(f"{file} is not what 'metaheed toy' writes: {brief(repr(error), 300)}") from error
     return Toy(optima, paths, numbers)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from metaheed.errors import RunError
+from metaheed.errors import RunError, brief, shown
 from metaheed.report.reading import Validation
 from metaheed.runs import stream_lines
 
@@ -304,7 +304,7 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
                 raise ValueError(f"batches of {tasks} and of {B} tasks")
             tasks = B
             if not 0 < line["iteration"] <= 10**9:
-                raise ValueError(f"iteration {line['iteration']!r}")
+                raise ValueError(f"iteration {shown(line['iteration'])}")
             iterations.append(int(line["iteration"]))
             for name in names:
                 columns[name].append([math.nan if v is None else v for v in line[name]])
@@ -316,4 +316,4 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
         if iterations:
             yield packed()
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise RunError(f"{file} is damaged: {error!r}") from error
+        raise RunError(f"{file} is damaged: {brief(repr(error), 300)}") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from metaheed.config import RunConfig
-from metaheed.errors import RunError
+from metaheed.errors import RunError, brief, shown
 from metaheed.evaluation import read_result
 from metaheed.paper import Setting
 from metaheed.runs import STUDY_FILE, RunFolder, stream_lines
@@ -124,6 +124,7 @@ def find(paths: Sequence[Path]) -> Found:
     """Read the run folders among these folders and, recursively, inside them. A folder named twice counts once.
 
     Links are followed. The trials of a search are no repetitions of anything: they are read only where they are named.
+    A run that cannot be read, whatever is wrong with it, is listed as such and stops nothing.
 
     Raises:
         RunError: none is named, one is not a folder or cannot be looked into, or no run is found.
@@ -138,20 +139,26 @@ def find(paths: Sequence[Path]) -> Found:
     for path in paths:
         if not path.is_dir():
             raise RunError(f"{path} is not a folder: name run folders, or folders that hold some")
-        for folder, below, files in _walk(path, seen):
+        for folder, below, files in _walk(path, seen, unreadable):
             if TOY_FILE in files:
                 toys.append(folder / TOY_FILE)
             if STUDY_FILE in files:
                 below.clear()
                 trials = len([*folder.glob("trials/*/config.yaml")])
                 studies.append((plain(str(folder)), f"trials of a search ({trials}): name a trial's folder to see it"))
-            if "config.yaml" in files:
+            if "config.yaml" in below:
+                below.remove("config.yaml")
+                unreadable.append((plain(str(folder)), "its config.yaml is a folder"))
+            elif "config.yaml" in files:
                 try:
                     runs.append(read_run(folder))
                     below.clear()  # what is inside a run is that run's
                 except RunError as error:
                     # Other programs have a config.yaml as well, with runs below it.
-                    unreadable.append((plain(str(folder)), plain(str(error))))
+                    unreadable.append((plain(str(folder)), plain(brief(str(error), 500))))
+                except Exception as error:  # whatever a stranger's files lead to, it is that run's fault alone
+                    reason = brief(f"it cannot be read ({type(error).__name__}: {error})", 500)
+                    unreadable.append((plain(str(folder)), plain(reason)))
     if not runs and not unreadable:
         passed = "".join(f"; {name} holds {what}" for name, what in studies)
         raise RunError(
@@ -160,11 +167,15 @@ def find(paths: Sequence[Path]) -> Found:
     return Found(tuple(runs), tuple(unreadable), tuple(toys), tuple(studies))
 
 
-def _walk(path: Path, seen: set[Path]) -> Iterator[tuple[Path, list[str], list[str]]]:
+def _walk(
+    path: Path, seen: set[Path], unreadable: list[tuple[str, str]]
+) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Folders, the names of those below each, which may be taken out, and of its files; none that was seen before."""
 
     def refuse(error: OSError) -> None:
-        raise RunError(f"{error.filename} cannot be looked into: {error.strerror}") from error
+        if Path(error.filename) == path:
+            raise RunError(f"{error.filename} cannot be looked into: {error.strerror}") from error
+        unreadable.append((plain(str(error.filename)), f"it cannot be looked into: {error.strerror}"))
 
     for folder, below, files in os.walk(path, onerror=refuse, followlinks=True):
         real = Path(folder).resolve()
@@ -209,33 +220,19 @@ def _read_metrics(file: Path) -> tuple[int, tuple[Validation, ...]]:
     for line in stream_lines(file):
         iteration, accuracy = line.get("iteration"), line.get("validation_accuracy")
         if not isinstance(iteration, int) or not 0 < iteration <= _MOST:
-            raise RunError(f"{file} has a line whose iteration is {iteration!r}")
+            raise RunError(f"{file} has a line whose iteration is {shown(iteration)}")
         if accuracy is None:
             done = max(done, iteration)
         elif isinstance(accuracy, float | int) and 0 <= accuracy <= 1:
             validations.append(Validation(iteration, float(accuracy)))
         else:
-            raise RunError(f"{file}: the validation after iteration {iteration} has accuracy {accuracy!r}")
+            raise RunError(f"{file}: the validation after iteration {iteration} has accuracy {shown(accuracy)}")
     return done, tuple(validations)
 
 
 def _read_result(path: Path, run: Run) -> tuple[Result | None, str | None]:
     """A run's result, or why it is not the run's as it stands."""
     found = read_result(path)
-    expected = {"data": str, "split": str, "ways": int, "shots": int, "iteration": int, "half_width_95": float}
-    for name, kind in expected.items():
-        if not isinstance(found.get(name), kind):
-            raise RunError(f"{path / 'result.json'}: {name} is {found.get(name)!r}: judge the run again")
-    accuracies = found["accuracies"]
-    if not all(isinstance(a, float | int) and 0 <= a <= 1 for a in accuracies) or len(accuracies) < 2:
-        raise RunError(f"{path / 'result.json'}: its accuracies are not two or more numbers from 0 to 1")
-    mean = math.fsum(accuracies) / len(accuracies)
-    if not abs(mean - found["accuracy"]) <= 1e-5:  # each is rounded to a millionth; NaN is not
-        raise RunError(
-            f"{path / 'result.json'}: its accuracy is {found['accuracy']}, but its tasks' mean is {mean:.6f}"
-        )
-    if not 0 <= found["half_width_95"] < math.inf:
-        raise RunError(f"{path / 'result.json'}: half_width_95 is {found['half_width_95']}: judge the run again")
     config = run.config
     if (found["seed"], found["algorithm"]) != (run.seed, config.algorithm):
         return None, f"its result.json is of {plain(found['algorithm'])} with seed {found['seed']}"
@@ -257,6 +254,10 @@ def _read_result(path: Path, run: Run) -> tuple[Result | None, str | None]:
     return Result(setting, judged, found["accuracy"], found["half_width_95"]), None
 
 
+def _word(value: Any) -> str:
+    return brief(value) if isinstance(value, str) else shown(value)
+
+
 def _read_cost(file: Path) -> Cost | None:
     """What the iterations took in the place where most of them were computed."""
     if not file.exists():
@@ -274,10 +275,10 @@ def _read_cost(file: Path) -> Cost | None:
         return None
 
     def where(line: dict[str, Any]) -> str:
-        threads = line.get("threads")
-        counted = f"{threads} thread{'s' * (threads != 1)}"
+        threads = _word(line.get("threads"))
+        counted = f"{threads} thread{'s' * (threads != '1')}"
         return plain(
-            ", ".join(str(p) for p in (line.get("device"), line.get("processor"), counted, line.get("execution")))
+            ", ".join(_word(p) for p in (line.get("device"), line.get("processor"), counted, line.get("execution")))
         )
 
     count: Counter[str] = Counter()

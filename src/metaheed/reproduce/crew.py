@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from metaheed.errors import Interrupted, MetaheedError
-from metaheed.files import try_lock
+from metaheed.files import make_folder, open_in_place, open_to_read, try_lock
 from metaheed.reproduce.plan import Job, Place, Stage, command
 
 _POLL = 0.1  # seconds between two looks at the processes
@@ -62,8 +62,8 @@ class Log:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file: IO[bytes] = path.open("ab")
+        make_folder(path.parent, path.parent.parent)
+        self.file: IO[bytes] = open_in_place(path, "ab")
         self._begin = 0
 
     def begin(self, arguments: Sequence[str]) -> None:
@@ -74,7 +74,7 @@ class Log:
 
     def reason(self, status: int) -> str:
         """Why the command failed: its last line, if that is an error's; else how it ended."""
-        with self.path.open("rb") as file:
+        with open_to_read(self.path) as file:
             file.seek(self._begin)
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
@@ -97,7 +97,7 @@ class Follower:
     def look(self) -> None:
         """Take in the lines that have come."""
         try:
-            with self._path.open("rb") as file:
+            with open_to_read(self._path) as file:
                 if file.seek(0, os.SEEK_END) < self._read:
                     self._read = 0  # cut back to its checkpoint
                 file.seek(self._read)
@@ -108,7 +108,7 @@ class Follower:
         self._read += len(whole) + bool(whole)
         for line in whole.splitlines():
             # A line that was begun before the log was cut back, and read on after, is none.
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 values: dict[str, Any] = json.loads(line)
                 self.iteration = values["iteration"]
                 self.validation = values.get("validation_accuracy", self.validation)
@@ -180,8 +180,8 @@ def lock(out: Path, name: str) -> IO[bytes] | None:
         OSError: it cannot be written.
     """
     path = out / "locks" / f"{name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open("ab")
+    make_folder(path.parent, out)
+    file = open_in_place(path, "ab")
     if try_lock(file):
         return file
     file.close()

@@ -18,7 +18,9 @@ import torch
 from metaheed.config import RunConfig, to_dict
 from metaheed.data import find_shape
 from metaheed.errors import DataError, MetaheedError, RunError
+from metaheed.files import JSON_BYTES, read_bounded
 from metaheed.paper import IMAGE_SHAPES
+from metaheed.parsing import from_json
 from metaheed.process import describe_processor
 from metaheed.recipes import PAPERS_SEARCH, without_run
 from metaheed.reproduce.plan import Job, Place, Run, Standing
@@ -154,7 +156,7 @@ def _line_where(line: Mapping[str, Any]) -> str:
 def _read_kept(out: Path) -> dict[str, Speed]:
     kept: dict[str, Speed] = {}
     with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
-        for key, values in json.loads((out / "times.json").read_text(encoding="utf-8")).items():
+        for key, values in from_json(read_bounded(out / "times.json", JSON_BYTES)).items():
             kept[key] = Speed(float(values["iteration"]), float(values["task"]))
     return kept
 

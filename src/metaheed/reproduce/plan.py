@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 from metaheed.config import FreezeConfig, ReplayedConfig, ReproduceConfig, RunConfig
 from metaheed.errors import ConfigError, RunError, unknown
 from metaheed.evaluation import read_result
+from metaheed.files import LinkError, cannot_write, refuse_link
 from metaheed.paper import ANALOGOUS, experiment_algorithms, experiment_cells
 from metaheed.recipes import Recipe, difference, of_cell, read_folder, without_run
 from metaheed.runs import Progress, RunFolder
@@ -195,8 +196,10 @@ def make_jobs(experiment: str, config: ReproduceConfig) -> list[Job]:
 
     Raises:
         ConfigError: the experiment, a word of --only or a recipe is unknown or wrong, or nothing is chosen.
+        RunError: a link lies in the output folder where a folder of ours would.
     """
     chosen, toy = _choose(experiment, config)
+    _refuse_links(config.out, [TOY, RECIPES, "logs", "locks", *(f"{n}-seed{s}" for n in chosen for s in config.seeds)])
     jobs: list[Job] = [ToyJob(config.out / TOY)] if toy else []
     for seed in config.seeds:
         for name, recipe in chosen.items():
@@ -209,6 +212,14 @@ def make_jobs(experiment: str, config: ReproduceConfig) -> list[Job]:
             file, folder = config.out / RECIPES / f"{name}.yaml", RunFolder(config.out / run)
             jobs.append(Run(run, recipe, file, seed, folder, iterations, config.tasks, config.data_root))
     return jobs
+
+
+def _refuse_links(out: Path, names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            refuse_link(out / name)
+        except LinkError as error:
+            raise RunError(cannot_write(error, out)) from error
 
 
 def _choose(experiment: str, config: ReproduceConfig) -> tuple[dict[str, Recipe], bool]:

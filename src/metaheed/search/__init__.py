@@ -33,16 +33,17 @@ import sqlalchemy
 
 from metaheed.config import RunConfig, SearchConfig, TrainingConfig
 from metaheed.data import Episodes, check_name, load_dataset
-from metaheed.errors import ConfigError, DataError, Interrupted, RunError
+from metaheed.errors import ConfigError, DataError, Interrupted, RunError, brief
 from metaheed.learners import build_learner, find_backbone
 from metaheed.process import pick_device
 from metaheed.runs import STUDY_FILE
 from metaheed.search.database import FAILURES, reason, shown_as, sqlite_file, sqlite_url
 from metaheed.search.draws import first_rung, search_name
 from metaheed.search.results import Summary, write_results
-from metaheed.search.study import SharedStudy, read_settings
+from metaheed.search.study import SharedStudy, read_settings, refuse_links_to_database
 from metaheed.search.worker import Presence, Worker, how_to_go_on
 from metaheed.training import Reporter, Silent
+from metaheed.trust import allow
 
 __all__ = ["Summary", "read_search", "search"]
 
@@ -73,7 +74,7 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
             try:
                 worker.work()
             except KeyboardInterrupt:
-                raise Interrupted(f"stopped; {how_to_go_on(out)}", signal.SIGINT) from None
+                raise Interrupted(f"stopped; {how_to_go_on(out, settings.storage)}", signal.SIGINT) from None
             return write_results(shared)
     except (ConfigError, DataError):
         begun = [*out.glob("trials/*/config.yaml"), *[*out.glob("workers/*")][1:]]
@@ -81,32 +82,57 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
             shutil.rmtree(out)  # what no trial can be trained with leaves no study that refuses the next
         raise
     except FAILURES as error:
-        raise RunError(
-            f"the database {shown_as(settings.storage, out)} failed ({reason(error)}); {how_to_go_on(out)}"
-        ) from error
+        database, more = shown_as(settings.storage, out), how_to_go_on(out, settings.storage)
+        raise RunError(f"the database {database} failed ({reason(error)}); {more}") from error
     finally:
         for path in made:
             with contextlib.suppress(OSError):  # not empty: the study is there; or removed above
                 path.rmdir()
 
 
-def read_search(out: Path, storage: str | None = None) -> tuple[RunConfig, SearchConfig]:
+def read_search(out: Path, storage: str | None = None, trust: bool = False) -> tuple[RunConfig, SearchConfig]:
     """What `search` needs to go on with a study folder.
 
     Args:
         out: the study folder.
-        storage: its database, where that is not the one recorded.
+        storage: its database. One that only the folder names is opened only if it is a SQLite file in the folder: a URL
+            can lead anywhere.
+        trust: let the code of a network run that the folder names, is not one of ours, and was not allowed before.
 
     Raises:
         RunError: it is none, or its search.yaml is damaged.
-        ConfigError: its database needs a password, and none is named.
+        ConfigError: its database lies elsewhere, and is not named.
     """
     config, settings = read_settings(out)
+    if trust:
+        allow(config.learner.backbone, config.learner.backbone_path)
     if storage is not None:
         settings = replace(settings, storage=storage)
-    elif settings.storage is not None and sqlalchemy.engine.make_url(settings.storage).password == "***":
-        raise ConfigError(f"{out} keeps no password: name the database again (--storage URL)")
+    elif settings.storage is not None:
+        settings = replace(settings, storage=_inside(out, settings.storage))
     return replace(config, training=replace(config.training, out=out)), settings
+
+
+def _inside(out: Path, storage: str) -> str:
+    """The URL of a SQLite file in the study folder, from one that search.yaml names."""
+    try:
+        file = sqlite_file(storage)
+        url = sqlalchemy.engine.make_url(storage)
+        plain = url.drivername in ("sqlite", "sqlite+pysqlite") and not url.query
+        if file is not None and plain and not str(file).startswith("file:"):
+            file = file.absolute()
+            if file.parent.resolve() == out.resolve():
+                refuse_links_to_database(file)
+                return sqlite_url(file)
+        named = brief(shown_as(storage, out), 200)
+        if url.password == "***":
+            raise RunError(f"{out} keeps no password: name the database again (--storage URL), which is {named}")
+    except ConfigError:
+        named = "another database"
+    raise ConfigError(
+        f"{out} says that its study is kept in {named}. What only a folder names is not opened: if that is where you "
+        "keep it, name it again, with its password if it has one (--storage URL)"
+    )
 
 
 def _anywhere(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, SearchConfig]:
@@ -145,6 +171,7 @@ def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
         )
     check_name(data.data)
     find_backbone(config.learner.backbone, config.learner.backbone_path)
+    allow(config.learner.backbone, config.learner.backbone_path)
     pick_device(training.device)
     if (out / STUDY_FILE).exists():
         return  # begun, and so checked

@@ -11,8 +11,8 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
-from metaheed.errors import ConfigError, RunError
-from metaheed.files import try_lock
+from metaheed.errors import ConfigError, RunError, shown
+from metaheed.files import cannot_write, open_in_place, try_lock
 
 _ATTEMPTS = 4  # to open a database that another worker may be setting up
 _DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
@@ -32,13 +32,15 @@ def sqlite_file(storage: str | None) -> Path | None:
         url = sqlalchemy.engine.make_url(storage)
     except ArgumentError:
         raise ConfigError(
-            f"--storage is {storage.rpartition('@')[2]!r}, but it must be a database's URL: sqlite:///FILE, "
+            f"--storage is {shown(storage.rpartition('@')[2])}, but it must be a database's URL: sqlite:///FILE, "
             "postgresql://USER:PASSWORD@HOST/NAME, mysql+pymysql://USER:PASSWORD@HOST/NAME, …"
         ) from None
     if url.get_backend_name() != "sqlite":
         return None
     if url.database in (None, "", ":memory:"):
-        raise ConfigError(f"--storage is {storage!r}, which is kept in memory and lost: name a file, sqlite:///FILE")
+        raise ConfigError(
+            f"--storage is {shown(storage)}, which is kept in memory and lost: name a file, sqlite:///FILE"
+        )
     return Path(url.database)
 
 
@@ -116,7 +118,11 @@ def exclusive(path: Path | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    with path.open("a+") as file:
+    try:
+        opened = open_in_place(path, "a+")
+    except OSError as error:
+        raise RunError(cannot_write(error, path)) from error
+    with opened as file:
         while not try_lock(file):
             time.sleep(0.02)
         yield

@@ -17,7 +17,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from metaheed import recipes
 from metaheed.config import RunConfig, SearchConfig, build, from_dict, to_dict
-from metaheed.errors import RunError
+from metaheed.errors import RunError, brief, shown
+from metaheed.files import YAML_BYTES, LinkError, cannot_write, make_folder, read_bounded, refuse_link
+from metaheed.parsing import from_yaml
 from metaheed.runs import STUDY_FILE, RunFolder, write_whole
 from metaheed.search.database import connect, exclusive, shown_as, sqlite_file, sqlite_url
 from metaheed.search.draws import make_pruner, make_sampler
@@ -56,6 +58,7 @@ class SharedStudy:
         if settings.storage is None:
             _make(out)
             database = out / "study.db"
+            refuse_links_to_database(database)
         if database is not None:
             if not database.parent.is_dir():
                 raise RunError(f"the database {database} cannot be made: {database.parent} is not a folder")
@@ -84,14 +87,14 @@ class SharedStudy:
             study = optuna.load_study(study_name=name, storage=self.storage, pruner=pruner)
         if _RECORD not in study.user_attrs:
             if study.get_trials(deepcopy=False):
-                raise RunError(f"the study {name!r} in {self.shown} is another program's: choose another --study")
+                raise RunError(f"the study {shown(name)} in {self.shown} is another program's: choose another --study")
             study.set_user_attr(_RECORD, self.record)
         self._verify(study)
         return study
 
     def _verify(self, study: Study) -> None:
         theirs = study.user_attrs[_RECORD]
-        refuse_difference(f"the study {study.study_name!r} in {self.shown}", theirs, self.record)
+        refuse_difference(f"the study {shown(study.study_name)} in {self.shown}", theirs, self.record)
 
     def trials(self) -> list[FrozenTrial]:
         """Those below --trials, by number."""
@@ -161,8 +164,17 @@ class SharedStudy:
         return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker
 
     def folder(self, number: int) -> RunFolder:
-        """The run folder of a trial."""
-        return RunFolder(self.out / "trials" / f"{number:03d}")
+        """The run folder of a trial.
+
+        Raises:
+            RunError: a link is in its place.
+        """
+        path = self.out / "trials" / f"{number:03d}"
+        try:
+            refuse_link(path / "checkpoints", self.out)
+        except LinkError as error:
+            raise RunError(cannot_write(error, path)) from error
+        return RunFolder(path)
 
     def write_settings(self) -> None:
         """Write search.yaml.
@@ -189,8 +201,23 @@ class SharedStudy:
 def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
+        for name in ("trials", "workers"):
+            make_folder(out / name, out)
+        for trial in sorted((out / "trials").iterdir()):
+            refuse_link(trial)
+    except LinkError as error:
+        raise RunError(cannot_write(error, out)) from error
     except OSError as error:
         raise RunError(f"the study folder {out} cannot be made: {error.strerror}. Choose another --out") from error
+
+
+def refuse_links_to_database(file: Path) -> None:
+    """Raise RunError where a study folder's own database, or a file that SQLite keeps beside it, is a link."""
+    try:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            refuse_link(file.with_name(file.name + suffix))
+    except LinkError as error:
+        raise RunError(cannot_write(error, file)) from error
 
 
 def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
@@ -201,12 +228,12 @@ def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
     """
     file = out / STUDY_FILE
     try:
-        values = yaml.safe_load(file.read_bytes())
+        values = from_yaml(read_bounded(file, YAML_BYTES))
         return from_dict(values["config"]), build(SearchConfig, values["search"], "search")
     except OSError as error:
         raise RunError(f"{out} is not a study folder: search.yaml cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} is not of a search of this program: {error}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} is not of a search of this program: {brief(str(error), 400)}") from error
 
 
 def _refuse_other_search(out: Path, config: RunConfig, settings: SearchConfig) -> None:
@@ -263,4 +290,4 @@ def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
 
 
 def _said(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return brief(" ".join(map(str, value)) if isinstance(value, list) else str(value))

@@ -16,10 +16,10 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from metaheed.errors import Interrupted, NonFiniteError, RunError
-from metaheed.files import try_lock
+from metaheed.files import cannot_write, make_folder, open_in_place, try_lock
 from metaheed.process import pick_device
 from metaheed.runs import Progress, RunFolder
-from metaheed.search.database import FAILURES, reason
+from metaheed.search.database import FAILURES, reason, shown_as
 from metaheed.search.draws import configured, used
 from metaheed.search.results import write_results
 from metaheed.search.study import SharedStudy, count_finished, of_trial, refuse_difference
@@ -29,25 +29,29 @@ _BEATS = 8  # signs of life within --lost-after
 _POLL = 2.0  # seconds between two looks for work
 
 
-def how_to_go_on(out: Path) -> str:
-    """Said wherever work stops before its end."""
-    return f"the same command goes on, and so does: metaheed search --resume {shlex.quote(str(out))}"
+def how_to_go_on(out: Path, storage: str | None) -> str:
+    """Said wherever work stops before its end. A database that is not the folder's own has to be named again."""
+    named = "" if storage is None else f" --storage {shlex.quote(shown_as(storage, out))}"
+    return f"the same command goes on, and so does: metaheed search --resume {shlex.quote(str(out))}{named}"
 
 
 class Presence:
     """This process's file among workers/, locked until it ends, however it ends."""
 
     def __init__(self, out: Path) -> None:
-        self._folder = out / "workers"
+        self._out, self._folder = out, out / "workers"
         # Where the system has no network address to tell, uuid makes one up: then none is known to be of this machine.
         self.machine = f"{platform.node()}/{uuid.getnode():x}"
         self.name = f"{self.machine}/{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
     def __enter__(self) -> "Presence":
-        self._folder.mkdir(parents=True, exist_ok=True)
         path = self._path(self.name)
         while True:
-            self._file = path.open("a+")
+            try:
+                make_folder(self._folder, self._out)
+                self._file = open_in_place(path, "a+")
+            except OSError as error:
+                raise RunError(cannot_write(error, path)) from error
             if try_lock(self._file) and path.exists():
                 return self
             self._file.close()  # another looked at it, or tidied it away, before it was locked
@@ -66,7 +70,7 @@ class Presence:
         if name.rpartition("/")[0] != self.machine or name == self.name:
             return False
         try:
-            with path.open("r+") as file:
+            with open_in_place(path, "r+") as file:
                 return try_lock(file)
         except OSError:
             return False  # not there: its folder is another, or it ended in order and gave its trial back
@@ -157,8 +161,9 @@ class Worker:
                 return
             except Interrupted as stop:
                 self._give_back(trial_id)
+                more = how_to_go_on(shared.out, shared.settings.storage)
                 raise Interrupted(
-                    f"stopped in trial {number} after iteration {report.iteration}; {how_to_go_on(shared.out)}",
+                    f"stopped in trial {number} after iteration {report.iteration}; {more}",
                     stop.signal_number,
                 ) from None
             except BaseException:
@@ -217,9 +222,8 @@ class Worker:
         """A worker that was taken for dead, and is not, may still write its last line."""
         said = False
         while folder.lock_file.exists():
-            with folder.lock_file.open("a+") as file:
-                if try_lock(file):
-                    return
+            if not folder.is_held():
+                return
             if not said:
                 self._tell(f"{folder.path} is still held by another process: waiting for its end")
                 said = True
