@@ -27,6 +27,7 @@ from metaheed.outer import (
 )
 from metaheed.process import cpu_threads, float32_products, memory_explained, pick_device, starts_explained
 from metaheed.runs import Pixels, RunFolder, check_writable, load_weights, recorded_pixels, write_whole
+from metaheed.seals import seal_values, unseal_values
 from metaheed.types import Params
 
 _AT_ONCE = 10  # tasks a batch in evaluation: bounds memory, and how long an interruption waits
@@ -156,7 +157,7 @@ def evaluate_run(
         "initial_loss": float(initial.losses.mean()),
         "accuracies": [round(a, 6) for a in adapted.accuracies.tolist()],
     }
-    write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
+    write_whole(file, (json.dumps(seal_values(result), indent=1) + "\n").encode())
     return result
 
 
@@ -447,7 +448,7 @@ def read_result(path: Path, data: str | None = None, shape: Asked = _OWN) -> dic
         named = {"data": None if data == own.data else data, "ways": shape[0], "shots": shape[1], "queries": shape[2]}
         again += "".join(f" --{name} {value}" for name, value in named.items() if value is not None)
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
+        result = unseal_values(json.loads(file.read_text(encoding="utf-8")))
         missing = {*_RESULT_FIELDS} - set(result)
         for name in _RESULT_FIELDS:
             if name in result and not isinstance(result[name], _RESULT_FIELDS[name]):

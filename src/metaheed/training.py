@@ -159,7 +159,8 @@ def train(config: RunConfig, reporter: Reporter | None = None) -> Path:
                 raise
             except Exception:  # whatever it was, a run that has not begun leaves no folder that refuses the next
                 logs = (folder.metrics_file, folder.tasks_file)
-                if not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
+                begun = folder.last.exists() or not folder.is_ours()
+                if not begun and not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
                     made_here = (folder.config_file, folder.lock_file, folder.replayed_file, folder.classes_file)
                     for file in (*made_here, *logs, folder.timing_file):
                         file.unlink(missing_ok=True)
@@ -267,12 +268,13 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
                 "it can be raised, not lowered"
             )
         if checkpoint is not None and _finished(checkpoint.progress, config):
+            folder.check_logs()
             folder.write_best(checkpoint)
             written = folder.read_config()
             if written.training.iterations != config.training.iterations:
                 # Lowered to what the checkpoint has: what was logged after it was is of no run any more.
-                JsonLines(folder.metrics_file, checkpoint.progress.metrics_bytes).close()
-                JsonLines(folder.tasks_file, checkpoint.progress.tasks_bytes).close()
+                for log in _open_logs(folder, checkpoint.progress):
+                    log.close()
                 lowered = replace(written.training, iterations=config.training.iterations)
                 folder.write_config(replace(written, training=lowered))
             reporter.message(f"{folder.path} is finished: all {config.training.iterations} iterations are done")
@@ -534,14 +536,19 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
         _to(start.state, session.device),
         reporter.message,
     )
-    metrics = JsonLines(folder.metrics_file, progress.metrics_bytes)
-    tasks = JsonLines(folder.tasks_file, progress.tasks_bytes)
+    metrics, tasks = _open_logs(folder, progress)
+    folder.watch_config()
     clock = _Clock(session, folder, progress.iteration)
     events = _Events(session.config, folder, progress.iteration)
 
     def save() -> None:
         nonlocal progress
-        progress = progress._replace(metrics_bytes=metrics.sync(), tasks_bytes=tasks.sync())
+        folder.check_unaltered()
+        whole = _finished(progress, session.config)  # nothing follows that would find what was missed
+        (m_bytes, m_sha256), (t_bytes, t_sha256) = metrics.sync(whole), tasks.sync(whole)
+        progress = progress._replace(
+            metrics_bytes=m_bytes, tasks_bytes=t_bytes, metrics_sha256=m_sha256, tasks_sha256=t_sha256
+        )
         folder.write_checkpoint(Checkpoint(progress, steps.state, best, session.dataset.image_shape, session.pixels))
         clock.write(progress.iteration)
 
@@ -598,6 +605,14 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
         metrics.close()
         tasks.close()
         clock.close()
+
+
+def _open_logs(folder: RunFolder, progress: Progress) -> tuple[JsonLines, JsonLines]:
+    """metrics.jsonl and tasks.jsonl, cut back to where the checkpoint was written."""
+    return (
+        JsonLines(folder.metrics_file, progress.metrics_bytes, progress.metrics_sha256),
+        JsonLines(folder.tasks_file, progress.tasks_bytes, progress.tasks_sha256),
+    )
 
 
 def _log(

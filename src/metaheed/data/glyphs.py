@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont
 from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list
 from metaheed.data.sources import Source, SourceSplit, array_stream, stamp
+from metaheed.files import put_in_place
 
 FACES = tuple(
     f"DejaVu{family}"
@@ -203,7 +204,7 @@ def _write_cache(path: Path, images: np.ndarray) -> None:
             try:
                 np.save(file, images, allow_pickle=False)
                 file.close()
-                Path(file.name).replace(path)
+                put_in_place(Path(file.name), path)
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise

@@ -16,7 +16,7 @@ import yaml
 
 from metaheed.config import RunConfig, default_config, from_dict, to_dict
 from metaheed.errors import ConfigError, RunError
-from metaheed.files import write_synced
+from metaheed.files import put_in_place, write_synced
 from metaheed.paper import ITERATIONS, Cell, all_cells
 
 OF_A_RUN: dict[str, tuple[str, ...]] = {
@@ -81,7 +81,7 @@ def write(recipe: Recipe, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(part, text(recipe, path.name).encode())
-        part.replace(path)
+        put_in_place(part, path)
     except OSError as error:
         raise RunError(
             f"cannot write {error.filename or path}: {error.strerror or error}. "

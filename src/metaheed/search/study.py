@@ -19,6 +19,7 @@ from metaheed import recipes
 from metaheed.config import RunConfig, SearchConfig, build, from_dict, to_dict
 from metaheed.errors import RunError
 from metaheed.runs import STUDY_FILE, RunFolder, write_whole
+from metaheed.seals import seal_text, unseal_text
 from metaheed.search.database import connect, exclusive, shown_as, sqlite_file, sqlite_url
 from metaheed.search.draws import make_pruner, make_sampler
 
@@ -179,7 +180,7 @@ class SharedStudy:
                 settings = replace(settings, storage=url.render_as_string(hide_password=True))
             values = {"search": to_dict(settings), "config": to_dict(self.config)}
             head = f"# metaheed search --resume {self.out}\n"
-            write_whole(file, (head + yaml.safe_dump(values, sort_keys=False)).encode())
+            write_whole(file, seal_text((head + yaml.safe_dump(values, sort_keys=False)).encode()))
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """Alone among the workers that write into this study folder."""
@@ -201,7 +202,7 @@ def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
     """
     file = out / STUDY_FILE
     try:
-        values = yaml.safe_load(file.read_bytes())
+        values = yaml.safe_load(unseal_text(file.read_bytes()))
         return from_dict(values["config"]), build(SearchConfig, values["search"], "search")
     except OSError as error:
         raise RunError(f"{out} is not a study folder: search.yaml cannot be read ({error.strerror})") from error
