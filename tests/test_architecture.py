@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
-    ("errors", "files", "seals"),
+    ("errors", "files", "headless", "seals"),
     ("types", "config", "paper"),
     ("data", "learners"),
     ("outer",),

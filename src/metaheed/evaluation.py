@@ -157,7 +157,8 @@ def evaluate_run(
         "initial_loss": float(initial.losses.mean()),
         "accuracies": [round(a, 6) for a in adapted.accuracies.tolist()],
     }
-    write_whole(file, (json.dumps(seal_values(result), indent=1) + "\n").encode())
+    result = seal_values(result)
+    write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 

@@ -48,7 +48,10 @@ from metaheed.outer import (
     workers_ended,
 )
 from metaheed.process import (
+    Signals,
+    StopRequested,
     cannot_start,
+    check_batch_fits,
     cpu_threads,
     describe_processor,
     float32_products,
@@ -60,7 +63,7 @@ from metaheed.process import (
     starts_explained,
 )
 from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
-from metaheed.types import Episode, Params
+from metaheed.types import Params
 
 VALIDATION_SEED = 0
 """The frozen validation tasks are the same for every run and seed."""
@@ -279,16 +282,14 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
                 folder.write_config(replace(written, training=lowered))
             reporter.message(f"{folder.path} is finished: all {config.training.iterations} iterations are done")
             return
-        data = config.episodes
-        dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
-        dataset = _on_device(dataset, pick_device(training.device))
-        folder.record_classes(dataset)
-        session = _set_up(config, dataset, folder)
-        if session.dataset.origin:
-            reporter.message(f"data: {session.dataset.origin}")
-        fresh = _fresh(session)
-        with memory_explained(config, session.device, 1, session.learner):
-            _try_out(session, fresh.state.meta)
+        try:
+            with received.interrupting():
+                session, fresh = _prepare(config, folder, reporter)
+        except StopRequested:
+            raise Interrupted(
+                f"stopped before iteration {done + 1}; continue with 'metaheed train --resume {folder.path}'",
+                received[0],
+            ) from None
         if checkpoint is None:
             checkpoint = fresh
         else:
@@ -302,6 +303,21 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         reporter.message(describe_execution(training, session.device, B, session.learner, images_there))
         with memory_explained(config, session.device, B, session.learner, lambda: session.task_bytes):
             _loop(session, folder, checkpoint, reporter, received)
+
+
+def _prepare(config: RunConfig, folder: RunFolder, reporter: Reporter) -> tuple[_Session, Checkpoint]:
+    """Data, network and rule, tried out; and the state before the first iteration."""
+    data = config.episodes
+    dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
+    dataset = _on_device(dataset, pick_device(config.training.device))
+    folder.record_classes(dataset)
+    session = _set_up(config, dataset, folder)
+    if session.dataset.origin:
+        reporter.message(f"data: {session.dataset.origin}")
+    fresh = _fresh(session)
+    with memory_explained(config, session.device, 1, session.learner):
+        _try_out(session, fresh.state.meta)
+    return session, fresh
 
 
 class Speed(NamedTuple):
@@ -400,6 +416,8 @@ def _set_up(config: RunConfig, dataset: Dataset, folder: RunFolder | None) -> _S
     test_ways, judged = config.episodes.test_shape[0], learner
     if config.learner.any_ways and test_ways != config.episodes.ways:
         judged = build_judged_learner(config, test_ways, dataset.image_shape)
+    theta = learner.init(torch.Generator().manual_seed(seed))
+    check_batch_fits(config, device, dataset.image_shape, sum(p.numel() * p.element_size() for p in theta.values()))
     for each in {learner, judged}:
         place_constants(each, device)
     tools = Tools(
@@ -483,7 +501,7 @@ def _try_out(session: _Session, meta: Params) -> None:
     meta = {name: p.to(session.device) for name, p in meta.items()}
     backbone = session.config.learner.backbone
     execution = build_execution(session.config.training, session.device, session.learner, task_gradient)
-    task = Episode(*(part[:1] for part in session.tools.train(0)))
+    task = session.streams.episodes["training"].batch(0, 1)
     on_cuda = session.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(session.device)
@@ -520,11 +538,7 @@ def _fresh(session: _Session) -> Checkpoint:
 _REMEDY = "Checkpoints before it, if any, are kept; lower --fast-lr or --meta-lr, or set --clip-norm"
 
 
-class _StopRequested(Exception):  # noqa: N818  # a request, not an error
-    pass
-
-
-def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Reporter, received: list[int]) -> None:
+def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Reporter, received: Signals) -> None:
     training = session.config.training
     progress, best = start.progress, start.best
     steps = build_steps(
@@ -535,6 +549,7 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
         session.streams,
         _to(start.state, session.device),
         reporter.message,
+        received.interrupting,
     )
     metrics, tasks = _open_logs(folder, progress)
     folder.watch_config()
@@ -554,7 +569,7 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
 
     def check_stop(_: int = 0) -> None:
         if received:
-            raise _StopRequested
+            raise StopRequested
 
     reporter.start(progress.iteration, training.iterations)
     try:
@@ -564,9 +579,11 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
             if done > progress.validated and due:
                 meta = steps.state.meta
                 try:
-                    accuracy, half_width, loss = session.validation(meta, check_stop)
+                    with received.interrupting():
+                        judged = session.validation(meta, check_stop)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"validation after iteration {done}: {error}. {_REMEDY}") from error
+                accuracy, half_width, loss = judged
                 better = accuracy > progress.best_accuracy
                 progress = progress._replace(validated=done)
                 if better:
@@ -592,7 +609,7 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
                 raise NonFiniteError(f"iteration {progress.iteration + 1}: {error}. {_REMEDY}") from error
             if progress.iteration > done and progress.iteration % training.checkpoint_every == 0:
                 save()
-    except _StopRequested:
+    except StopRequested:
         save()
         raise Interrupted(
             f"stopped after iteration {progress.iteration}; continue with 'metaheed train --resume {folder.path}'",

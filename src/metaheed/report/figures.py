@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from metaheed.errors import RunError
 from metaheed.figures import COLOURS, draw_trajectories
+from metaheed.headless import Axes, Figure, matplotlib
 from metaheed.paper import Setting
 from metaheed.report.arms import Arm, algorithm_label, title
 from metaheed.report.measures import INPUTS, AttentionLog, Band, mean_band, mean_curve
