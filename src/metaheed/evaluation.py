@@ -26,7 +26,7 @@ from metaheed.outer import (
     workers_ended,
 )
 from metaheed.process import cpu_threads, float32_products, memory_explained, pick_device, starts_explained
-from metaheed.runs import Pixels, RunFolder, check_writable, load_weights, recorded_pixels, write_whole
+from metaheed.runs import Pixels, RunFolder, check_writable, is_writable, load_weights, recorded_pixels, write_whole
 from metaheed.seals import seal_values, unseal_values
 from metaheed.types import Params
 
@@ -89,9 +89,13 @@ def evaluate_run(
     on_tasks: Callable[[int], None] | None = None,
     execution: ExecutionName | None = None,
     chunk_size: int | None = None,
+    out: Path | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Judge a run and write its result.json; or, so that this one stays that of the run's own test setting,
     result-on-DATA.json, result-5way5shot15query.json, result-val.json.
+
+    Where the folder cannot be written, as on a read-only disk or another user's, the result is not kept.
 
     Args:
         path: the run folder.
@@ -101,6 +105,8 @@ def evaluate_run(
         on_tasks: see `evaluate`.
         execution: how the tasks are run; none: as in training, on a device of another kind as that suits it.
         chunk_size: this many at once, under the executions vectorized (taken where only this is given) and im2col.
+        out: the file to write instead of one in the run folder.
+        notice: told where the result is not kept.
 
     Returns:
         What the result file holds: accuracy and its half-width, per-task accuracies, the tasks' hash, what was judged
@@ -117,8 +123,14 @@ def evaluate_run(
     setting = _setting(config, run, frozen)
     trained_on = run.episodes.data
     shape = setting.ways, setting.shots, setting.queries
-    file = _result_file(folder, run, setting.data, shape, setting.split)
-    check_writable(file)
+    file = out or _result_file(folder, run, setting.data, shape, setting.split)
+    kept = True
+    if out is None and not is_writable(file):
+        kept = False
+        if notice is not None:
+            notice(f"{path} cannot be written: the result is not kept there (--out FILE keeps it elsewhere)")
+    else:
+        check_writable(file)
     run.check_ways(setting.ways)
     learner, meta, about = load_weights(folder, run, config.checkpoint, setting.ways)
     where = pick_device(device or run.training.device, fall_back=device is None)
@@ -158,7 +170,8 @@ def evaluate_run(
         "accuracies": [round(a, 6) for a in adapted.accuracies.tolist()],
     }
     result = seal_values(result)
-    write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
+    if kept:
+        write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 

@@ -35,10 +35,12 @@ def pick_device(name: str, fall_back: bool = False) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device is {name!r}, but it must be cpu, cuda, cuda:N or auto")
+    if device is not None and device.type == "cpu" and not device.index:
+        return torch.device("cpu")
+    if device is None or device.type != "cuda":
+        raise ConfigError(f"--device is {name[:60]!r}, but it must be cpu, cuda, cuda:N or auto")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         if fall_back:

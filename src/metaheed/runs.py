@@ -17,6 +17,7 @@ Files hold iterations and never the clock, timing.jsonl excepted, so that the sa
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -576,10 +577,26 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise RunError, before any work is lost, if a file cannot be written."""
-    part = path.with_suffix(".part")
     with _writing(path):
-        part.touch()
-        part.unlink()
+        if path.is_dir():
+            raise OSError(errno.EISDIR, "it is a folder", str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _try_to_write(path)
+
+
+def is_writable(path: Path) -> bool:
+    """Whether this user may write a file in that folder, which may be read-only; other hindrances are not asked for."""
+    try:
+        _try_to_write(path)
+    except OSError as error:
+        return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return True
+
+
+def _try_to_write(path: Path) -> None:
+    part = path.with_suffix(".part")
+    part.touch()
+    part.unlink()
 
 
 def _name_also(path: Path, other: Path) -> None:

@@ -115,7 +115,7 @@ def test_the_next_batch_is_drawn_while_this_one_is_used(
     drawn: queue.Queue[tuple[int, int, int]] = queue.Queue()
     draw = episodes.draw
 
-    def watched(first: int, count: int) -> Draw:
+    def watched(first: int, count: int, cancelled: Callable[[], bool]) -> Draw:
         drawn.put((first, count, threading.get_ident()))
         return draw(first, count, cancelled)
 

@@ -171,7 +171,7 @@ class OneByOne:
         self._ahead = {stream: Ahead(episodes) for stream, episodes in streams.episodes.items()}
         self.asked: dict[str, set[int]] = {}
         """Stream -> which of its batches were asked for, counted from t."""
-        self._tools = tools._replace(
+        self._tools: Tools | None = tools._replace(
             gradients=self._checked(tools.gradients),
             plain_gradients=self._checked(tools.plain),
             train=lambda t: self._batch("training", t),
@@ -197,6 +197,7 @@ class OneByOne:
         for self._t in range(t, t + count):
             if stop():
                 return
+            assert self._tools is not None  # not closed
             with self._interrupting():
                 made = self._rule.step(self.state, self._t, self._tools)
             self.state, record = made
@@ -204,9 +205,10 @@ class OneByOne:
             yield record
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and forget the batches: the tools are closures over this object, which would keep it."""
         for ahead in self._ahead.values():
             ahead.close()
+        self._tools = None
 
 
 class Buffered:
@@ -300,6 +302,8 @@ class Buffered:
         self._drawing.close()
         if self._single is not None:
             self._single.close()
+        if self._buffers is not None:
+            self._buffers.close()
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
@@ -320,7 +324,7 @@ class _Buffers:
         self.state = _copied(state)
         self.spans = {stream: range(min(offsets), max(offsets) + 1) for stream, offsets in asked.items()}
         self._rule, self._streams, self._block = rule, streams, block
-        self._tools = tools._replace(
+        self._tools: Tools | None = tools._replace(
             gradients=self._noted(tools.gradients),
             plain_gradients=self._noted(tools.plain),
             train=lambda t: self._batch("training", t),
@@ -359,6 +363,7 @@ class _Buffers:
         """One outer step, a function of the buffers alone."""
         self._finite, self._tasks = [], []
         # The rule hands t on without looking at it: see rules.py.
+        assert self._tools is not None  # not closed
         state, record = self._rule.step(self.state, self._t, self._tools)  # type: ignore[arg-type]
         found = [*record.info, record.weights, *torch.cat(self._finite, dim=1), first_non_finite(state).reshape(1)]
         row = torch.cat([part.double() for part in found])
@@ -383,6 +388,10 @@ class _Buffers:
             raise_non_finite_state(self.state, int(place))
             *info, weights = columns.view(5, tasks)
             yield StepRecord(TaskInfo(*info), weights)
+
+    def close(self) -> None:
+        """Let go of the tools: they are closures over this object, which would keep it."""
+        self._tools = None
 
     def peek(self, count: int) -> Tensor:
         """A copy of the records of the block's first `count` steps."""

@@ -142,6 +142,7 @@ def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
             f"{first_rung(config, settings)} iterations nothing can be judged before the end of a trial at "
             f"{training.iterations}: lower --val-every or --halving-start"
         )
+    sqlite_url(out / "study.db")  # refuses a folder that cannot be named there and in search.yaml
     check_name(data.data)
     find_backbone(config.learner.backbone, config.learner.backbone_path)
     pick_device(training.device)
