@@ -1,8 +1,10 @@
 """Small data in the published formats, small networks, and tasks in float64."""
 
 import io
+import json
 import os
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -13,10 +15,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from metaheed.data.images import Dataset, make_split
 from metaheed.data.locate import class_list
 from metaheed.data.omniglot import ARCHIVES
+from metaheed.runs import _digest
 from metaheed.types import Episode
 
 ROOT = Path(__file__).parents[1]
@@ -172,6 +177,23 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def edit(file: Path, pattern: str, replacement: str) -> None:
+    """Change a config.yaml by hand, and delete its last line, as is to be done then."""
+    text = re.sub(pattern, replacement, file.read_text())
+    file.write_text(re.sub(r"# sha256: .*\n$", "", text))
+
+
+def as_format_1(path: Path, change: Callable[[dict[str, Any]], object] = lambda about: None) -> None:
+    """Make a checkpoint that of a version whose checksum covered tensors only, and change what it says of itself."""
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["metaheed"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    for name in [name for name in about if name.endswith("_sha256")]:
+        del about[name]
+    change(about)
+    save_file(tensors, path, {"metaheed": json.dumps({**about, "format": 1, "sha256": _digest(tensors, None)})})
 
 
 Run = Callable[..., tuple[int, str, str]]

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
-    ("errors", "files"),
+    ("errors", "files", "headless", "seals"),
     ("parsing",),
     ("trust",),
     ("types", "config", "paper"),

@@ -12,8 +12,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import metaheed as package
 from metaheed.data import Dataset, Episodes, load_dataset
@@ -21,7 +19,7 @@ from metaheed.data.convert import convert
 from metaheed.data.frozen import freeze, write_episodes
 from metaheed.data.images import make_split
 from metaheed.runs import RunFolder, recorded_pixels
-from tests.conftest import ROOT, Run
+from tests.conftest import ROOT, Run, as_format_1, edit
 from tests.data.making import pictures
 from tests.documented import assert_each_has_a_case, assert_seen, rows
 from tests.test_training import SMALL
@@ -130,11 +128,7 @@ def test_frozen_tasks_of_a_folder(metaheed: Run, tmp_path: Path) -> None:
 def forget_pixels(run: Path) -> None:
     """Make the run's checkpoints those of a version that did not record how pixels were scaled."""
     for path in (run / "checkpoints").glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()["metaheed"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-        del about["pixels"]
-        save_file(tensors, path, {"metaheed": json.dumps(about)})
+        as_format_1(path, lambda about: about.pop("pixels"))
 
 
 def test_runs_of_an_older_version(runs: Runs, metaheed: Run, cifar_folder: Path) -> None:
@@ -318,7 +312,7 @@ def _own_data_of_another_size(t: SimpleNamespace) -> str:
 def _older(t: SimpleNamespace) -> str:
     forget_pixels(t.runs["cifar0"])
     config = t.runs["cifar0"] / "config.yaml"
-    config.write_text(re.sub(r"data_root: .*", "data_root: /gone", config.read_text()))
+    edit(config, "data_root: .*", "data_root: /gone")
     return str(t.metaheed("evaluate", t.runs["cifar0"], "--data", "glyphs")[2])
 
 

@@ -15,6 +15,7 @@ from metaheed.data import Dataset, Episodes, load_dataset
 from metaheed.evaluation import ONE_SEED, compare, evaluate, interval, t_interval, t_quantile
 from metaheed.learners import MAML
 from metaheed.outer import adapted_outcome, map_looped
+from metaheed.seals import unseal_values
 from tests.conftest import Run
 from tests.networks import Tiny
 from tests.test_training import SMALL, environment
@@ -210,7 +211,7 @@ def test_t_interval_by_hand() -> None:
 def test_pairing_matters(copies: dict[tuple[str, int], Path]) -> None:
     """The same accuracies in another order: the mean stays, the interval does not."""
     a, b = copies["ta-maml", 0], copies["maml", 0]
-    one = json.loads((a / "result.json").read_text())
+    one = unseal_values(json.loads((a / "result.json").read_text()))
     one |= {"accuracies": [0.2, 0.9] * 20, "accuracy": 0.55}
     (b / "result.json").write_text(json.dumps(one))
     (a / "result.json").write_text(json.dumps({**one, "accuracies": [0.3, 1.0] * 20, "accuracy": 0.65}))

@@ -30,7 +30,7 @@ from metaheed.outer import processes
 from metaheed.outer.processes import AVAILABLE
 from metaheed.runs import RunFolder
 from metaheed.training import Silent
-from tests.conftest import ROOT, Run
+from tests.conftest import ROOT, Run, edit
 
 SMALL = [
     *("--backbone", "tests.networks:Tiny", "--adaptation-steps", "2", "--queries", "3", "--meta-batch-size", "2"),
@@ -45,7 +45,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), str(ROOT)])}
 
 
 def content(run: Path) -> dict[str, str]:
@@ -351,8 +351,7 @@ def test_logs_cut_short_are_refused(whole: dict[str, Path], metaheed: Run, tmp_p
 def test_a_checkpoint_of_another_architecture(whole: dict[str, Path], metaheed: Run, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole["maml"], run)
-    text = (run / "config.yaml").read_text().replace("tests.networks:Tiny", "conv4-32")
-    (run / "config.yaml").write_text(text)
+    edit(run / "config.yaml", "tests.networks:Tiny", "conv4-32")
     for arguments in (("train", "--resume", run, "--iterations", 12), ("evaluate", run)):
         status, _, err = metaheed(*arguments)
         assert (status, "is of another architecture: '1.bias'" in err) == (1, True)
@@ -371,7 +370,7 @@ def test_a_checkpoint_of_other_settings(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole["ta-maml"], run)
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace(old, new))
+    edit(run / "config.yaml", old, new)
     before = content(run)
     status, _, err = metaheed("train", "--resume", run, "--iterations", 12)
     assert (status, f"is of another architecture: '{offender}'" in err) == (1, True), err

@@ -109,6 +109,8 @@ class Evaluate:
     """Tasks at once under the executions vectorized (taken where only this is given) and im2col."""
     trust: bool = False
     """Let the code of the run's network run where that is not one of metaheed's and you did not train it here."""
+    out: Path | None = None
+    """The file to write the result to; none: result.json (result-….json) in the run folder, if that can be written."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -295,8 +297,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with contextlib.suppress(OSError):
             sys.stdout.close()
         return 128 + 13  # as if ended by SIGPIPE, the custom of such programs
-    except (OSError, MemoryError) as error:
-        print(f"error: {error or type(error).__name__}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, RuntimeError) as error:
+        from metaheed.process import is_out_of_memory
+
+        if not is_out_of_memory(error):
+            raise
+        reason = str(error).strip().partition("\n")[0][:200] or "nothing was said of how much was asked for"
+        print(
+            f"error: the memory does not suffice ({reason}): set a smaller --meta-batch-size, fewer --ways, --shots, "
+            "--queries or --tasks, or a smaller --backbone, or end other programs",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -323,6 +337,7 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"metaheed {metaheed.__version__}")
         return 0
+    _check_text(arguments)
     resuming = any(a.split("=")[0] == "--resume" for a in arguments)
     if arguments[:1] == ["train"] and resuming:
         return _resume(_parse(Resume, "train", arguments))
@@ -357,6 +372,21 @@ def _dispatch(arguments: list[str]) -> int:
         raise unknown("command", arguments[0], ["train", "search", "data", *commands])
     print(_USAGE)
     return 0 if arguments in (["-h"], ["--help"]) else 2
+
+
+def _check_text(arguments: list[str]) -> None:
+    """Refuse what no option means: an empty value, which as a path would be the current folder, and control characters.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for before, given in zip(["", *arguments], arguments, strict=False):
+        option, assigned, value = given.partition("=") if given.startswith("--") else (before, "=", given)
+        name = option if option.startswith("--") else "an argument"
+        if assigned and not value:
+            raise ConfigError(f"{name} is empty: give it a value, or leave it out")
+        if any(ord(c) < 32 or ord(c) == 127 for c in given):
+            raise ConfigError(f"{name} is {value[:60]!r}, but a name or value must not hold control characters")
 
 
 _USAGE = """metaheed: few-shot meta-learning with task attention
@@ -630,6 +660,8 @@ def _evaluate(command: Evaluate) -> int:
         execution=command.execution,
         chunk_size=command.chunk_size,
         trust=command.trust,
+        out=command.out,
+        notice=lambda text: print(text, file=sys.stderr, flush=True),
     )
     if command.json:
         print(json.dumps(result))

@@ -38,7 +38,8 @@ from metaheed.process import (
     pick_device,
     starts_explained,
 )
-from metaheed.runs import Pixels, RunFolder, check_writable, load_weights, recorded_pixels, write_whole
+from metaheed.runs import Pixels, RunFolder, check_writable, is_writable, load_weights, recorded_pixels, write_whole
+from metaheed.seals import seal_values, unseal_values
 from metaheed.types import Episode, Params
 
 _AT_ONCE = 10  # tasks a batch in evaluation: bounds memory, and how long an interruption waits
@@ -101,9 +102,13 @@ def evaluate_run(
     execution: ExecutionName | None = None,
     chunk_size: int | None = None,
     trust: bool = False,
+    out: Path | None = None,
+    notice: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Judge a run and write its result.json; or, so that this one stays that of the run's own test setting,
     result-on-DATA.json, result-5way5shot15query.json, result-val.json.
+
+    Where the folder cannot be written, as on a read-only disk or another user's, the result is not kept.
 
     Args:
         path: the run folder.
@@ -114,6 +119,8 @@ def evaluate_run(
         execution: how the tasks are run; none: as in training, on a device of another kind as that suits it.
         chunk_size: this many at once, under the executions vectorized (taken where only this is given) and im2col.
         trust: let the code of a network run that the run folder names, is not one of ours, and was not allowed before.
+        out: the file to write instead of one in the run folder.
+        notice: told where the result is not kept.
 
     Returns:
         What the result file holds: accuracy and its half-width, per-task accuracies, the tasks' hash, what was judged
@@ -131,8 +138,14 @@ def evaluate_run(
     setting = _setting(config, run, frozen)
     trained_on = run.episodes.data
     shape = setting.ways, setting.shots, setting.queries
-    file = _result_file(folder, run, setting.data, shape, setting.split)
-    check_writable(file)
+    file = out or _result_file(folder, run, setting.data, shape, setting.split)
+    kept = True
+    if out is None and not is_writable(file):
+        kept = False
+        if notice is not None:
+            notice(f"{path} cannot be written: the result is not kept there (--out FILE keeps it elsewhere)")
+    else:
+        check_writable(file)
     run.check_ways(setting.ways)
     learner, meta, about = load_weights(folder, run, config.checkpoint, setting.ways)
     where = pick_device(device or run.training.device, fall_back=device is None)
@@ -172,7 +185,9 @@ def evaluate_run(
         "initial_loss": float(initial.losses.mean()),
         "accuracies": [round(a, 6) for a in adapted.accuracies.tolist()],
     }
-    write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
+    result = seal_values(result)
+    if kept:
+        write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
     return result
 
 
@@ -495,9 +510,7 @@ def read_result(path: Path, data: str | None = None, shape: Asked = _OWN) -> dic
         named = {"data": None if data == own.data else data, "ways": shape[0], "shots": shape[1], "queries": shape[2]}
         again += "".join(f" --{name} {value}" for name, value in named.items() if value is not None)
     try:
-        result = from_json(read_bounded(file, JSON_BYTES))
-        if not isinstance(result, dict):
-            raise ValueError("it is no JSON object")
+        result = unseal_values(from_json(read_bounded(file, JSON_BYTES)))
         missing = {*_RESULT_FIELDS} - set(result)
         if not missing:
             _check_result(result)

@@ -17,7 +17,7 @@ JSON_BYTES = 2**26
 """The most that a result or another JSON file of ours may have: the accuracies of some million tasks."""
 LINE_BYTES = 2**24
 """The most that a line of a log may have: the weights and inputs of some hundred thousand tasks."""
-
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF)  # of systems without it
 _HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # what systems say of another's lock
 
 
@@ -37,6 +37,29 @@ def write_synced(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
         raise
+
+
+def put_in_place(part: Path, place: Path) -> None:
+    """Rename a file or folder to its place, and bring the folder that it is in to the disk.
+
+    Without the second step the new name may be lost with the machine's power, though the content is on the disk: SQLite
+    does the same. Every rename of the package goes through here.
+
+    Raises:
+        OSError: it cannot be renamed, or the disk failed.
+    """
+    part.replace(place)
+    if os.name == "nt":  # which cannot open a folder, and keeps its names in a journal
+        return
+    try:
+        folder = os.open(place.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
 
 
 def try_lock(file: IO[Any]) -> bool:

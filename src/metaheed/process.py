@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import math
 import os
 import platform
 import signal
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from metaheed.config import CHUNKED, RunConfig, TrainingConfig
+from metaheed.config import CHUNKED, RunConfig, SequentialConfig, TrainingConfig
 from metaheed.errors import ConfigError, OutOfMemoryError, StartError, WorkerError
 from metaheed.learners import Learner
 from metaheed.outer import tasks_at_once
@@ -34,10 +35,12 @@ def pick_device(name: str, fall_back: bool = False) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"--device is {name!r}, but it must be cpu, cuda, cuda:N or auto")
+    if device is not None and device.type == "cpu" and not device.index:
+        return torch.device("cpu")
+    if device is None or device.type != "cuda":
+        raise ConfigError(f"--device is {name[:60]!r}, but it must be cpu, cuda, cuda:N or auto")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         if fall_back:
@@ -82,13 +85,41 @@ def float32_products(tf32: bool) -> Iterator[None]:
             setattr(part, name, value)
 
 
+class StopRequested(BaseException):
+    """A signal came where it may end what is being computed; no error, so that nothing takes it for one."""
+
+
+class Signals(list[int]):
+    """The signals that came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raises = False
+        """Whether one that comes now raises StopRequested."""
+
+    @contextlib.contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Around what changes nothing before its end, however long it takes: a signal is not waited with.
+
+        Raises:
+            StopRequested: one comes, or has come.
+        """
+        try:
+            self.raises = True
+            if self:
+                raise StopRequested
+            yield
+        finally:
+            self.raises = False
+
+
 @contextlib.contextmanager
-def signals_received(hangup: bool = False) -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying of them, and SIGHUP where asked for; a second one interrupts at once.
+def signals_received() -> Iterator[Signals]:
+    """Collect SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one interrupts at once.
 
     A SIGHUP that is ignored, as under nohup, stays so.
     """
-    received: list[int] = []
+    received = Signals()
     if threading.current_thread() is not threading.main_thread():
         yield received  # Python delivers signals to the main thread only
         return
@@ -97,9 +128,11 @@ def signals_received(hangup: bool = False) -> Iterator[list[int]]:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        if received.raises:
+            raise StopRequested
 
     numbers = [signal.SIGINT, signal.SIGTERM]
-    if hangup and hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, handler) for number in numbers}
     try:
@@ -109,10 +142,71 @@ def signals_received(hangup: bool = False) -> Iterator[list[int]]:
             signal.signal(number, old)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch, or a library below it, raised this for want of memory on a device or the host."""
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch, NumPy or a library below them raised this for want of memory on a device or the host."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def memory_of(device: torch.device) -> int | None:
+    """Bytes that a device has, or that the host and its swap have left for this process; none: nobody says."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[1])
+    left: list[int] = []
+    with contextlib.suppress(OSError, ValueError, KeyError):  # not Linux
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+        size = {name.rstrip(":"): int(number) * 1024 for name, number, *_ in lines}
+        left.append(size["MemAvailable"] + size["SwapFree"])
+    if not left:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # Windows
+            left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container, by its two kinds
+        with contextlib.suppress(OSError, ValueError):  # there is none, or "max"
+            left.append(int((Path("/sys/fs/cgroup") / limit).read_text()))
+    return min(left, default=None)
+
+
+def check_batch_fits(
+    config: RunConfig, device: torch.device, image_shape: tuple[int, int, int], parameters: int
+) -> None:
+    """Refuse a meta-batch that surely does not fit, before any of it is made.
+
+    Counted is what is there at once whatever the execution: the batch's images and their rows and, but for a rule that
+    takes one task at a time, a gradient for each task. What a task's own computation takes is not.
+
+    Args:
+        config: the run's.
+        device: where it computes.
+        image_shape: channels, height, width.
+        parameters: bytes of θ.
+
+    Raises:
+        ConfigError: with what to set.
+    """
+    N, K, Q = config.episodes.train_shape
+    B, images = config.outer.meta_batch_size, N * (K + Q)
+    gradient = 0 if isinstance(config.rule, SequentialConfig) else parameters
+    index, pixel = 8, 4  # bytes of an image's row in the data set, and of a number as float32
+    on_host, on_device = images * index, images * math.prod(image_shape) * pixel + gradient
+    need = {device: on_device, torch.device("cpu"): on_host}
+    if device.type == "cpu":
+        need = {device: on_host + on_device}
+    for where, task in need.items():
+        there = memory_of(where)
+        if there is not None and B * task > there:
+            raise ConfigError(
+                f"--meta-batch-size is {B}: {images} images of {'×'.join(map(str, image_shape))} a task and its "
+                f"gradient take at least {B * task / 2**30:,.1f} GiB in all, but {where} has {there / 2**30:,.1f} GiB: "
+                "set a smaller --meta-batch-size, or fewer --ways, --shots or --queries"
+            )
+    there, accuracy_and_loss = memory_of(torch.device("cpu")), 16
+    if there is not None and config.training.val_tasks * accuracy_and_loss > there:
+        raise ConfigError(
+            f"--val-tasks is {config.training.val_tasks}: what they give does not fit into {there / 2**30:,.1f} GiB of "
+            "memory: set fewer"
+        )
 
 
 @contextlib.contextmanager
@@ -136,9 +230,9 @@ def memory_explained(
     """
     try:
         yield
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         killed = isinstance(error, WorkerError) and error.status == -signal.SIGKILL
-        if not (killed or is_out_of_memory(error)):
+        if isinstance(error, OutOfMemoryError) or not (killed or is_out_of_memory(error)):
             raise
         at_once = tasks_at_once(config.training, device, tasks, learner)
         available = None

@@ -1,6 +1,7 @@
 """Telling a person how training goes: a live bar on a terminal, plain lines elsewhere. Both on standard error."""
 
 import contextlib
+import math
 import sys
 import time
 
@@ -355,7 +356,8 @@ class Transfers:
 
 
 def _validation(iteration: int, accuracy: float, half_width: float, best: bool) -> str:
-    return f"validation after {iteration}: {accuracy:.2%} ± {half_width:.2%}{' (best so far)' if best else ''}"
+    spread = f" ± {half_width:.2%}" if math.isfinite(half_width) else " on one task, which has no interval"
+    return f"validation after {iteration}: {accuracy:.2%}{spread}{' (best so far)' if best else ''}"
 
 
 class _Smooth:

@@ -18,9 +18,11 @@ Files hold iterations and never the clock, timing.jsonl excepted, so that the sa
 """
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -46,6 +48,7 @@ from metaheed.files import (
     make_folder,
     open_in_place,
     open_to_read,
+    put_in_place,
     read_bounded,
     refuse_link,
     try_lock,
@@ -54,12 +57,14 @@ from metaheed.files import (
 from metaheed.learners import Learner, NetworkLearner, build_learner
 from metaheed.outer import OuterState
 from metaheed.parsing import from_json, from_yaml
+from metaheed.seals import FORMAT, seal_text, seal_values, unseal_text, unseal_values
 from metaheed.trust import allow
 from metaheed.types import Params
 
 STUDY_FILE = "search.yaml"
 """In a folder that `metaheed search` keeps, whose run folders are trials."""
-_FORMAT = 1
+_FORMATS = (1, FORMAT)  # the first one's checksum covers tensors only, and it says nothing of the logs
+_LARGEST_IMAGE = 2**24  # numbers; beyond it a checkpoint's word is not believed
 
 
 class Progress(NamedTuple):
@@ -77,6 +82,10 @@ class Progress(NamedTuple):
     """Length of metrics.jsonl at this point."""
     tasks_bytes: int = 0
     """Length of tasks.jsonl at this point."""
+    metrics_sha256: str = ""
+    """Checksum of metrics.jsonl up to here; empty: written by a version that did not record it."""
+    tasks_sha256: str = ""
+    """The same of tasks.jsonl."""
 
 
 class Pixels(NamedTuple):
@@ -115,6 +124,8 @@ class RunFolder:
         self.lock_file = path / "run.lock"
         self.events = path / "tensorboard"
         self._last_is_damaged = False
+        self._known: dict[Path, _Known] = {}
+        """What this process wrote or read there, and finds again unless another program was at it."""
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.previous = self.checkpoints / "previous.safetensors"
@@ -156,6 +167,7 @@ class RunFolder:
                 file.truncate(0)
                 file.write(f"process {os.getpid()}\n")
                 file.flush()
+            self._known = {self.lock_file: _Known(_identity(os.fstat(file.fileno())), None)}
             # The file stays when the lock goes: were it deleted, two processes could lock two files of that name.
             yield
 
@@ -193,7 +205,13 @@ class RunFolder:
         except OSError as error:
             raise RunError(f"{self.path} is not a run folder: config.yaml cannot be read ({error.strerror})") from error
         try:
-            config = from_dict(from_yaml(text))
+            content = unseal_text(text)
+        except ValueError as error:
+            raise RunError(
+                f"{self.config_file}: {error}. Put it back as it was or, if the change was meant, delete its last line"
+            ) from error
+        try:
+            config = from_dict(from_yaml(content))
         except ValueError as error:
             raise RunError(f"{self.config_file} is not a config of this program: {error}") from error
         if trust:
@@ -202,7 +220,43 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.yaml, whole or not at all."""
-        write_whole(self.config_file, yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+        content = seal_text(yaml.safe_dump(to_dict(config), sort_keys=False).encode())
+        write_whole(self.config_file, content)
+        self._remember(self.config_file, content)
+
+    def check_unaltered(self) -> None:
+        """Raise RunError where another program removed or changed a file since this process, which holds the folder,
+        wrote it, or began to watch it.
+        """
+        for path, known in self._known.items():
+            try:
+                if _identity(path.stat()) == known.identity:
+                    continue
+                if known.sha256 is None:  # only which file it is matters
+                    same = _identity(path.stat())[:2] == known.identity[:2]
+                else:
+                    same = hashlib.sha256(path.read_bytes()).hexdigest() == known.sha256
+            except OSError as error:
+                raise _meddled(path, "removed" if isinstance(error, FileNotFoundError) else str(error)) from error
+            if not same:
+                raise _meddled(path, "changed or replaced")
+
+    def watch_config(self) -> None:
+        """From now on config.yaml is to stay as it is."""
+        with _writing(self.config_file):
+            self._remember(self.config_file, self.config_file.read_bytes())
+
+    def is_ours(self) -> bool:
+        """Whether the folder here is still the one that this process holds, not one made in its place since."""
+        known = self._known.get(self.lock_file)
+        try:
+            return known is not None and known.identity[:2] == _identity(self.lock_file.stat())[:2]
+        except OSError:
+            return False
+
+    def _remember(self, path: Path, content: bytes) -> None:
+        with _writing(path):
+            self._known[path] = _Known(_identity(path.stat()), hashlib.sha256(content).hexdigest())
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Make this the last checkpoint and the last one the previous; write best.safetensors where it is due."""
@@ -212,11 +266,13 @@ class RunFolder:
         with _writing(self.path):
             make_folder(self.checkpoints, self.path)
             part = self.last.with_suffix(".part")
-            write_synced(part, _packed(tensors, about))
+            content = _packed(tensors, about)
+            write_synced(part, content)
             # A damaged last one, found when the run was resumed, must not replace the whole one before it.
             if self.last.exists() and not self._last_is_damaged:
                 _name_also(self.last, self.previous)
-            part.replace(self.last)
+            put_in_place(part, self.last)
+            self._remember(self.last, content)
             self._last_is_damaged = False
         self.write_best(checkpoint)
 
@@ -229,7 +285,9 @@ class RunFolder:
                 "image_shape": checkpoint.image_shape,
                 "pixels": checkpoint.pixels,
             }
-            write_whole(self.best, _packed(checkpoint.best, about))
+            content = _packed(checkpoint.best, about)
+            write_whole(self.best, content)
+            self._remember(self.best, content)
 
     def read_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest whole checkpoint, and a notice for each damaged one passed over. None: there is no whole one."""
@@ -241,7 +299,8 @@ class RunFolder:
                 tensors, about = _unpacked(path)
                 return _checkpoint(tensors, about), notices
             except (RunError, KeyError, TypeError, ValueError) as error:
-                notices.append(f"checkpoint {path} is damaged ({error}); falling back to the one before")
+                reason = f"it says nothing of its {error}" if isinstance(error, KeyError) else error
+                notices.append(f"checkpoint {path} is damaged ({reason}); falling back to the one before")
                 self._last_is_damaged |= path == self.last
         return None, notices
 
@@ -254,13 +313,23 @@ class RunFolder:
         damaged = ""
         if which == "best" and self.best.exists():
             try:
-                return _unpacked(self.best)
-            except RunError as error:
-                damaged = f"; {error}"
+                tensors, about = _unpacked(self.best)
+                _whole_number(about, "iteration")
+                _image_shape(about)
+                recorded_pixels(about)
+                return tensors, about
+            except (RunError, ValueError) as error:
+                damaged = f"; {error}" if isinstance(error, RunError) else f"; {self.best}: {error}"
         checkpoint, notices = self.read_checkpoint()
         if checkpoint is None:
             reason = "; ".join(notices) + damaged or "none has been written yet: train it first"
             raise RunError(f"{self.path} has no checkpoint to read ({reason})")
+        if notices:
+            # The one before is of another iteration: it is gone on with in training, where that is said.
+            raise RunError(
+                f"{notices[0].partition('; falling')[0]}{damaged}: 'metaheed train --resume {self.path}' goes on from "
+                "the one before and writes it anew"
+            )
         shape = {"image_shape": list(checkpoint.image_shape), "pixels": checkpoint.pixels}
         if which == "last":
             return checkpoint.state.meta, {"iteration": checkpoint.progress.iteration, **shape}
@@ -275,8 +344,9 @@ class RunFolder:
         """The weights that every iteration gave its tasks, (iterations, B) float64.
 
         Raises:
-            RunError: tasks.jsonl is missing or damaged.
+            RunError: tasks.jsonl is missing or damaged, or not what the newest checkpoint was written after.
         """
+        self.check_logs()
         try:
             rows = [line["weights"] for line in stream_lines(self.tasks_file)]
             if not rows:
@@ -292,11 +362,33 @@ class RunFolder:
         write_whole(self.replayed_file, _packed({"weights": weights}, {}))
 
     def read_replayed(self) -> Tensor | None:
-        """What `write_replayed` kept; none: nothing, or nothing whole."""
+        """What `write_replayed` kept; none: nothing.
+
+        Raises:
+            RunError: it is damaged.
+        """
+        if not self.replayed_file.exists():
+            return None
         try:
             return _unpacked(self.replayed_file)[0]["weights"]
-        except RunError:
-            return None
+        except (RunError, KeyError) as error:
+            raise RunError(
+                f"{self.replayed_file} cannot be read ({error}): it holds the weights to be replayed. Put it back, or "
+                "delete it, and they are taken from the other run again"
+            ) from error
+
+    def check_logs(self) -> None:
+        """Raise RunError unless the logs begin with what the newest checkpoint was written after, where it says so."""
+        checkpoint, _ = self.read_checkpoint()
+        if checkpoint is None:
+            return
+        at = checkpoint.progress
+        for path, length, sha256 in (
+            (self.metrics_file, at.metrics_bytes, at.metrics_sha256),
+            (self.tasks_file, at.tasks_bytes, at.tasks_sha256),
+        ):
+            if sha256:
+                _begin(path, length, sha256)
 
     def write_start(self, weights: Params) -> None:
         """Keep the weights that this run starts from."""
@@ -321,7 +413,7 @@ class RunFolder:
         now = {name: list(split.classes) for name, split in dataset.splits.items()}
         then = self._read_classes()
         if then is None:
-            write_whole(self.classes_file, (json.dumps(now, indent=1) + "\n").encode())
+            write_whole(self.classes_file, (json.dumps(seal_values(now), indent=1) + "\n").encode())
         elif then != now:
             where = [{name: split for split, names in side.items() for name in names} for side in (then, now)]
             moved = next(n for n in sorted({*where[0], *where[1]}) if where[0].get(n) != where[1].get(n))
@@ -342,12 +434,15 @@ class RunFolder:
 
     def _read_classes(self) -> dict[str, list[str]] | None:
         try:
-            classes = from_json(read_bounded(self.classes_file, JSON_BYTES))
+            classes = unseal_values(from_json(read_bounded(self.classes_file, JSON_BYTES)))
             return {split: list(classes[split]) for split in ("train", "val", "test")}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self.classes_file} cannot be read: {brief(repr(error))}") from error
+            raise RunError(
+                f"{self.classes_file} cannot be read ({brief(repr(error))}): it holds the classes that the run was "
+                "begun with. Put it back or, if nothing has changed in the data set's folder, delete it"
+            ) from error
 
     def remove_leftovers(self) -> None:
         """Delete what an interrupted write left beside its target."""
@@ -362,34 +457,85 @@ class RunFolder:
 class JsonLines:
     """An append-only file of one JSON object a line, cut back to a known length when a run resumes."""
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int, sha256: str = "") -> None:
         self._path = path
+        self._digest = _begin(path, length, sha256)
         with _writing(path):
-            present = path.stat().st_size if path.exists() else 0
-            if present < length:
-                raise RunError(
-                    f"{path} has {present} bytes, but the checkpoint was written after {length}: it has been altered. "
-                    "Delete the run folder and train anew"
-                )
             self._file = open_in_place(path, "ab")
             self._file.truncate(length)
+            self._length, self._touched = length, False
+            self._identity = _identity(os.fstat(self._file.fileno()))
 
     def write(self, values: dict[str, Any]) -> None:
         """Append a line and hand it to the operating system."""
+        line = json.dumps(values, allow_nan=False).encode() + b"\n"
         with _writing(self._path):
-            self._file.write(json.dumps(values, allow_nan=False).encode() + b"\n")
+            number = self._file.fileno()
+            self._touched |= _identity(os.fstat(number)) != self._identity
+            self._file.write(line)
             self._file.flush()
+            self._identity = _identity(os.fstat(number))
+        self._digest.update(line)
+        self._length += len(line)
 
-    def sync(self) -> int:
-        """Bring everything to the disk; the file's length."""
+    def sync(self, whole: bool = False) -> tuple[int, str]:
+        """Bring everything to the disk; the file's length, and the checksum of it all.
+
+        Args:
+            whole: read it all again; else only where its time says that it was written into.
+
+        Raises:
+            RunError: another program removed, replaced or changed it.
+        """
         with _writing(self._path):
             os.fsync(self._file.fileno())
-            return os.fstat(self._file.fileno()).st_size
+            here = _identity(os.fstat(self._file.fileno()))
+        try:
+            there = _identity(self._path.stat())
+        except OSError as error:
+            raise _meddled(self._path, "removed") from error
+        if there[:2] != here[:2]:
+            raise _meddled(self._path, "replaced")
+        if here[2] != self._length:
+            raise _meddled(self._path, f"changed: it has {here[2]} bytes, where this run wrote {self._length}")
+        found = self._digest.hexdigest()
+        if whole or self._touched or here != self._identity:
+            try:
+                _begin(self._path, self._length, found)
+            except RunError as error:
+                raise _meddled(self._path, "changed") from error
+            self._touched, self._identity = False, here
+        return self._length, found
 
     def close(self) -> None:
         """Close the file."""
         with _writing(self._path):
             self._file.close()
+
+
+def _begin(path: Path, length: int, sha256: str) -> "hashlib._Hash":
+    """The running checksum of a log's first `length` bytes.
+
+    Raises:
+        RunError: it has fewer, or others than those of that checksum (none: it is not known), or cannot be read.
+    """
+    running, left = hashlib.sha256(), length
+    if length:
+        try:
+            with open_to_read(path) as file:
+                while left and (part := file.read(min(left, 1 << 20))):
+                    running.update(part)
+                    left -= len(part)
+        except FileNotFoundError:
+            pass  # said below
+        except OSError as error:
+            raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    remedy = "it has been altered. Put it back from a copy, or delete the run folder and train anew"
+    if left:
+        raise RunError(f"{path} has {length - left} bytes, but the checkpoint was written after {length}: {remedy}")
+    if sha256 and running.hexdigest() != sha256:
+        raise RunError(f"{path} does not begin with the {length} bytes that the checkpoint was written after: {remedy}")
+    return running
 
 
 def stream_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -445,7 +591,7 @@ def load_weights(
 ) -> tuple[Learner, Params, dict[str, Any]]:
     """As `load`, with what the checkpoint says of itself."""
     meta, about = folder.read_weights(which)
-    channels, height, width = about["image_shape"]
+    channels, height, width = _image_shape(about)
     if ways is not None:
         config.check_ways(ways)
     learner = build_judged_learner(config, ways, (channels, height, width))
@@ -483,16 +629,32 @@ def write_whole(path: Path, content: bytes) -> None:
         refuse_link(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(part, content)
-        part.replace(path)
+        put_in_place(part, path)
 
 
 def check_writable(path: Path) -> None:
     """Raise RunError, before any work is lost, if a file cannot be written."""
-    part = path.with_suffix(".part")
     with _writing(path):
         refuse_link(path)
-        write_synced(part, b"")
-        part.unlink()
+        if path.is_dir():
+            raise OSError(errno.EISDIR, "it is a folder", str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _try_to_write(path)
+
+
+def is_writable(path: Path) -> bool:
+    """Whether this user may write a file in that folder, which may be read-only; other hindrances are not asked for."""
+    try:
+        _try_to_write(path)
+    except OSError as error:
+        return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return True
+
+
+def _try_to_write(path: Path) -> None:
+    part = path.with_suffix(".part")
+    write_synced(part, b"")
+    part.unlink()
 
 
 def _name_also(path: Path, other: Path) -> None:
@@ -502,10 +664,30 @@ def _name_also(path: Path, other: Path) -> None:
     try:
         os.link(path, part)
     except OSError:  # a file system without hard links
-        path.replace(other)
+        put_in_place(path, other)
     else:
-        part.replace(other)
+        put_in_place(part, other)
         part.unlink(missing_ok=True)  # renaming does nothing where both names were the file's already
+
+
+class _Known(NamedTuple):
+    """A file as this process left or found it."""
+
+    identity: tuple[int, int, int, int]
+    sha256: str | None
+    """Of its content; none: that does not matter."""
+
+
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    """Which file it is (2 numbers), its length, and when it was written into last."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _meddled(path: Path, how: str) -> RunError:
+    return RunError(
+        f"{path} was {how} by another program while the run trained, so training ended without writing a checkpoint. "
+        "Put it back and resume from the checkpoint before, or choose another --out and train anew"
+    )
 
 
 @contextlib.contextmanager
@@ -520,7 +702,8 @@ def _packed(tensors: Params, about: dict[str, Any]) -> bytes:
     # Copies: θ and the best θ may be the same tensors, which the format refuses to write twice.
     tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()}
     # The file sorts its tensors; their order decides the order of sums, and so bits, and must come back as it was.
-    about = {"format": _FORMAT, **about, "names": list(tensors), "sha256": _digest(tensors)}
+    about = {"format": FORMAT, **about, "names": list(tensors)}
+    about["sha256"] = _digest(tensors, about)
     # One metadata entry: the order of several in the file is random from process to process.
     return save_tensors(tensors, {"metaheed": json.dumps(about)})
 
@@ -540,16 +723,19 @@ def _unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
         tensors = {name: found[name].clone() for name in names}
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise RunError(f"{path} is not a checkpoint: {_said(error)}") from error
-    if about.get("format") != _FORMAT:
-        raise RunError(f"{path} has checkpoint format {shown(about.get('format'))}, but this program reads {_FORMAT}")
-    if about.pop("sha256", None) != _digest(tensors):
+    version, found = about.get("format"), about.pop("sha256", None)
+    if version not in _FORMATS:
+        raise RunError(f"{path} has checkpoint format {shown(version)}, but this program reads {FORMAT}")
+    if found != _digest(tensors, about if version == FORMAT else None):
         raise RunError(f"{path} is damaged: its checksum does not match its content")
     del about["names"]
     return tensors, about
 
 
-def _digest(tensors: Params) -> str:
+def _digest(tensors: Params, about: dict[str, Any] | None) -> str:
     digest = hashlib.sha256()
+    if about is not None:
+        digest.update(json.dumps(about, sort_keys=True).encode())
     for name in sorted(tensors):
         leaf = tensors[name]
         digest.update(f"{name} {leaf.dtype} {tuple(leaf.shape)}".encode())
@@ -562,15 +748,55 @@ def _checkpoint(tensors: Params, about: dict[str, Any]) -> Checkpoint:
     for name, leaf in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = leaf
-    channels, height, width = about["image_shape"]
-    progress = Progress(**{field: about[field] for field in Progress._fields})
+    fields = [field for field in Progress._fields if about["format"] == FORMAT or not field.endswith("_sha256")]
+    for field in fields:
+        if Progress.__annotations__[field] is int:
+            _whole_number(about, field)
+    progress = Progress(**{field: about[field] for field in fields})
+    if not isinstance(progress.best_accuracy, float | int):
+        raise ValueError("its best_accuracy is no number")
     best = groups.pop("best")
-    return Checkpoint(progress, OuterState(**groups), best, (channels, height, width), recorded_pixels(about))
+    return Checkpoint(progress, OuterState(**groups), best, _image_shape(about), recorded_pixels(about))
+
+
+def _whole_number(about: dict[str, Any], field: str) -> int:
+    value = about.get(field)
+    if not isinstance(value, int) or not 0 <= value < 2**63:
+        raise ValueError(f"it says {str(value)[:40]} of its {field}, which must be a whole number of at least 0")
+    return value
+
+
+def _image_shape(about: dict[str, Any]) -> tuple[int, int, int]:
+    """(channels, height, width) of the images trained on, from what a checkpoint says of itself.
+
+    Raises:
+        ValueError: it says nothing of them, or what cannot be.
+    """
+    shape = about.get("image_shape")
+    if (
+        not isinstance(shape, list | tuple)
+        or len(shape) != 3
+        or not all(isinstance(n, int) and n > 0 for n in shape)
+        or math.prod(shape) > _LARGEST_IMAGE
+    ):
+        raise ValueError(f"its image_shape is {str(shape)[:40]}, which must be channels, height and width of an image")
+    channels, height, width = shape
+    return channels, height, width
 
 
 def recorded_pixels(about: dict[str, Any]) -> Pixels | None:
-    """How images were scaled, from what a checkpoint says of itself; none: it does not."""
-    if about.get("pixels") is None:
+    """How images were scaled, from what a checkpoint says of itself; none: it does not.
+
+    Raises:
+        ValueError: it says what cannot be.
+    """
+    found = about.get("pixels")
+    if found is None:
         return None
-    mean, std = about["pixels"]
-    return Pixels(tuple(mean), tuple(std))
+    try:
+        mean, std = (tuple(map(float, part)) for part in found)
+    except TypeError:
+        mean, std = (), ()
+    if not mean or len(mean) != len(std) or not all(math.isfinite(v) for v in (*mean, *std)) or min(std) <= 0:
+        raise ValueError(f"its pixels are {str(found)[:40]}, which must be a mean and a deviation for each channel")
+    return Pixels(mean, std)

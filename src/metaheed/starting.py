@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from metaheed.errors import ConfigError
+from metaheed.files import read_bounded
 from metaheed.learners import Learner, NetworkLearner
 from metaheed.runs import RunFolder
 from metaheed.types import Params
@@ -30,10 +31,10 @@ def read_weights(path: Path) -> Params:
             f"--init-from is {path}, which looks like a pickle, and a pickle can run code: convert it once with "
             "safetensors.torch.save_file(torch.load(PATH, weights_only=True), 'weights.safetensors')"
         )
-    if not path.is_file():
+    if not path.exists():
         raise ConfigError(f"--init-from is {path}, but there is no such file: name a .safetensors file or a run folder")
     try:
-        return dict(load_tensors(path.read_bytes()))
+        return dict(load_tensors(read_bounded(path)))
     except (OSError, SafetensorError, ValueError) as error:
         raise ConfigError(f"--init-from is {path}, but it is no safetensors file ({error})") from error
 

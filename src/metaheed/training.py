@@ -51,7 +51,10 @@ from metaheed.outer import (
     workers_ended,
 )
 from metaheed.process import (
+    Signals,
+    StopRequested,
     cannot_start,
+    check_batch_fits,
     cpu_threads,
     describe_processor,
     float32_products,
@@ -175,7 +178,8 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
                 raise
             except Exception:  # whatever it was, a run that has not begun leaves no folder that refuses the next
                 logs = (folder.metrics_file, folder.tasks_file)
-                if not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
+                begun = folder.last.exists() or not folder.is_ours()
+                if not begun and not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
                     made_here = (folder.config_file, folder.lock_file, folder.start_file, folder.replayed_file)
                     for file in (*made_here, folder.classes_file, *logs, folder.timing_file):
                         file.unlink(missing_ok=True)
@@ -287,26 +291,25 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
                 "it can be raised, not lowered"
             )
         if checkpoint is not None and _finished(checkpoint.progress, config):
+            folder.check_logs()
             folder.write_best(checkpoint)
             written = folder.read_config()
             if written.training.iterations != config.training.iterations:
                 # Lowered to what the checkpoint has: what was logged after it was is of no run any more.
-                JsonLines(folder.metrics_file, checkpoint.progress.metrics_bytes).close()
-                JsonLines(folder.tasks_file, checkpoint.progress.tasks_bytes).close()
+                for log in _open_logs(folder, checkpoint.progress):
+                    log.close()
                 lowered = replace(written.training, iterations=config.training.iterations)
                 folder.write_config(replace(written, training=lowered))
             reporter.message(f"{folder.path} is finished: all {config.training.iterations} iterations are done")
             return
-        data = config.episodes
-        dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
-        dataset = _on_device(dataset, pick_device(training.device))
-        folder.record_classes(dataset)
-        session = _set_up(config, dataset, folder)
-        if session.dataset.origin:
-            reporter.message(f"data: {session.dataset.origin}")
-        fresh = _fresh(session, _given_start(config, session, folder, reporter))
-        with memory_explained(config, session.device, 1, session.learner):
-            _try_out(session, fresh.state.meta, reporter.message)
+        try:
+            with received.interrupting():
+                session, fresh = _prepare(config, folder, reporter)
+        except StopRequested:
+            raise Interrupted(
+                f"stopped before iteration {done + 1}; continue with 'metaheed train --resume {folder.path}'",
+                received[0],
+            ) from None
         if checkpoint is None:
             checkpoint = fresh
         else:
@@ -320,6 +323,21 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         reporter.message(describe_execution(training, session.device, B, session.learner, images_there))
         with memory_explained(config, session.device, B, session.learner, lambda: session.task_bytes):
             _loop(session, folder, checkpoint, reporter, received)
+
+
+def _prepare(config: RunConfig, folder: RunFolder, reporter: Reporter) -> tuple[_Session, Checkpoint]:
+    """Data, network and rule, tried out; and the state before the first iteration."""
+    data = config.episodes
+    dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
+    dataset = _on_device(dataset, pick_device(config.training.device))
+    folder.record_classes(dataset)
+    session = _set_up(config, dataset, folder)
+    if session.dataset.origin:
+        reporter.message(f"data: {session.dataset.origin}")
+    fresh = _fresh(session, _given_start(config, session, folder, reporter))
+    with memory_explained(config, session.device, 1, session.learner):
+        _try_out(session, fresh.state.meta, reporter.message)
+    return session, fresh
 
 
 class Speed(NamedTuple):
@@ -418,6 +436,8 @@ def _set_up(config: RunConfig, dataset: Dataset, folder: RunFolder | None) -> _S
     test_ways, judged = config.episodes.test_shape[0], learner
     if config.learner.any_ways and test_ways != config.episodes.ways:
         judged = build_judged_learner(config, test_ways, dataset.image_shape)
+    theta = learner.init(torch.Generator().manual_seed(seed))
+    check_batch_fits(config, device, dataset.image_shape, sum(p.numel() * p.element_size() for p in theta.values()))
     for each in {learner, judged}:
         place_constants(each, device)
     tools = Tools(
@@ -503,7 +523,8 @@ def _try_out(session: _Session, meta: Params, notice: Callable[[str], None]) -> 
     meta = {name: p.to(session.device) for name, p in meta.items()}
     backbone = session.config.learner.backbone
     execution = build_execution(training, session.device, learner, task_gradient)
-    task, other = (Episode(*(part[:1] for part in session.tools.train(t))) for t in (0, 1))
+    tasks = session.streams.episodes["training"]
+    task, other = tasks.batch(0, 1), tasks.batch(1, 1)
     on_cuda = session.device.type == "cuda"
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(session.device)
@@ -571,11 +592,7 @@ def _fresh(session: _Session, meta: Params | None = None) -> Checkpoint:
 _REMEDY = "Checkpoints before it, if any, are kept; lower --fast-lr or --meta-lr, or set --clip-norm"
 
 
-class _StopRequested(Exception):  # noqa: N818  # a request, not an error
-    pass
-
-
-def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Reporter, received: list[int]) -> None:
+def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Reporter, received: Signals) -> None:
     training = session.config.training
     progress, best = start.progress, start.best
     steps = build_steps(
@@ -586,21 +603,27 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
         session.streams,
         _to(start.state, session.device),
         reporter.message,
+        received.interrupting,
     )
-    metrics = JsonLines(folder.metrics_file, progress.metrics_bytes)
-    tasks = JsonLines(folder.tasks_file, progress.tasks_bytes)
+    metrics, tasks = _open_logs(folder, progress)
+    folder.watch_config()
     clock = _Clock(session, folder, progress.iteration)
     events = _Events(session.config, folder, progress.iteration)
 
     def save() -> None:
         nonlocal progress
-        progress = progress._replace(metrics_bytes=metrics.sync(), tasks_bytes=tasks.sync())
+        folder.check_unaltered()
+        whole = _finished(progress, session.config)  # nothing follows that would find what was missed
+        (m_bytes, m_sha256), (t_bytes, t_sha256) = metrics.sync(whole), tasks.sync(whole)
+        progress = progress._replace(
+            metrics_bytes=m_bytes, tasks_bytes=t_bytes, metrics_sha256=m_sha256, tasks_sha256=t_sha256
+        )
         folder.write_checkpoint(Checkpoint(progress, steps.state, best, session.dataset.image_shape, session.pixels))
         clock.write(progress.iteration)
 
     def check_stop(_: int = 0) -> None:
         if received:
-            raise _StopRequested
+            raise StopRequested
 
     reporter.start(progress.iteration, training.iterations)
     try:
@@ -610,9 +633,11 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
             if done > progress.validated and due:
                 meta = steps.state.meta
                 try:
-                    accuracy, half_width, loss = session.validation(meta, check_stop)
+                    with received.interrupting():
+                        judged = session.validation(meta, check_stop)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"validation after iteration {done}: {error}. {_REMEDY}") from error
+                accuracy, half_width, loss = judged
                 better = accuracy > progress.best_accuracy
                 progress = progress._replace(validated=done)
                 if better:
@@ -638,7 +663,7 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
                 raise NonFiniteError(f"iteration {progress.iteration + 1}: {error}. {_REMEDY}") from error
             if progress.iteration > done and progress.iteration % training.checkpoint_every == 0:
                 save()
-    except _StopRequested:
+    except StopRequested:
         save()
         raise Interrupted(
             f"stopped after iteration {progress.iteration}; continue with 'metaheed train --resume {folder.path}'",
@@ -651,6 +676,14 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
         metrics.close()
         tasks.close()
         clock.close()
+
+
+def _open_logs(folder: RunFolder, progress: Progress) -> tuple[JsonLines, JsonLines]:
+    """metrics.jsonl and tasks.jsonl, cut back to where the checkpoint was written."""
+    return (
+        JsonLines(folder.metrics_file, progress.metrics_bytes, progress.metrics_sha256),
+        JsonLines(folder.tasks_file, progress.tasks_bytes, progress.tasks_sha256),
+    )
 
 
 def _log(

@@ -2,6 +2,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -114,9 +115,9 @@ def test_the_next_batch_is_drawn_while_this_one_is_used(
     drawn: queue.Queue[tuple[int, int, int]] = queue.Queue()
     draw = episodes.draw
 
-    def watched(first: int, count: int) -> Draw:
+    def watched(first: int, count: int, cancelled: Callable[[], bool]) -> Draw:
         drawn.put((first, count, threading.get_ident()))
-        return draw(first, count)
+        return draw(first, count, cancelled)
 
     monkeypatch.setattr(episodes, "draw", watched)
     ahead = Ahead(episodes)
@@ -151,12 +152,12 @@ def test_no_fork_happens_in_mid_draw(small_dataset: Dataset, monkeypatch: pytest
     begun, drawn = threading.Event(), threading.Event()
     draw = episodes.draw
 
-    def slow(first: int, count: int) -> Draw:
+    def slow(first: int, count: int, cancelled: Callable[[], bool]) -> Draw:
         if first:
             begun.set()
             time.sleep(0.3)
             drawn.set()
-        return draw(first, count)
+        return draw(first, count, cancelled)
 
     monkeypatch.setattr(episodes, "draw", slow)
     ahead = Ahead(episodes)

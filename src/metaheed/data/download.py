@@ -31,7 +31,7 @@ from urllib.parse import urlsplit
 import metaheed
 from metaheed.data import cifar, omniglot
 from metaheed.errors import DataError, unknown
-from metaheed.files import try_lock
+from metaheed.files import put_in_place, try_lock
 
 _TRIES = 4  # in a row without a byte more than before, at one mirror
 _WAIT = 1.0  # seconds before the second of them; doubles
@@ -295,7 +295,7 @@ class _Part:
             os.fsync(self._file.fileno())
             if os.name == "nt":
                 self._file.close()  # or Windows does not let it be renamed
-            self.path.replace(target)
+            put_in_place(self.path, target)
         return target
 
 

@@ -11,7 +11,7 @@ import os
 import threading
 import zlib
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
@@ -98,17 +98,30 @@ class Episodes:
             return starts[chosen, None] + np.argsort(keys, axis=1, kind="stable")[:, :each]
         return np.stack([starts[c] + sample(bits, counts[c], each) for c in chosen])
 
-    def batch_rows(self, first: int, count: int) -> np.ndarray:
-        """(count, N, K+Q) image rows of tasks first … first+count−1."""
-        return np.stack([self.rows(index) for index in range(first, first + count)])
+    def batch_rows(self, first: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> np.ndarray:
+        """(count, N, K+Q) image rows of tasks first … first+count−1.
+
+        Raises:
+            CancelledError: `cancelled`, which is asked before each task, said that nobody wants them any more.
+        """
+        rows = np.empty((count, self.ways, self.shots + self.queries), np.int64)
+        for task in range(count):
+            if cancelled():
+                raise CancelledError
+            rows[task] = self.rows(first + task)
+        return rows
 
     def batch(self, first: int, count: int) -> Episode:
         """Tasks first … first+count−1 as one batched Episode, images float32, gathered at once."""
         return self.episode(self.draw(first, count))
 
-    def draw(self, first: int, count: int) -> "Draw":
-        """The first part of `batch`, which touches no accelerator; all of it where everything is on the CPU."""
-        rows = torch.from_numpy(self.batch_rows(first, count))
+    def draw(self, first: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> "Draw":
+        """The first part of `batch`, which touches no accelerator; all of it where everything is on the CPU.
+
+        Raises:
+            CancelledError: as `batch_rows`.
+        """
+        rows = torch.from_numpy(self.batch_rows(first, count, cancelled))
         if self.split.images.device.type != "cpu":
             return Draw(rows, None, None)
         pixels = self._pixels(rows)
@@ -194,18 +207,23 @@ class Ahead:
         self._episodes = episodes
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="episodes")
         self._next: tuple[tuple[int, int], Future[Draw]] | None = None
+        self._closed = False
 
     def batch(self, first: int, count: int) -> Episode:
         """As `Episodes.batch`."""
         expected, self._next = self._next, None
         ready = expected is not None and expected[0] == (first, count)
         draw = expected[1].result() if expected is not None and ready else self._episodes.draw(first, count)
-        drawing = self._pool.submit(apart_from_forks, self._episodes.draw, first + count, count)
+        drawing = self._pool.submit(apart_from_forks, self._episodes.draw, first + count, count, self._is_closed)
         self._next = ((first + count, count), drawing)
         return self._episodes.episode(draw)
 
+    def _is_closed(self) -> bool:
+        return self._closed
+
     def close(self) -> None:
-        """End the thread, and forget what it drew."""
+        """End the thread, also one that is drawing, and forget what it drew."""
+        self._closed = True
         self._pool.shutdown(cancel_futures=True)
         self._next = None
 

@@ -22,7 +22,7 @@ from metaheed.data.images import SPLITS
 from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
 from metaheed.data.trees import Entry, Tree, Unreadable, beside, open_tree
 from metaheed.errors import ConfigError, DataError, MissingDataError
-from metaheed.files import write_synced
+from metaheed.files import put_in_place, write_synced
 
 _SPLITS = {**{split: split for split in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
 _FEWEST = 2  # images of a class: one to adapt to, one to be judged on
@@ -144,7 +144,7 @@ def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: boo
         part = folder / f"{split}.txt.part"
         write_synced(part, "".join(f"{name}\n" for name in names).encode())
     for split in lists:
-        (folder / f"{split}.txt.part").replace(folder / f"{split}.txt")
+        put_in_place(folder / f"{split}.txt.part", folder / f"{split}.txt")
     return lists
 
 

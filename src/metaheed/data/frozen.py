@@ -32,6 +32,7 @@ from torch import Tensor
 from metaheed.data.episodes import Episodes, fingerprint
 from metaheed.data.images import SPLITS, Dataset, Split
 from metaheed.errors import DataError
+from metaheed.files import put_in_place
 
 _FORMAT = 1
 _LARGEST = 1 << 33  # bytes of the arrays: 600 tasks of 84×84 RGB images use one eighth of it
@@ -187,7 +188,7 @@ def write_episodes(frozen: Frozen, path: Path, with_images: bool) -> None:
         try:
             with part.open("wb") as file:
                 np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
-            part.replace(path)
+            put_in_place(part, path)
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:

@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import PIL
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list
 from metaheed.data.sources import Source, SourceSplit, array_stream, stamp
+from metaheed.files import put_in_place
+from metaheed.headless import ft2font, matplotlib
 
 FACES = tuple(
     f"DejaVu{family}"
@@ -103,7 +103,7 @@ class Font:
     """One face: which characters it has, and their master bitmaps."""
 
     def __init__(self, face: str) -> None:
-        self._characters = {chr(code) for code in FT2Font(str(font_file(face))).get_charmap()}
+        self._characters = {chr(code) for code in ft2font.FT2Font(str(font_file(face))).get_charmap()}
         # Basic layout: the alternative depends on a library that is not everywhere.
         self._font = ImageFont.truetype(str(font_file(face)), 96, layout_engine=ImageFont.Layout.BASIC)
 
@@ -203,7 +203,7 @@ def _write_cache(path: Path, images: np.ndarray) -> None:
             try:
                 np.save(file, images, allow_pickle=False)
                 file.close()
-                Path(file.name).replace(path)
+                put_in_place(Path(file.name), path)
             except BaseException:
                 Path(file.name).unlink(missing_ok=True)
                 raise

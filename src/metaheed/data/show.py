@@ -11,7 +11,7 @@ from metaheed.data.episodes import Episodes
 from metaheed.data.glyphs import font_file
 from metaheed.data.images import Dataset
 from metaheed.errors import ConfigError, DataError
-from metaheed.files import write_synced
+from metaheed.files import put_in_place, write_synced
 
 _TILE = 64  # pixels of an image at least, whole multiples of its own
 _GAP, _LINE, _NAME = 4, 18, 190
@@ -57,7 +57,7 @@ def write_png(image: Image.Image, path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(part, buffer.getvalue())
-        part.replace(path)
+        put_in_place(part, path)
     except OSError as error:
         raise DataError(f"cannot write {path} ({error.strerror}): choose another --out") from error
 

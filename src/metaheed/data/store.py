@@ -35,7 +35,7 @@ from metaheed.data.sources import (
     refuse,
 )
 from metaheed.errors import DataError, MetaheedError, MissingDataError
-from metaheed.files import try_lock, write_synced
+from metaheed.files import put_in_place, try_lock, write_synced
 
 SUFFIX = ".metaheed"
 _FORMAT = 1
@@ -227,7 +227,7 @@ def prepare(source: Source, folder: Path, watcher: Watcher | None = None) -> Pat
         # In ASCII: the name of a folder, and so of a class, need not be text that UTF-8 has.
         write_synced(part / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
         (part / "progress.json").unlink()
-        part.rename(path)
+        put_in_place(part, path)
     return path
 
 
@@ -310,7 +310,7 @@ def _fill_split(
         os.fsync(file.fileno())
         values = {"stamp": source.stamp, "done": done, "problems": problems}
         write_synced(record.with_suffix(".new"), json.dumps(values).encode())
-        record.with_suffix(".new").replace(record)
+        put_in_place(record.with_suffix(".new"), record)
 
     for chunk in split.read(done[name]):
         # Neighbouring rows in one go.

@@ -67,7 +67,7 @@ from metaheed.outer.rules import (
     uniform_2b,
 )
 from metaheed.outer.self_check import check_gradient, explain_failure
-from metaheed.outer.steps import Buffered, OneByOne, Steps, Streams
+from metaheed.outer.steps import Buffered, Interrupting, OneByOne, Steps, Streams
 from metaheed.types import Episode, Params
 
 __all__ = [
@@ -305,6 +305,7 @@ def build_steps(
     streams: Streams,
     state: OuterState,
     notice: Callable[[str], None],
+    interrupting: Interrupting = contextlib.nullcontext,
 ) -> Steps:
     """How a run's outer steps are made: as configured, or captured on CUDA.
 
@@ -312,6 +313,7 @@ def build_steps(
         config, device: the run's.
         rule, tools, streams, state: as for `OneByOne`.
         notice: told why a step could not be captured.
+        interrupting: as for `OneByOne`.
     """
     # Over buffers, batches are gathered where their rows are.
     there = streams.lie_on(device)
@@ -321,8 +323,8 @@ def build_steps(
                 f"the images are too large for the memory of {device} and stay on the host, so that the outer step is "
                 "made step by step, not captured in a CUDA graph"
             )
-        return OneByOne(rule, tools, streams, state)
-    return Buffered(rule, tools, streams, state, config.block, _capturable(config, device), notice)
+        return OneByOne(rule, tools, streams, state, interrupting)
+    return Buffered(rule, tools, streams, state, config.block, _capturable(config, device), notice, interrupting)
 
 
 def _buffered(config: TrainingConfig, device: torch.device) -> bool:

@@ -186,6 +186,7 @@ def _serve(learner: Learner, memory: mmap.mmap, pipe: Connection, parent: int) -
     # Signals to all of a terminal's or a job's processes are the parent's business: it stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     # A progress bar's thread may have been writing when the process was forked: its lock is never given back here.
     sys.stdout, sys.stderr = (
         stream and open(number, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115  # for good

@@ -20,6 +20,7 @@ Legend: B tasks, N ways, K shots, Q queries per class, k steps in a block at mos
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -34,8 +35,11 @@ from metaheed.errors import NonFiniteError, NonFiniteTaskError
 from metaheed.outer.rules import Gradients, OuterState, Rule, StepRecord, Tools
 from metaheed.types import Episode, Params, TaskInfo
 
+_PATIENCE = 2.0  # seconds that a block takes at most where its steps take as long as those before
 Stop = Callable[[], bool]
 """Whether to stop before the next step."""
+Interrupting = Callable[[], contextlib.AbstractContextManager[Any]]
+"""Makes a context in which what is computed may be ended by an exception at any moment."""
 
 
 class Steps(Protocol):
@@ -79,9 +83,13 @@ class Streams:
         """Whether the images lie on a device of this kind, where rows can be gathered."""
         return all(episodes.split.images.device.type == device.type for episodes in self.episodes.values())
 
-    def rows(self, stream: str, first: int, count: int) -> np.ndarray:
-        """(count, B, N, K+Q) image rows of batches first … first+count−1."""
-        rows = self.episodes[stream].batch_rows(first * self.tasks, count * self.tasks)
+    def rows(self, stream: str, first: int, count: int, cancelled: Stop = lambda: False) -> np.ndarray:
+        """(count, B, N, K+Q) image rows of batches first … first+count−1.
+
+        Raises:
+            CancelledError: as `Episodes.batch_rows`.
+        """
+        rows = self.episodes[stream].batch_rows(first * self.tasks, count * self.tasks, cancelled)
         return rows.reshape(count, self.tasks, *rows.shape[1:])
 
     def note(self, stream: str) -> None:
@@ -144,18 +152,26 @@ class OneByOne:
         tools: with the gradients as an execution gives them; `train` and `probe` are replaced.
         streams: the batches.
         state: before the first step.
+        interrupting: entered around the rule's step, before whose end nothing is changed: what it raises abandons it.
     """
 
     block = 1
 
-    def __init__(self, rule: Rule, tools: Tools, streams: Streams, state: OuterState) -> None:
-        self._rule, self._streams = rule, streams
+    def __init__(
+        self,
+        rule: Rule,
+        tools: Tools,
+        streams: Streams,
+        state: OuterState,
+        interrupting: Interrupting = contextlib.nullcontext,
+    ) -> None:
+        self._rule, self._streams, self._interrupting = rule, streams, interrupting
         self.state = state
         self._t = 0
         self._ahead = {stream: Ahead(episodes) for stream, episodes in streams.episodes.items()}
         self.asked: dict[str, set[int]] = {}
         """Stream -> which of its batches were asked for, counted from t."""
-        self._tools = tools._replace(
+        self._tools: Tools | None = tools._replace(
             gradients=self._checked(tools.gradients),
             plain_gradients=self._checked(tools.plain),
             train=lambda t: self._batch("training", t),
@@ -181,14 +197,18 @@ class OneByOne:
         for self._t in range(t, t + count):
             if stop():
                 return
-            self.state, record = self._rule.step(self.state, self._t, self._tools)
+            assert self._tools is not None  # not closed
+            with self._interrupting():
+                made = self._rule.step(self.state, self._t, self._tools)
+            self.state, record = made
             raise_non_finite_state(self.state, int(first_non_finite(self.state)))
             yield record
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and forget the batches: the tools are closures over this object, which would keep it."""
         for ahead in self._ahead.values():
             ahead.close()
+        self._tools = None
 
 
 class Buffered:
@@ -203,6 +223,7 @@ class Buffered:
         block: k.
         capture: into a CUDA graph; the state lies on a CUDA device.
         notice: told why a step could not be captured.
+        interrupting: as for `OneByOne`, around the steps that are made one by one.
     """
 
     def __init__(
@@ -214,15 +235,18 @@ class Buffered:
         block: int,
         capture: bool,
         notice: Callable[[str], None],
+        interrupting: Interrupting = contextlib.nullcontext,
     ) -> None:
         self.block = block
-        self._one_by_one = partial(OneByOne, rule, tools, streams)
+        self._one_by_one = partial(OneByOne, rule, tools, streams, interrupting=interrupting)
         self._over_buffers = partial(_Buffers, rule, tools, streams, block)
         self._single: OneByOne | None = self._one_by_one(state)
         self._buffers: _Buffers | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capture, self._notice = capture, notice
         self._given_up = False
+        # A device is given a block's steps all at once: of slow ones few, or a stop asked for would be waited for long.
+        self._most = 1 if capture else block
         self._drawing = _Drawing(streams)
 
     @property
@@ -242,7 +266,7 @@ class Buffered:
                 self._single.close()
                 self._buffers, self._single = self._over_buffers(self._single.state, self._single.asked), None
             return
-        count = min(count, self.block)
+        count = min(count, self.block, self._most)
         self._buffers.begin(t, self._drawing.take(self._buffers.spans, t, count))
         if self._capture and self._graph is None:
             self._try_capture(self._buffers, t, count)
@@ -250,11 +274,15 @@ class Buffered:
                 return  # to be called again, for a step by itself
         self._drawing.ahead(self._buffers.spans, t + count, self.block)
         step = self._buffers.step if self._graph is None else self._graph.replay
-        done = 0
+        began, done = time.monotonic(), 0
         while done < count and not stop():
             step()
             done += 1
-        yield from self._buffers.read(done)
+        records = [*self._buffers.read(done)]  # the device has made them
+        if done and self._graph is not None:
+            taken = max(time.monotonic() - began, 1e-9)
+            self._most = max(1, min(self.block, int(_PATIENCE * done / taken)))
+        yield from records
 
     def _try_capture(self, buffers: "_Buffers", t: int, count: int) -> None:
         """Capture the step, or give the buffers up."""
@@ -274,6 +302,8 @@ class Buffered:
         self._drawing.close()
         if self._single is not None:
             self._single.close()
+        if self._buffers is not None:
+            self._buffers.close()
         if self._graph is not None:
             self._graph.reset()
             self._graph = None
@@ -294,7 +324,7 @@ class _Buffers:
         self.state = _copied(state)
         self.spans = {stream: range(min(offsets), max(offsets) + 1) for stream, offsets in asked.items()}
         self._rule, self._streams, self._block = rule, streams, block
-        self._tools = tools._replace(
+        self._tools: Tools | None = tools._replace(
             gradients=self._noted(tools.gradients),
             plain_gradients=self._noted(tools.plain),
             train=lambda t: self._batch("training", t),
@@ -333,6 +363,7 @@ class _Buffers:
         """One outer step, a function of the buffers alone."""
         self._finite, self._tasks = [], []
         # The rule hands t on without looking at it: see rules.py.
+        assert self._tools is not None  # not closed
         state, record = self._rule.step(self.state, self._t, self._tools)  # type: ignore[arg-type]
         found = [*record.info, record.weights, *torch.cat(self._finite, dim=1), first_non_finite(state).reshape(1)]
         row = torch.cat([part.double() for part in found])
@@ -357,6 +388,10 @@ class _Buffers:
             raise_non_finite_state(self.state, int(place))
             *info, weights = columns.view(5, tasks)
             yield StepRecord(TaskInfo(*info), weights)
+
+    def close(self) -> None:
+        """Let go of the tools: they are closures over this object, which would keep it."""
+        self._tools = None
 
     def peek(self, count: int) -> Tensor:
         """A copy of the records of the block's first `count` steps."""
@@ -407,10 +442,12 @@ class _Drawing:
         self._streams = streams
         self._pool = ThreadPoolExecutor(1, "metaheed-episodes")
         self._next: tuple[int, int, Future[dict[str, np.ndarray]]] | None = None
+        self._closed = False
 
     def _draw(self, spans: Mapping[str, range], t: int, count: int) -> dict[str, np.ndarray]:
         return {
-            stream: self._streams.rows(stream, t + span.start, count + len(span) - 1) for stream, span in spans.items()
+            stream: self._streams.rows(stream, t + span.start, count + len(span) - 1, lambda: self._closed)
+            for stream, span in spans.items()
         }
 
     def ahead(self, spans: Mapping[str, range], t: int, count: int) -> None:
@@ -425,7 +462,8 @@ class _Drawing:
         return self._draw(spans, t, count)
 
     def close(self) -> None:
-        """End the thread."""
+        """End the thread, also one that is drawing."""
+        self._closed = True
         self._pool.shutdown(cancel_futures=True)
 
 

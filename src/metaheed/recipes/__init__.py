@@ -16,7 +16,7 @@ import yaml
 
 from metaheed.config import RunConfig, default_config, from_dict, to_dict
 from metaheed.errors import ConfigError, RunError, brief, shown
-from metaheed.files import YAML_BYTES, cannot_write, read_bounded, refuse_link, write_synced
+from metaheed.files import YAML_BYTES, cannot_write, put_in_place, read_bounded, refuse_link, write_synced
 from metaheed.paper import ITERATIONS, Cell, all_cells
 from metaheed.parsing import from_yaml
 
@@ -85,7 +85,7 @@ def write(recipe: Recipe, path: Path) -> None:
         refuse_link(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(part, text(recipe, path.name).encode())
-        part.replace(path)
+        put_in_place(part, path)
     except OSError as error:
         raise RunError(cannot_write(error, path)) from error
     finally:

@@ -18,7 +18,7 @@ from pathlib import Path
 import metaheed
 from metaheed.config import ReportConfig, ToyConfig
 from metaheed.errors import RunError
-from metaheed.files import write_synced
+from metaheed.files import put_in_place, write_synced
 from metaheed.report.arms import Arm, attention_pairs, control_pairs, group, metalstm_pairs
 from metaheed.report.figures import Logs, Picture, Toy, all_figures, read_toy
 from metaheed.report.measures import AttentionLog, attention_log
@@ -258,12 +258,12 @@ def _beside(out: Path) -> Iterator[Path]:
             part.mkdir()
             yield part
             if out.exists():
-                out.rename(old)
+                put_in_place(out, old)
             try:
-                part.rename(out)
+                put_in_place(part, out)
             except OSError:
                 if old.exists():
-                    old.rename(out)
+                    put_in_place(old, out)
                 raise
     except OSError as error:
         raise RunError(

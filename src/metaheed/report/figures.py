@@ -14,14 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from metaheed.errors import RunError, brief
 from metaheed.figures import COLOURS, draw_trajectories
 from metaheed.files import JSON_BYTES, read_bounded
+from metaheed.headless import Axes, Figure, matplotlib
 from metaheed.paper import Setting
 from metaheed.parsing import from_json
 from metaheed.report.arms import Arm, algorithm_label, title

@@ -65,7 +65,7 @@ def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], Non
     if waiting:
         board = make_board(len(waiting))
         try:
-            with signals_received(hangup=True) as received:
+            with signals_received() as received:
                 crew = Crew([job for job, _ in waiting], places, config.out, board, finished)
                 failures = crew.work(received)
         finally:

@@ -30,12 +30,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import sqlalchemy
+import torch
 
 from metaheed.config import RunConfig, SearchConfig, TrainingConfig
 from metaheed.data import Episodes, check_name, load_dataset
 from metaheed.errors import ConfigError, DataError, Interrupted, RunError, brief
 from metaheed.learners import build_learner, find_backbone
-from metaheed.process import pick_device
+from metaheed.process import check_batch_fits, pick_device
 from metaheed.runs import STUDY_FILE
 from metaheed.search.database import FAILURES, reason, shown_as, sqlite_file, sqlite_url
 from metaheed.search.draws import first_rung, search_name
@@ -169,6 +170,7 @@ def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
             f"{first_rung(config, settings)} iterations nothing can be judged before the end of a trial at "
             f"{training.iterations}: lower --val-every or --halving-start"
         )
+    sqlite_url(out / "study.db")  # refuses a folder that cannot be named there and in search.yaml
     check_name(data.data)
     find_backbone(config.learner.backbone, config.learner.backbone_path)
     allow(config.learner.backbone, config.learner.backbone_path)
@@ -178,4 +180,7 @@ def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
     dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
     for split, shape in (("train", data.train_shape), ("val", data.test_shape), ("test", data.test_shape)):
         Episodes(dataset, split, *shape, training.seed)
-    build_learner(config.learner, data.ways, dataset.image_shape, training.seed)
+    learner = build_learner(config.learner, data.ways, dataset.image_shape, training.seed)
+    theta = learner.init(torch.Generator().manual_seed(training.seed))
+    size = sum(p.numel() * p.element_size() for p in theta.values())
+    check_batch_fits(config, pick_device(training.device), dataset.image_shape, size)

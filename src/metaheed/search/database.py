@@ -51,6 +51,12 @@ def sqlite_url(file: Path) -> str:
         RunError: its name cannot stand in a URL, as SQLAlchemy before 2.1 writes them.
     """
     name = str(file.expanduser().absolute())
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise RunError(
+            f"the database {name!r} cannot be named in a URL, for its name is not UTF-8: choose another --out"
+        ) from error
     url = sqlalchemy.engine.URL.create("sqlite", database=name).render_as_string()
     if sqlalchemy.engine.make_url(url).database != name:  # it would be kept in another file
         raise RunError(f"the database {name} cannot be named in a URL: choose another --out, without ? in it")

@@ -21,6 +21,7 @@ from metaheed.errors import RunError, brief, shown
 from metaheed.files import YAML_BYTES, LinkError, cannot_write, make_folder, read_bounded, refuse_link
 from metaheed.parsing import from_yaml
 from metaheed.runs import STUDY_FILE, RunFolder, write_whole
+from metaheed.seals import seal_text, unseal_text
 from metaheed.search.database import connect, exclusive, shown_as, sqlite_file, sqlite_url
 from metaheed.search.draws import make_pruner, make_sampler
 
@@ -191,7 +192,7 @@ class SharedStudy:
                 settings = replace(settings, storage=url.render_as_string(hide_password=True))
             values = {"search": to_dict(settings), "config": to_dict(self.config)}
             head = f"# metaheed search --resume {self.out}\n"
-            write_whole(file, (head + yaml.safe_dump(values, sort_keys=False)).encode())
+            write_whole(file, seal_text((head + yaml.safe_dump(values, sort_keys=False)).encode()))
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
         """Alone among the workers that write into this study folder."""
@@ -228,7 +229,7 @@ def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
     """
     file = out / STUDY_FILE
     try:
-        values = from_yaml(read_bounded(file, YAML_BYTES))
+        values = from_yaml(unseal_text(read_bounded(file, YAML_BYTES)))
         return from_dict(values["config"]), build(SearchConfig, values["search"], "search")
     except OSError as error:
         raise RunError(f"{out} is not a study folder: search.yaml cannot be read ({error.strerror})") from error
