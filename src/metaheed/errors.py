@@ -4,6 +4,7 @@ Every one names the thing, the value found and the remedy; the command line prin
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 
 
@@ -92,6 +93,33 @@ def is_systems(error: Exception) -> bool:
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """A ConfigError for a name that is not in `known`, with the closest one suggested."""
     known = sorted(known)
-    close = difflib.get_close_matches(name.lower(), known, n=1)
+    close = difflib.get_close_matches(name[:_LONGEST].lower(), known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
-    return ConfigError(f"unknown {kind} {name!r}: {hint}known are {', '.join(known)}")
+    return ConfigError(f"unknown {kind} {shown(name)}: {hint}known are {', '.join(known)}")
+
+
+_LONGEST = 120  # characters of a value in a message: about a line
+
+
+def shown(value: object) -> str:
+    """A value as a message prints it: as repr does, on one line and never longer, whatever a file made it.
+
+    Large values are not written out first: a number of a million digits, or a list in itself, takes no time.
+    """
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST:  # whose digits Python may refuse to write out
+        return f"a whole number of {value.bit_length():,} bits"
+    try:
+        text = _REPR.repr(value)
+    except (ValueError, RecursionError):  # such a number inside; or nested too deep
+        return f"a {type(value).__name__} that cannot be shown"
+    return brief(text)
+
+
+def brief(text: str, most: int = _LONGEST) -> str:
+    """Text on one line, cut to so many characters."""
+    line = " ".join(text[: 4 * most].split())
+    return line if len(line) <= most and len(text) <= 4 * most else f"{line[: most - 1]}…"
+
+
+_REPR = reprlib.Repr()
+_REPR.maxlevel, _REPR.maxstring, _REPR.maxother, _REPR.maxlong = 3, _LONGEST - 20, _LONGEST - 20, _LONGEST

@@ -9,7 +9,9 @@ differ clearly from each other in every face.
 The distortion is integer arithmetic throughout, so its bits are the same on every processor.
 """
 
+import contextlib
 import hashlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -18,15 +20,14 @@ from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import PIL
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list
 from metaheed.data.sources import Source, SourceSplit, array_stream, stamp
+from metaheed.errors import ConfigError, shown
 
 FACES = tuple(
     f"DejaVu{family}"
@@ -96,13 +97,42 @@ def character_of(name: str) -> str:
 
 def font_file(face: str) -> Path:
     """Where matplotlib keeps a face."""
-    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+    return _fonts() / f"{face}.ttf"
+
+
+@cache
+def _fonts() -> Path:
+    # Looked for without importing matplotlib, which takes a while, and fails where MPLBACKEND names no backend of its.
+    spec = importlib.util.find_spec("matplotlib")
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        fonts = Path(place) / "mpl-data" / "fonts" / "ttf"
+        if fonts.is_dir():
+            return fonts
+    with _matplotlib_explained():
+        import matplotlib  # some distributions keep its data elsewhere, and only it knows where
+
+        return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+
+
+@contextlib.contextmanager
+def _matplotlib_explained() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:  # what its import raises
+        backend = os.environ.get("MPLBACKEND")
+        raise ConfigError(
+            f"matplotlib, whose fonts glyphs are drawn with, cannot be imported under MPLBACKEND={shown(backend)}: "
+            "unset it, or set it to agg"
+        ) from error
 
 
 class Font:
     """One face: which characters it has, and their master bitmaps."""
 
     def __init__(self, face: str) -> None:
+        with _matplotlib_explained():
+            from matplotlib.ft2font import FT2Font
+
         self._characters = {chr(code) for code in FT2Font(str(font_file(face))).get_charmap()}
         # Basic layout: the alternative depends on a library that is not everywhere.
         self._font = ImageFont.truetype(str(font_file(face)), 96, layout_engine=ImageFont.Layout.BASIC)
