@@ -29,7 +29,7 @@ from metaheed.errors import ConfigError, DataError, MissingDataError, shown
 from metaheed.files import write_synced
 
 _SPLITS = {**{split: split for split in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
-_LISTS = {(f"{split}.txt",): split for split in SPLITS}
+_LISTS: dict[tuple[str, ...], str] = {(f"{split}.txt",): split for split in SPLITS}
 _LARGEST_LIST = 1 << 24  # bytes; the names of some hundred thousand classes
 _HOLDERS = ("images", "image", "imgs", "img", "pictures", "photos", "jpg", "data")
 """What the folder of the classes is called where others, without pictures, lie beside it."""
@@ -222,7 +222,7 @@ def _classes(tree: Tree, parts: _Parts, around: Path) -> _Found:
         name = composed(folder)
         if (other := written.setdefault((split, name), folder)) != folder:
             raise DataError(
-                f"{around}: {ascii(other)} and {ascii(folder)} are two folders of one name, {name!r}, written in two "
+                f"{around}: {other!a} and {folder!a} are two folders of one name, {name!r}, written in two "
                 "ways (an accent as part of its letter, or apart): join them, or rename one"
             )
         return found.setdefault(split, {}).setdefault(name, [])
