@@ -30,7 +30,7 @@ from metaheed.files import write_synced
 
 _SPLITS = {**{split: split for split in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
 _LISTS: dict[tuple[str, ...], str] = {(f"{split}.txt",): split for split in SPLITS}
-_LARGEST_LIST = 1 << 24  # bytes; the names of some hundred thousand classes
+_LARGEST_LIST = 1 << 22  # bytes; the names of some ten thousand classes, and more
 _HOLDERS = ("images", "image", "imgs", "img", "pictures", "photos", "jpg", "data")
 """What the folder of the classes is called where others, without pictures, lie beside it."""
 _FEWEST = 2  # images of a class: one to adapt to, one to be judged on
@@ -279,7 +279,7 @@ def _check_lists(lists: Mapping[str, Sequence[str]], names: set[str], root: Path
     for wrong, what in ((twice, "listed twice"), (absent, "listed, but no folder of images")):
         if wrong:
             raise DataError(
-                f"{root}: {_listed(wrong)} {'is' if len(wrong) == 1 else 'are'} {what} in train.txt, val.txt and "
+                f"{root}: {_listed(wrong, 5)} {'is' if len(wrong) == 1 else 'are'} {what} in train.txt, val.txt and "
                 f"test.txt: correct them, or write them anew with 'metaheed data split {root} --overwrite'"
             )
 

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from metaheed.data.episodes import Episodes, fingerprint
 from metaheed.data.images import SPLITS, Dataset, Split
-from metaheed.data.names import composed
-from metaheed.errors import ConfigError, DataError, brief, shown
+from metaheed.data.names import check_out, composed
+from metaheed.errors import DataError, brief, shown
 
 _FORMAT = 1
 _LARGEST = 1 << 33  # bytes of the arrays: 600 tasks of 84×84 RGB images use one eighth of it
@@ -175,7 +175,7 @@ def write_episodes(frozen: Frozen, path: Path, with_images: bool) -> None:
     """Write a file of frozen episodes, whole or not at all; the same tasks give the same bytes.
 
     Raises:
-        ConfigError: the path is no name of a file.
+        ConfigError: the path is no name of a file, or something else is there.
         DataError: it cannot be written.
     """
     about = {name: getattr(frozen, name) for name in _SCALARS}
@@ -185,8 +185,7 @@ def write_episodes(frozen: Frozen, path: Path, with_images: bool) -> None:
     if with_images:
         assert frozen.images is not None  # what was drawn here has them
         arrays["images"] = frozen.images.numpy()
-    if not path.name:
-        raise ConfigError(f"--out is {str(path)!r}, but it must be the name of a file to write")
+    check_out(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,8 +233,9 @@ def read_episodes(path: Path) -> Frozen:
     except FileNotFoundError:
         raise DataError(f"{path} not found: write it with 'metaheed data episodes --out {path}'") from None
     except Exception as error:  # numpy and zipfile raise many kinds on damaged files; all mean the same here
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
-        reason = brief(reason, 200)
+        own = type(error) is ValueError
+        said = str(error) if own else f"{type(error).__name__}: {error}"
+        reason = brief(error.strerror if isinstance(error, OSError) and error.strerror else said, 200)
         raise DataError(
             f"{path} is not a whole file of frozen episodes ({reason}): write it anew with 'metaheed data episodes'"
         ) from error

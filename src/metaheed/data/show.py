@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from metaheed.data.episodes import Episodes
 from metaheed.data.glyphs import font_file
 from metaheed.data.images import Dataset
+from metaheed.data.names import check_out
 from metaheed.errors import ConfigError, DataError, shown
 from metaheed.files import write_synced
 
@@ -57,13 +58,12 @@ def write_png(image: Image.Image, path: Path) -> None:
     """Write a picture, whole or not at all.
 
     Raises:
-        ConfigError: the path is no name of a file.
+        ConfigError: the path is no name of a file, or something else is there.
         DataError: it cannot be written.
     """
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    if not path.name:
-        raise ConfigError(f"--out is {str(path)!r}, but it must be the name of a file to write")
+    check_out(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
