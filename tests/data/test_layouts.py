@@ -9,7 +9,7 @@ import unicodedata
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -496,6 +496,8 @@ class TestFolder:
         assert "train\\00" in load_dataset("folder", tmp_path / "x.zip", 20).split("train").classes
 
 
+Form = Literal["NFC", "NFD"]
+FORMS: tuple[Form, Form] = ("NFC", "NFD")
 WORDS = ("Café", "Über", "Zürich", "naïve", "Ångström", "Éclair", "Ñandú", "Öl", "Äpfel", "Pâté", "한국어", "が")
 
 
@@ -503,7 +505,7 @@ class TestNames:
     """One folder with composed names (Linux) and one with decomposed ones (macOS)."""
 
     @staticmethod
-    def folder(to: Path, form: str, split: bool = False) -> Path:
+    def folder(to: Path, form: Form, split: bool = False) -> Path:
         for k, word in enumerate(WORDS):
             for i, tail in enumerate("àz"):
                 name = unicodedata.normalize(form, word)
@@ -516,11 +518,11 @@ class TestNames:
     @pytest.mark.parametrize("kind", ["folder", "zip", "tar"])
     def test_the_same_on_either_system(self, kind: str, split: bool, tmp_path: Path) -> None:
         if kind == "folder":
-            places = [self.folder(tmp_path / form, form, split) for form in ("NFC", "NFD")]
+            places = [self.folder(tmp_path / form, form, split) for form in FORMS]
         else:
             places = [
                 Path(shutil.make_archive(str(tmp_path / form), kind, self.folder(tmp_path / f"in{form}", form, split)))
-                for form in ("NFC", "NFD")
+                for form in FORMS
             ]
         one, other = (load_dataset("folder", place, 8) for place in places)
         assert same(one, other)
@@ -537,7 +539,7 @@ class TestNames:
         assert same(load_dataset("folder", tmp_path / "x.zip", 8), load_dataset("folder", folder, 8))
 
     def test_lists(self, tmp_path: Path, metaheed: Run) -> None:
-        composed, decomposed = (self.folder(tmp_path / form, form) for form in ("NFC", "NFD"))
+        composed, decomposed = (self.folder(tmp_path / form, form) for form in FORMS)
         assert metaheed("data", "split", decomposed, "--seed", 5)[0] == 0
         for split in SPLITS:
             text = (decomposed / f"{split}.txt").read_text()
@@ -545,20 +547,20 @@ class TestNames:
         assert same(load_dataset("folder", composed, 8), load_dataset("folder", decomposed, 8))
 
     def test_two_folders_of_one_name(self, tmp_path: Path) -> None:
-        for form in ("NFC", "NFD"):
+        for form in FORMS:
             self.folder(tmp_path, form)
         with pytest.raises(DataError, match=r"are two folders of one name, '.*', written in two ways .*: join them"):
             load_dataset("folder", tmp_path)
 
     def test_a_class_in_two_splits(self, tmp_path: Path) -> None:
         divided(tmp_path)
-        for split, form in (("train", "NFC"), ("test", "NFD")):
+        for split, form in zip(("train", "test"), FORMS, strict=True):
             (tmp_path / split / f"{split}00").rename(tmp_path / split / unicodedata.normalize(form, "Café"))
         with pytest.raises(DataError, match=r"'Café' \(train and test\) in more than one split"):
             load_dataset("folder", tmp_path)
 
     def test_a_run_begun_on_one_is_judged_and_continued_on_the_other(self, tmp_path: Path, metaheed: Run) -> None:
-        composed, decomposed = (self.folder(tmp_path / form, form) for form in ("NFC", "NFD"))
+        composed, decomposed = (self.folder(tmp_path / form, form) for form in FORMS)
         options = ["--data", "folder", "--image-size", 8, *SMALL, "--ways", 2, "--queries", 1, "--iterations", 1]
         status, _, err = metaheed("train", "maml", *options, "--data-root", decomposed, "--out", "run")
         assert status == 0, err
