@@ -39,6 +39,7 @@ from torch import Tensor
 
 from metaheed.config import RunConfig, from_dict, to_dict
 from metaheed.data import Dataset
+from metaheed.data.names import composed
 from metaheed.errors import RunError, brief, shown
 from metaheed.files import (
     JSON_BYTES,
@@ -410,13 +411,18 @@ class RunFolder:
         """
         if dataset.name != "folder":
             return
-        now = {name: list(split.classes) for name, split in dataset.splits.items()}
+        now = {name: [*map(composed, split.classes)] for name, split in dataset.splits.items()}
         then = self._read_classes()
         if then is None:
             write_whole(self.classes_file, (json.dumps(seal_values(now), indent=1) + "\n").encode())
         elif then != now:
             where = [{name: split for split, names in side.items() for name in names} for side in (then, now)]
-            moved = next(n for n in sorted({*where[0], *where[1]}) if where[0].get(n) != where[1].get(n))
+            moved = next((n for n in sorted({*where[0], *where[1]}) if where[0].get(n) != where[1].get(n)), None)
+            if moved is None:  # names of another Unicode form were once sorted as they came
+                raise RunError(
+                    f"{self.path} was begun with the same classes in another order, so that its tasks would be others "
+                    "now: train anew, or go on with the version of this program that it was begun with"
+                )
             raise RunError(
                 f"{self.path} was begun with other classes: {shown(moved)} was in {where[0].get(moved, 'none')} and is "
                 f"in {where[1].get(moved, 'none')} now. Put the folder back as it was, or train anew"
@@ -425,7 +431,8 @@ class RunFolder:
     def check_classes(self, dataset: Dataset, split: str) -> None:
         """Raise RunError if classes that the run was trained on are in a split that it is to be judged on."""
         then = self._read_classes() if dataset.name == "folder" else None
-        known = sorted({*then["train"]} & {*dataset.splits[split].classes}) if then is not None else []
+        now = map(composed, dataset.splits[split].classes)
+        known = sorted({*then["train"]} & {*now}) if then is not None else []
         if known:
             raise RunError(
                 f"{self.path} was trained on classes that are in {split} now: {', '.join(known)}. Put the folder back "
@@ -435,7 +442,7 @@ class RunFolder:
     def _read_classes(self) -> dict[str, list[str]] | None:
         try:
             classes = unseal_values(from_json(read_bounded(self.classes_file, JSON_BYTES)))
-            return {split: list(classes[split]) for split in ("train", "val", "test")}
+            return {split: [composed(name) for name in classes[split]] for split in ("train", "val", "test")}
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,9 +1,11 @@
 """Every row of docs/data.md's table of errors is run: what the table shows is what a user sees."""
 
 import io
+import json
 import pickle
 import re
 import shutil
+import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metaheed.data import Request, find_source
+from metaheed.data import SPLITS, Request, find_source
 from metaheed.data import store as store_module
 from metaheed.data.locate import class_list
 from metaheed.data.store import prepare
@@ -427,6 +429,98 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     (path / "file").write_bytes(b"")
     return ["data", "show", "glyphs", "--out", path / "file" / "x.png"]
+
+
+@row("its columns are … rename them, in its first line, to filename and label")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    (mini_lists(path, 1) / "train.csv").write_text("what,which\na,b\n")
+    return train("miniimagenet", path)
+
+
+@row("has folders of 99 classes, which are not miniImageNet's 100")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    for split in SPLITS:
+        for name in class_list(f"miniimagenet_{split}")[split == "val" :]:
+            (path / split / name).mkdir(parents=True)
+    return train("miniimagenet", path)
+
+
+@row("are the same image: its class would have it twice")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    for name in (name for split in SPLITS for name in class_list(f"miniimagenet_{split}")):
+        for split in ("train", "val"):
+            (path / split / name).mkdir(parents=True)
+            (path / split / name / "0.png").write_bytes(png(NOISE))
+    return train("miniimagenet", path)
+
+
+@row("has no usable 'labels' (")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    (tiered_arrays(path, 1) / "train_labels.pkl").write_bytes(pickle.dumps({"labels": [0.5]}))
+    return train("tieredimagenet", path)
+
+
+@row("has drawings both in … and in")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    for place in ("images_background", "images_background/images_background", "images_evaluation"):
+        (path / place / "Greek" / "character01").mkdir(parents=True)
+        (path / place / "Greek" / "character01" / "0394_01.png").write_bytes(b"")
+    return train("omniglot", path)
+
+
+@row("are two folders of one name")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    pictures(path)
+    for name in ("caf\u00e9", "cafe\u0301"):
+        shutil.copytree(path / "class00", path / name)
+    return train("folder", path)
+
+
+@row("bytes, and a list of classes at most")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    pictures(path)
+    for split in SPLITS:
+        with (path / f"{split}.txt").open("wb") as file:
+            file.truncate(90_000_000)
+    return train("folder", path)
+
+
+@row("--out is … but a folder, a pipe or a device is there")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    return ["data", "show", "glyphs", "--out", path]
+
+
+@row("more than can be looked at")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    return ["data", "show", "glyphs", "--classes", 10**30, "--queries", 10**30]
+
+
+@row("cannot be imported under MPLBACKEND=")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    monkeypatch.setenv("MPLBACKEND", "bogus")
+    monkeypatch.setenv("METAHEED_CACHE", str(path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    return ["data", "show", "glyphs"]
+
+
+def _altered(path: Path, request: pytest.FixtureRequest, value: object) -> list[object]:
+    store = prepare(find_source("folder", Request(divided(path / "raw"), 8)), path)
+    values = json.loads((store / "manifest.json").read_text())
+    values["std"] = value
+    (store / "manifest.json").write_text(json.dumps(values))
+    return ["data", "verify", store]
+
+
+@row("its std is")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    return _altered(path, request, [0.0, 0.1, 0.1])
+
+
+@row("and that of its training images is")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    return _altered(path, request, [0.1, 0.1, 0.1])
 
 
 def table() -> list[tuple[str, str, str]]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -218,3 +219,38 @@ def test_damaged_files(damage: str, reason: str, episodes: Episodes, in_folder: 
     with pytest.raises(DataError, match=rf"file.npz is not a whole file of frozen episodes \(.*({reason})"):
         read_episodes(path)
     assert not (in_folder / "executed").exists()
+
+
+@pytest.mark.parametrize("kind", ["device", "link to a device", "pipe", "folder", "empty", "zeros", "sparse", ""])
+def test_what_is_no_file_of_episodes(kind: str, in_folder: Path) -> None:
+    path = in_folder / "file.npz" if kind else Path()
+    match kind:
+        case "device":
+            path = Path("/dev/zero")
+        case "link to a device":
+            path.symlink_to("/dev/zero")
+        case "pipe":
+            os.mkfifo(path)
+        case "folder":
+            path.mkdir()
+        case "empty":
+            path.write_bytes(b"")
+        case "zeros":
+            path.write_bytes(bytes(1 << 20))
+        case "sparse":
+            with path.open("wb") as file:
+                file.truncate(10 << 30)
+    started = time.monotonic()
+    with pytest.raises(DataError, match=r"is not a whole file of frozen episodes .*: write it anew"):
+        read_episodes(path)
+    assert time.monotonic() - started < 5
+
+
+def test_no_file_of_episodes_makes_a_message_long(episodes: Episodes, in_folder: Path) -> None:
+    path = in_folder / "file.npz"
+    for about in ({"split": "x" * 10**6}, {"format": "x" * 10**6}, {"format": 10**4000}):
+        write_episodes(freeze(episodes, 5), path, with_images=False)
+        rewrite(path, **about)
+        with pytest.raises(DataError) as error:
+            read_episodes(path)
+        assert len(str(error.value)) < 500

@@ -411,6 +411,70 @@ class TestVerify:
         with pytest.raises(DataError, match=r"the store .* is damaged .*: delete it and prepare it anew"):
             open_store(path)
 
+    @pytest.mark.parametrize(
+        ("name", "value", "reason"),
+        [
+            ("std", [0.0, 0.1, 0.1], "each number must be above 0 and at most 1"),
+            ("std", [-0.1, 0.1, 0.1], "each number must be above 0"),
+            ("std", [float("nan")] * 3, "each number must be above 0"),
+            ("std", [float("inf")] * 3, "each number must be above 0"),
+            ("std", [10**400] * 3, "each number must be above 0"),
+            ("std", ["0.1"] * 3, "each number must be above 0"),
+            ("std", [True] * 3, "each number must be above 0"),
+            ("std", [0.1], "its std has 1 numbers, but its images 3 channels"),
+            ("std", [], "its std has 0 numbers"),
+            ("std", 0.1, "its std is 0.1"),
+            ("std", None, "its std is None"),
+            ("mean", [0.5] * 4, "its mean has 4 numbers"),
+            ("mean", [-0.1, 0.5, 0.5], "each number must be from 0 to 1"),
+            ("mean", [127.5] * 3, "each number must be from 0 to 1"),
+            ("mean", [float("nan")] * 3, "each number must be from 0 to 1"),
+            ("image_shape", [3, -84, 84], "its image_shape is"),
+            ("image_shape", [3, 84], "its image_shape is"),
+            ("settings", {"image_size": "84"}, "its settings are"),
+            ("layout", ["x" * 10**6], "its layout is"),
+        ],
+    )
+    def test_a_manifest_of_impossible_values(
+        self, name: str, value: object, reason: str, path: Path, metaheed: Run
+    ) -> None:
+        values = json.loads((path / "manifest.json").read_text())
+        values[name] = value
+        (path / "manifest.json").write_text(json.dumps(values))
+        with pytest.raises(DataError, match=rf"the store .* is damaged \(manifest.json .*{reason}") as error:
+            open_store(path)
+        assert len(str(error.value)) < 600
+        assert metaheed("data", "verify", path)[0] == 1
+
+    @pytest.mark.parametrize("content", [b"[]", b"[" * 200_000, b"9" * 10_000, b"\xff", b""])
+    def test_a_manifest_of_something_else(self, content: bytes, path: Path) -> None:
+        (path / "manifest.json").write_bytes(content)
+        with pytest.raises(DataError, match=r"the store .* is damaged \(manifest.json cannot be read"):
+            open_store(path)
+
+    @pytest.mark.parametrize(("name", "value"), [("mean", [0.0] * 3), ("std", [1.0] * 3), ("mean", [0.5] * 3)])
+    def test_a_manifest_whose_statistics_are_not_those_of_its_images(
+        self, name: str, value: list[float], path: Path, metaheed: Run
+    ) -> None:
+        values = json.loads((path / "manifest.json").read_text())
+        values[name] = value
+        (path / "manifest.json").write_text(json.dumps(values))
+        status, _, err = metaheed("data", "verify", path)
+        assert status == 1
+        assert f"the manifest's {name} is ({value[0]}" in err
+
+    def test_a_manifest_with_a_class_twice(self, path: Path) -> None:
+        """As an older version wrote it of a folder with one name in two forms."""
+        text = (path / "manifest.json").read_text()
+        text = text.replace('"train00"', '"Caf\\u00e9"').replace('"test00"', '"Cafe\\u0301"')
+        (path / "manifest.json").write_text(text)
+        with pytest.raises(DataError, match="the class 'Café' is there twice"):
+            open_store(path)
+
+    def test_grey_sets_are_not_standardised(self, tmp_path: Path, metaheed: Run) -> None:
+        assert metaheed("data", "prepare", "glyphs", "--to", tmp_path)[0] == 0
+        assert metaheed("data", "verify", tmp_path)[0] == 0
+
     def test_duplicates_across_splits(self, tmp_path: Path, metaheed: Run) -> None:
         root = divided(tmp_path / "raw")
         same = (root / "train" / "train01" / "002.png").read_bytes()
@@ -516,3 +580,24 @@ class TestShowAndList:
         assert status == 0
         assert out.count("U+") == 7
         assert Path("sheet.png").read_bytes().startswith(b"\x89PNG")
+
+    @pytest.mark.parametrize("index", [10**30, -(10**30), 2**63, 10**200])
+    def test_a_huge_index(self, index: int, metaheed: Run) -> None:
+        status, _, err = metaheed("data", "show", "glyphs", "--index", index)
+        assert status == 1
+        assert "--index is " in err
+        assert len(err) < 200
+
+    def test_the_last_index_of_all_is_no_huge_one(self, metaheed: Run) -> None:
+        assert metaheed("data", "show", "glyphs", "--index", 2**63 - 1, "--queries", 1)[0] == 0
+
+    @pytest.mark.parametrize("command", [("show", "glyphs"), ("episodes", "--data", "glyphs", "--tasks", 2)])
+    @pytest.mark.parametrize("out", ["", ".", "/", "pipe", "folder"])
+    def test_an_output_that_is_no_file(self, out: str, command: tuple[object, ...], metaheed: Run) -> None:
+        Path("folder").mkdir()
+        os.mkfifo("pipe")
+        status, _, err = metaheed("data", *command, "--out", out)
+        assert status == 1
+        assert "--out is " in err
+        assert sorted(p.name for p in Path().iterdir()) == ["folder", "pipe"]
+        assert Path("pipe").is_fifo()

@@ -1,8 +1,10 @@
 """CIFAR-FS (Bertinetto et al., ICLR 2019) and FC100 (Oreshkin et al., NeurIPS 2018): CIFAR-100, 32×32 RGB, split anew.
 
 CIFAR-FS splits the 100 classes 64/16/20 at random; FC100 60/20/20 by superclass (12/4/4), so that train and test are
-further apart. 600 images a class. Read from the published cifar-100-python folder or its tar.gz, or from the pickles
-that circulate, CIFAR_FS_{split}.pickle and FC100_{split}.pickle: Python 2 pickles, by the safe reader.
+further apart. 600 images a class. Read from the published cifar-100-python folder or its tar.gz; or from the pickles
+that circulate, CIFAR_FS_{split}.pickle and FC100_{split}.pickle: Python 2 pickles, by the safe reader; or from the form
+in which Bertinetto et al. released theirs: cifar100/data/CLASS/*.png, with the lists splits/bertinetto/*.txt
+or without.
 """
 
 import io
@@ -12,12 +14,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metaheed.data.classes import children, files_split, pictures_in
 from metaheed.data.images import SPLITS
+from metaheed.data.labels import read_labels
 from metaheed.data.locate import class_list, folders, holding, lacking
 from metaheed.data.safe_pickle import Opener, StoredArray, load_arrays, reading
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, stamp
 from metaheed.data.trees import open_tree
-from metaheed.errors import DataError
+from metaheed.errors import DataError, MissingDataError, shown
 
 PUBLISHED = "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz"
 FOLDER = "cifar-100-python"
@@ -26,6 +30,7 @@ PARTS = ("train", "test", "meta")
 SIDE = 32
 _INLINE = 4096  # bytes of a string that are kept; the pixels stay in the file
 _AT_ONCE = 1024  # images
+_LARGEST_LIST = 1 << 20  # bytes
 
 
 class _Variant(NamedTuple):
@@ -37,7 +42,7 @@ class _Variant(NamedTuple):
     subfolders: tuple[str, ...]
 
 
-_FS = _Variant("cifar-fs", "cifar_fs", "CIFAR_FS_{}.pickle", (FOLDER, "cifar-fs", "cifar100", "CIFAR-FS"))
+_FS = _Variant("cifar-fs", "cifar_fs", "CIFAR_FS_{}.pickle", (FOLDER, "cifar-fs", "cifar100", "CIFAR-FS", "cifarfs"))
 _FC100 = _Variant("fc100", "fc100", "FC100_{}.pickle", (FOLDER, "fc100", "cifar100", "FC100"))
 
 
@@ -71,11 +76,64 @@ def _find(root: Path | None, variant: _Variant) -> Source:
     folder = holding(places, pickles)
     if folder is not None:
         return _from_pickles(variant, [folder / name for name in pickles])
+    found = _from_folders(variant, places)
+    if found is not None:
+        return found
     if not any((place / p).is_file() for place in places for p in (*PARTS, *pickles)):
         # Named as the folder's own layout rather than by its parts.
         parts_shown = [f"{FOLDER}/{{train,test,meta}}", ARCHIVE, variant.pickle.format("{train,val,test}")]
+        parts_shown.append("cifar100/data/CLASS/*.png")
         raise lacking(variant.name, places[:1], [[" or ".join(parts_shown)]], PUBLISHED)
     raise lacking(variant.name, places, [PARTS, pickles], PUBLISHED)
+
+
+def _from_folders(variant: _Variant, places: list[Path]) -> Source | None:
+    """The data set from a folder of pictures for each class of CIFAR-100, as Bertinetto et al. released CIFAR-FS.
+
+    Raises:
+        DataError: a class is not there, or their lists divide the classes otherwise.
+    """
+    wanted = {split: class_list(f"{variant.lists}_{split}") for split in SPLITS}
+    names = {name for classes in wanted.values() for name in classes}
+    for place in [base for p in places for base in (p, p / "cifar100")]:
+        inside = children(place / "data")
+        if not names & set(inside):
+            continue
+        absent = sorted(names - set(inside))
+        if absent:
+            raise MissingDataError(
+                f"{variant.name}: {place / 'data'} has {len(names) - len(absent)} of CIFAR-100's classes, and not "
+                f"{absent[0]!r}; published at {PUBLISHED}"
+            )
+        lists = [place / "splits" / "bertinetto" / f"{split}.txt" for split in SPLITS]
+        for split, path in zip(SPLITS, lists, strict=True):
+            if variant is _FS and path.is_file():
+                _check_list(path, wanted[split], split)
+        splits, stamps = {}, []
+        for split, classes in wanted.items():
+            files = [(path, k) for k, name in enumerate(classes) for path in pictures_in(inside[name])]
+            absent = [name for k, name in enumerate(classes) if not any(label == k for _, label in files)]
+            if absent:
+                raise MissingDataError(f"{variant.name}: {inside[absent[0]]} has no images; published at {PUBLISHED}")
+            splits[split] = files_split(classes, files, SIDE)
+            stamps += [stamp(path.name, path) for path, _ in files]
+        layout = f"the folders of CIFAR-100's classes in {place / 'data'}"
+        return Source(variant.name, layout, splits, stamp(variant.name, stamps), published=PUBLISHED)
+    return None
+
+
+def _check_list(path: Path, classes: list[str], split: str) -> None:
+    with reading(str(path), PUBLISHED):
+        if path.stat().st_size > _LARGEST_LIST:
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, more than any list of classes")
+        listed = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
+    odd = sorted(listed ^ set(classes))
+    if odd:
+        raise DataError(
+            f"{path} lists {len(listed)} classes, which are not the {len(classes)} of CIFAR-FS's {split} split "
+            f"({shown(odd[0])} is {'not one of them' if odd[0] in listed else 'missing'}): delete it, and the classes "
+            "are divided as they were published"
+        )
 
 
 class _Part:
@@ -101,14 +159,15 @@ class _Part:
         return [v.decode("ascii", "replace") if isinstance(v, bytes) else str(v) for v in values]
 
     def labels(self, key: str, below: int, count: int) -> np.ndarray:
-        values = self[key]
-        if isinstance(values, StoredArray) and values.is_like("iu", 1):
-            values = values.read().tolist()
-        if not isinstance(values, list) or len(values) != count:
+        try:
+            values = read_labels(self[key])
+        except ValueError as error:
+            raise self.refuse(f"has {count} images but no {key!r} that match ({error})") from error
+        if len(values) != count:
             raise self.refuse(f"has {count} images but no {key!r} that match")
-        if not all(type(k) is int and 0 <= k < below for k in values):
+        if not isinstance(values, np.ndarray) or int(values.max()) >= below:
             raise self.refuse(f"has {key!r} that are no numbers below {below}")
-        return np.array(values, np.int64)
+        return values
 
 
 def _from_archive(path: Path) -> dict[str, _Part]:

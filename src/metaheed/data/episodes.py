@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from metaheed.data.images import Dataset
-from metaheed.errors import ConfigError, DataError
+from metaheed.errors import ConfigError, DataError, shown
 from metaheed.types import Episode
 
 P = ParamSpec("P")
@@ -57,8 +57,8 @@ class Episodes:
     ) -> None:
         if min(ways, shots, queries) < 1 or not 0 <= seed < 2**63:
             raise ConfigError(
-                f"episodes of {ways} ways, {shots} shots, {queries} queries with seed {seed}: "
-                "each must be at least 1, the seed in [0, 2**63)"
+                f"episodes of {shown(ways)} ways, {shown(shots)} shots, {shown(queries)} queries with seed "
+                f"{shown(seed)}: each must be at least 1, the seed in [0, 2**63)"
             )
         self.dataset = dataset
         self.split = dataset.split(split)
@@ -69,7 +69,7 @@ class Episodes:
         where = f"split {split!r} of {dataset.name}"
         if ways > len(self.split.classes):
             raise DataError(
-                f"{ways} ways, but {where} has {len(self.split.classes)} classes: use at most that many ways"
+                f"{shown(ways)} ways, but {where} has {len(self.split.classes)} classes: use at most that many ways"
             )
         few = [
             (count, label)
@@ -82,7 +82,8 @@ class Episodes:
             more = f", {', '.join(others[:20])}" if others else ""
             more += f" and {len(others) - 20} more classes" if len(others) > 20 else ""
             raise DataError(
-                f"{shots} shots + {queries} queries = {shots + queries} images per class, but class {label!r} of "
+                f"{shown(shots)} shots + {shown(queries)} queries = {shown(shots + queries)} images per class, but "
+                f"class {label!r} of "
                 f"{where} has {fewest}{more}: use fewer shots or queries"
             )
 

@@ -3,7 +3,10 @@
 Three layouts. root/{train,val,test}/class/image (in capitals, too, and valid, validation or dev for val); or
 root/class/image with the lists train.txt, val.txt and test.txt beside (one class a line, as `metaheed data split`
 writes them); or root/class/image alone, then split by a seed: 64% of the classes for training, 16% for validation, 20%
-for test, as miniImageNet is. Images may lie in folders below a class's, however deep.
+for test, as miniImageNet is. Images may lie in folders below a class's, however deep, and the whole in a folder of its
+own: `images/` beside `attributes/` and `parts/`, as in CUB-200-2011, or whatever an archive was packed from.
+
+Names are compared and sorted in Unicode's composed form, so that a folder is divided alike on every system.
 """
 
 import zlib
@@ -19,12 +22,17 @@ from metaheed.config import EpisodeConfig
 from metaheed.data.decode import FORMATS, SUFFIXES, Encoded, rgb
 from metaheed.data.episodes import sample
 from metaheed.data.images import SPLITS
+from metaheed.data.names import composed
 from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
 from metaheed.data.trees import Entry, Tree, Unreadable, beside, open_tree
-from metaheed.errors import ConfigError, DataError, MissingDataError
+from metaheed.errors import ConfigError, DataError, MissingDataError, shown
 from metaheed.files import put_in_place, write_synced
 
 _SPLITS = {**{split: split for split in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
+_LISTS: dict[tuple[str, ...], str] = {(f"{split}.txt",): split for split in SPLITS}
+_LARGEST_LIST = 1 << 22  # bytes; the names of some ten thousand classes, and more
+_HOLDERS = ("images", "image", "imgs", "img", "pictures", "photos", "jpg", "data")
+"""What the folder of the classes is called where others, without pictures, lie beside it."""
 _FEWEST = 2  # images of a class: one to adapt to, one to be judged on
 
 
@@ -40,16 +48,16 @@ def find(request: Request) -> Source:
             "images for each class, or train/, val/ and test/ with such folders"
         )
     tree = open_tree(request.root)
-    parts = _parts(tree)
+    parts, around = _parts(tree)
     side = EpisodeConfig.folder_image_size if request.image_size is None else request.image_size
-    classes, layout, notices = _classes(tree, parts)
+    classes, layout, notices = _classes(tree, parts, around)
     settings = {"image_size": side}
     if set(classes) == {""}:
         lists = _read_lists(tree, parts)
         if lists is None:
             seed = EpisodeConfig.folder_split_seed if request.split_seed is None else request.split_seed
             settings["split_seed"] = seed
-            lists = split_classes(sorted(classes[""]), seed, *EpisodeConfig.folder_shares, str(tree.root))
+            lists = split_classes(sorted(classes[""]), seed, *EpisodeConfig.folder_shares, str(around))
             layout += f", its classes split by seed {seed}"
         else:
             layout += ", its classes split by its lists"
@@ -58,7 +66,7 @@ def find(request: Request) -> Source:
             if left_out:
                 notices += (
                     f"{len(left_out)} classes are in none of train.txt, val.txt and test.txt, and left out (first: "
-                    f"{left_out[0]!r})",
+                    f"{shown(left_out[0])})",
                 )
         classes = {split: {name: classes[""][name] for name in lists[split]} for split in SPLITS}
     _check(classes, tree.root)
@@ -74,23 +82,29 @@ def _read_lists(tree: Tree, parts: "_Parts") -> dict[str, list[str]] | None:
     Raises:
         DataError: some are there and others are missing, or cannot be read.
     """
-    split_of: dict[tuple[str, ...], str] = {(f"{split}.txt",): split for split in SPLITS}
-    wanted = [e for e in tree.entries if parts.get(e.path) in split_of]
+    wanted = [e for e in tree.entries if parts.get(e.path) in _LISTS]
     if not wanted:
         return None
-    there = {split_of[parts[e.path]] for e in wanted}
+    there = {_LISTS[parts[e.path]] for e in wanted}
     absent = " and ".join(f"{s}.txt" for s in SPLITS if s not in there)
     if absent:
         raise DataError(
             f"{tree.root} has {' and '.join(f'{s}.txt' for s in SPLITS if s in there)} but no {absent}: add it, or "
             f"write all three with 'metaheed data split {tree.root}'"
         )
+    for entry in wanted:
+        if entry.size > _LARGEST_LIST:
+            raise DataError(
+                f"{tree.root}: the list {entry.path} has {entry.size:,} bytes, and a list of classes at most "
+                f"{_LARGEST_LIST:,}: it holds one class a line; write it anew with 'metaheed data split {tree.root} "
+                "--overwrite'"
+            )
     lists = {}
     for entry, content in zip(wanted, tree.read(wanted), strict=True):
         if isinstance(content, Unreadable):
             raise DataError(f"{tree.root}: the list {entry.path} cannot be read: {content.reason}")
         lines = content.decode("utf-8-sig", "replace").splitlines()
-        lists[split_of[parts[entry.path]]] = [line.strip() for line in lines if line.strip()]
+        lists[_LISTS[parts[entry.path]]] = [composed(line.strip()) for line in lines if line.strip()]
     return lists
 
 
@@ -130,7 +144,7 @@ def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: boo
     if not folder.is_dir():
         raise MissingDataError(f"{folder} is not a folder: lists are written into the folder of classes")
     tree = open_tree(folder)
-    classes, layout, _ = _classes(tree, _parts(tree))
+    classes, layout, _ = _classes(tree, *_parts(tree))
     if set(classes) != {""}:
         raise DataError(f"{layout} already, and needs no lists")
     there = [name for name in (f"{split}.txt" for split in SPLITS) if (folder / name).exists()]
@@ -160,22 +174,37 @@ class _Found(NamedTuple):
     notices: tuple[str, ...]
 
 
-def _parts(tree: Tree) -> _Parts:
+def _parts(tree: Tree) -> tuple[_Parts, Path]:
+    """Where each file lies below the folder that holds the classes (or train/, val/, test/), and that folder."""
     parts = {e.path: PurePosixPath(e.path).parts for e in tree.entries}
+    around = tree.root
+    while (top := _holder(parts, around)) is not None:
+        outer = parts
+        parts = {path: p[1:] for path, p in outer.items() if p[0] == top and len(p) > 1}
+        inner = set(parts.values())
+        # Lists of classes may lie beside the folder of the classes.
+        parts |= {path: p for path, p in outer.items() if p in _LISTS and p not in inner}
+        around /= top
+    return parts, around
+
+
+def _holder(parts: _Parts, around: Path) -> str | None:
+    """The one folder that holds all pictures in folders of its own, so that it can be no class; none: there is none."""
     images = [p for p in parts.values() if _is_image(p)]
     tops = {p[0] for p in images}
-    if tree.root.is_file() and len(tops) == 1 and all(len(p) > 2 for p in images):
-        (top,) = tops  # an archive often holds one folder with everything in it
-        if top.lower() not in _SPLITS:
-            return {path: p[1:] for path, p in parts.items() if p[0] == top and len(p) > 1}
-    return parts
+    if len(tops) != 1 or not all(len(p) > 2 for p in images):
+        return None
+    (top,) = tops
+    # Folders beside it may be classes whose pictures are missing, unless its name says that it is none of them.
+    alone = not around.is_dir() or len(_folders(around)) == 1 or top.lower() in _HOLDERS
+    return top if alone and top.lower() not in _SPLITS else None
 
 
 def _is_image(parts: Sequence[str]) -> bool:
     return parts[-1].lower().endswith(SUFFIXES)
 
 
-def _classes(tree: Tree, parts: _Parts) -> _Found:
+def _classes(tree: Tree, parts: _Parts, around: Path) -> _Found:
     kind = "folder" if tree.root.is_dir() else "archive"
     images = [(e, parts[e.path]) for e in tree.entries if e.path in parts and _is_image(parts[e.path])]
     divided = {_SPLITS[p[0].lower()] for _, p in images if len(p) > 2 and p[0].lower() in _SPLITS}
@@ -184,30 +213,42 @@ def _classes(tree: Tree, parts: _Parts) -> _Found:
         absent = [split for split in SPLITS if split not in divided]
         if absent:
             raise DataError(
-                f"{tree.root} has {' and '.join(s for s in SPLITS if s in divided)} but no images in folders of "
+                f"{around} has {' and '.join(s for s in SPLITS if s in divided)} but no images in folders of "
                 f"classes in {' and '.join(absent)}: add classes there that are in none of the others"
             )
+    written: dict[tuple[str, str], str] = {}
+
+    def members(split: str, folder: str) -> list[tuple[Entry, str]]:
+        name = composed(folder)
+        if (other := written.setdefault((split, name), folder)) != folder:
+            raise DataError(
+                f"{around}: {other!a} and {folder!a} are two folders of one name, {name!r}, written in two "
+                "ways (an accent as part of its letter, or apart): join them, or rename one"
+            )
+        return found.setdefault(split, {}).setdefault(name, [])
+
     for entry, path in images:
         split, below = (_SPLITS.get(path[0].lower()), path[1:]) if divided else ("", path)
         if split is not None and len(below) > 1:  # else it lies loose
-            found.setdefault(split, {}).setdefault(below[0], []).append((entry, "/".join(below[1:])))
+            members(split, below[0]).append((entry, "/".join(below[1:])))
     # Empty folders are classes too, whose images are missing: better said than passed over.
     if kind == "folder":
-        for top in _folders(tree.root):
+        for top in _folders(around):
             split = _SPLITS.get(top.name.lower()) if divided else ""
             if split is not None:
                 for child in _folders(top) if divided else [top]:
-                    found.setdefault(split, {}).setdefault(child.name, [])
+                    members(split, child.name)
     if not any(images for classes in found.values() for images in classes.values()):
         raise MissingDataError(
             f"{tree.root} has no folders of images ({', '.join(SUFFIXES)}): it needs a folder for each class, or "
-            "images for each class, or train/, val/ and test/ with such folders"
+            "train/, val/ and test/ with such folders"
         )
-    taken = {entry.path for classes in found.values() for members in classes.values() for entry, _ in members}
-    taken |= {path for path, p in parts.items() if p in {(f"{split}.txt",) for split in SPLITS}}
+    taken = {entry.path for classes in found.values() for chosen in classes.values() for entry, _ in chosen}
+    taken |= {path for path, p in parts.items() if p in _LISTS}
     layout = ", divided into train/, val/ and test/" if divided else f" of {len(found[''])} classes"
     passed_over = _passed_over(e.path for e in tree.entries if e.path not in taken)
-    return _Found(found, f"the {kind} {tree.root}{layout}", passed_over)
+    place = around if kind == "folder" else tree.root
+    return _Found(found, f"the {kind} {place}{layout}", passed_over)
 
 
 def _folders(path: Path) -> list[Path]:
@@ -226,6 +267,11 @@ def _passed_over(paths: Iterable[str]) -> tuple[str, ...]:
     )
 
 
+def _listed(names: Sequence[str], most: int = 20) -> str:
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name if len(name) < 100 else shown(name) for name in names[:most]) + more
+
+
 def _check_lists(lists: Mapping[str, Sequence[str]], names: set[str], root: Path) -> None:
     listed = [name for split in SPLITS for name in lists[split]]
     twice = sorted(name for name, count in Counter(listed).items() if count > 1)
@@ -233,7 +279,7 @@ def _check_lists(lists: Mapping[str, Sequence[str]], names: set[str], root: Path
     for wrong, what in ((twice, "listed twice"), (absent, "listed, but no folder of images")):
         if wrong:
             raise DataError(
-                f"{root}: {', '.join(wrong)} {'is' if len(wrong) == 1 else 'are'} {what} in train.txt, val.txt and "
+                f"{root}: {_listed(wrong, 5)} {'is' if len(wrong) == 1 else 'are'} {what} in train.txt, val.txt and "
                 f"test.txt: correct them, or write them anew with 'metaheed data split {root} --overwrite'"
             )
 
@@ -246,7 +292,7 @@ def _check(classes: Members, root: Path) -> None:
     twice = [f"{name!r} ({' and '.join(splits)})" for name, splits in sorted(where.items()) if len(splits) > 1]
     if twice:
         raise DataError(
-            f"{root}: {', '.join(twice)} in more than one split; a class that is tested on must not be known from "
+            f"{root}: {_listed(twice)} in more than one split; a class that is tested on must not be known from "
             "training: move or rename"
         )
     few = [
@@ -258,7 +304,7 @@ def _check(classes: Members, root: Path) -> None:
     if few:
         raise DataError(
             f"{root}: too few images (a class needs {_FEWEST} at least, one to adapt to and one to be judged on): "
-            f"{', '.join(few)}. Add some, or remove the folder"
+            f"{_listed(few, 100)}. Add some, or remove the folder"
         )
 
 
@@ -267,7 +313,7 @@ def _split(tree: Tree, split: str, classes: dict[str, list[tuple[Entry, str]]], 
     # Rows go by the images' names, whatever the order in which they are read.
     row, row_of = 0, {}
     for name in names:
-        for entry, _ in sorted(classes[name], key=lambda image: image[1]):
+        for entry, _ in sorted(classes[name], key=lambda image: (composed(image[1]), image[1])):
             row_of[entry.path] = row
             row += 1
     path_of = {row: path for path, row in row_of.items()}

@@ -20,6 +20,7 @@ Legend: N ways, K shots, Q queries per class.
 import dataclasses
 import hashlib
 import json
+import stat
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ from torch import Tensor
 
 from metaheed.data.episodes import Episodes, fingerprint
 from metaheed.data.images import SPLITS, Dataset, Split
-from metaheed.errors import DataError
+from metaheed.data.names import check_out, composed
+from metaheed.errors import DataError, brief, shown
 from metaheed.files import put_in_place
 
 _FORMAT = 1
@@ -96,13 +98,14 @@ class Frozen:
             )
         images = _taken(split, self.rows)
         names = np.array(split.classes)[np.searchsorted(split.starts, self.rows, side="right") - 1]
-        wrong = (_digests(images) != self.image_sha256) | (names != self.class_names[self.image_class])
+        theirs = np.array([composed(name) for name in self.class_names.tolist()])
+        wrong = (_digests(images) != self.image_sha256) | (names != theirs[self.image_class])
         if wrong.any():
             first = int(np.flatnonzero(wrong)[0])
-            theirs, ours = str(self.class_names[self.image_class[first]]), str(names[first])
+            name, ours = str(theirs[self.image_class[first]]), str(names[first])
             raise DataError(
                 f"{int(wrong.sum())} of the {len(wrong)} images that the tasks use are not those of {where} (first: "
-                f"row {self.rows[first]}, of class {theirs!r} in the file and {ours!r} here): {remedy}"
+                f"row {self.rows[first]}, of class {shown(name)} in the file and {shown(ours)} here): {remedy}"
             )
         return dataclasses.replace(self, images=images)
 
@@ -173,6 +176,7 @@ def write_episodes(frozen: Frozen, path: Path, with_images: bool) -> None:
     """Write a file of frozen episodes, whole or not at all; the same tasks give the same bytes.
 
     Raises:
+        ConfigError: the path is no name of a file, or something else is there.
         DataError: it cannot be written.
     """
     about = {name: getattr(frozen, name) for name in _SCALARS}
@@ -182,6 +186,7 @@ def write_episodes(frozen: Frozen, path: Path, with_images: bool) -> None:
     if with_images:
         assert frozen.images is not None  # what was drawn here has them
         arrays["images"] = frozen.images.numpy()
+    check_out(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -204,6 +209,11 @@ def read_episodes(path: Path) -> Frozen:
         DataError: there is no such file, or it is damaged, altered, or no file of frozen episodes.
     """
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for whoever writes into it, and a device has no end
+            raise ValueError("it is a folder, a pipe or a device, not a file")
+        if status.st_size > 2 * _LARGEST:
+            raise ValueError(f"it has {status.st_size:,} bytes, more than any has")
         with path.open("rb") as file:
             if not zipfile.is_zipfile(file):
                 raise ValueError("it is no numpy archive")
@@ -217,13 +227,16 @@ def read_episodes(path: Path) -> Frozen:
             with np.load(file, allow_pickle=False) as archive:
                 about = json.loads(str(archive["about"]))
                 arrays = {name: archive[name] for name in _KINDS if name in archive}
-        if about.get("format") != _FORMAT:
-            raise ValueError(f"its format is {about.get('format')!r}, but this program reads {_FORMAT}")
+        if not isinstance(about, dict) or about.get("format") != _FORMAT:
+            named = about.get("format") if isinstance(about, dict) else about
+            raise ValueError(f"its format is {shown(named)}, but this program reads {_FORMAT}")
         return _checked(about, arrays)
     except FileNotFoundError:
         raise DataError(f"{path} not found: write it with 'metaheed data episodes --out {path}'") from None
     except Exception as error:  # numpy and zipfile raise many kinds on damaged files; all mean the same here
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else f"{type(error).__name__}: {error}"
+        own = type(error) is ValueError
+        said = str(error) if own else f"{type(error).__name__}: {error}"
+        reason = brief(error.strerror if isinstance(error, OSError) and error.strerror else said, 200)
         raise DataError(
             f"{path} is not a whole file of frozen episodes ({reason}): write it anew with 'metaheed data episodes'"
         ) from error
@@ -239,8 +252,8 @@ def _checked(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Frozen:
     for name, array in arrays.items():
         require(array.dtype.kind == _KINDS[name], f"its {name} are {array.dtype}")
     for name, kind in _SCALARS.items():
-        require(type(about.get(name)) is kind, f"its {name} is {about.get(name)!r}")
-    require(about["split"] in SPLITS, f"its split is {about['split']!r}")
+        require(type(about.get(name)) is kind, f"its {name} is {shown(about.get(name))}")
+    require(about["split"] in SPLITS, f"its split is {shown(about['split'])}")
     channels, height, width = (int(side) for side in about["image_shape"])
     mean, std = (tuple(map(float, about[name])) for name in ("mean", "std"))
     require(len(mean) == len(std) == channels, f"its mean and std are not those of {channels} channels")

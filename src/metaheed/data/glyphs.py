@@ -10,6 +10,7 @@ The distortion is integer arithmetic throughout, so its bits are the same on eve
 """
 
 import hashlib
+import importlib.util
 import os
 import sys
 import tempfile
@@ -26,7 +27,6 @@ from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list
 from metaheed.data.sources import Source, SourceSplit, array_stream, stamp
 from metaheed.files import put_in_place
-from metaheed.headless import ft2font, matplotlib
 
 FACES = tuple(
     f"DejaVu{family}"
@@ -96,13 +96,28 @@ def character_of(name: str) -> str:
 
 def font_file(face: str) -> Path:
     """Where matplotlib keeps a face."""
-    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+    return _fonts() / f"{face}.ttf"
+
+
+@cache
+def _fonts() -> Path:
+    # Looked for without importing matplotlib, which takes a while, and fails where MPLBACKEND names no backend of its.
+    spec = importlib.util.find_spec("matplotlib")
+    for place in (spec.submodule_search_locations or ()) if spec is not None else ():
+        fonts = Path(place) / "mpl-data" / "fonts" / "ttf"
+        if fonts.is_dir():
+            return fonts
+    from metaheed.headless import matplotlib  # some distributions keep its data elsewhere, and only it knows where
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 class Font:
     """One face: which characters it has, and their master bitmaps."""
 
     def __init__(self, face: str) -> None:
+        from metaheed.headless import ft2font  # only where glyphs are drawn, for its import takes a while
+
         self._characters = {chr(code) for code in ft2font.FT2Font(str(font_file(face))).get_charmap()}
         # Basic layout: the alternative depends on a library that is not everywhere.
         self._font = ImageFont.truetype(str(font_file(face)), 96, layout_engine=ImageFont.Layout.BASIC)

@@ -27,7 +27,10 @@ ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 PUBLISHED = "https://github.com/brendenlake/omniglot/tree/master/python"
 SIDE = 28
 TURNS = 4
-_MEMBER = re.compile(r"images_(?:background|evaluation)/([^/]+/character\d\d)/\d{4}_\d\d\.png")
+_MEMBER = re.compile(r"((?:[^/]+/)*images_(?:background|evaluation))/([^/]+/character\d\d)/\d{4}_\d\d\.png")
+"""Its first group are the folders above those of the alphabets: images_background lies in itself in some copies."""
+_SUBFOLDERS = ("omniglot", "omniglot-py", "python", "omniglot/python", "omniglot/omniglot-py", "omniglot-master/python")
+"""Where it lies below a root: torchvision's folder, and that of the publisher's repository."""
 _LARGEST = 1 << 20  # bytes of one drawing; the published ones have a few hundred
 
 
@@ -47,7 +50,7 @@ def find_vinyals(request: Request) -> Source:
 
 
 def _find(root: Path | None, name: str, lists: str) -> Source:
-    places = folders(root, "omniglot", ("omniglot",), " and ".join(ARCHIVES), PUBLISHED)
+    places = folders(root, "omniglot", _SUBFOLDERS, " and ".join(ARCHIVES), PUBLISHED)
     folder = holding(places, ARCHIVES)
     unpacked = [a.removesuffix(".zip") for a in ARCHIVES]
     if folder is not None:
@@ -62,29 +65,46 @@ def _find(root: Path | None, name: str, lists: str) -> Source:
         parts = [(f"{path.name}/", open_tree(path, PUBLISHED)) for path in found]
         layout = f"the folders {' and '.join(unpacked)} in {folder}"
     drawings: dict[str, set[str]] = {}
-    for prefix, tree in parts:
-        for entry in tree.entries:
-            matched = _MEMBER.fullmatch(prefix + entry.path)
-            if matched is not None:
-                drawings.setdefault(matched[1], set()).add(prefix + entry.path)
+    where = []
+    for path, (prefix, tree) in zip(found, parts, strict=True):
+        within = _drawings(path, prefix, tree, drawings)
+        where.append(str(path if not prefix else folder / within if within else path))
     names_of = {split: class_list(f"{lists}_{split}") for split in SPLITS}
-    where = " and ".join(map(str, found))
+    places_of = " and ".join(where)
     missing = sorted({n for names in names_of.values() for n in names} - set(drawings))
     if missing:
         raise DataError(
-            f"{len(missing)} characters are in neither of {where} (first: {missing[0]}): "
+            f"{len(missing)} characters are in neither of {places_of} (first: {missing[0]}): "
             f"fetch both anew from {PUBLISHED}"
         )
     most = max(map(len, drawings.values()))
     short = sorted(n for n, drawn in drawings.items() if len(drawn) < most)
     if short:
         raise DataError(
-            f"character {short[0]} has {len(drawings[short[0]])} drawings in {where}, others have {most}: "
+            f"character {short[0]} has {len(drawings[short[0]])} drawings in {places_of}, others have {most}: "
             f"fetch both anew from {PUBLISHED}"
         )
     splits = {split: _split(parts, names, drawings) for split, names in names_of.items()}
     stamped = stamp(lists, [tree.entries for _, tree in parts], *found)
     return Source(name, layout, splits, stamped, standardize=False, published=PUBLISHED)
+
+
+def _drawings(path: Path, prefix: str, tree: Tree, drawings: dict[str, set[str]]) -> str:
+    """Add the drawings of a part to each character's; returns the folder that they are in, empty if there are none.
+
+    Raises:
+        DataError: they are in two folders, and which ones count is not said.
+    """
+    within: set[str] = set()
+    for entry in tree.entries:
+        matched = _MEMBER.fullmatch(prefix + entry.path)
+        if matched is not None:
+            within.add(matched[1])
+            drawings.setdefault(matched[2], set()).add(prefix + entry.path)
+    if len(within) > 1:
+        one, other = sorted(within)[:2]
+        raise DataError(f"{path} has drawings both in {one} and in {other}: delete one of them, or move it elsewhere")
+    return next(iter(within), "")
 
 
 def _archive(path: Path) -> Tree:

@@ -311,11 +311,15 @@ _ADMITTED = {
     ("numpy", "ndarray"): "ndarray",
     ("numpy", "dtype"): "dtype",
     ("_codecs", "encode"): "encode",
-    ("__builtin__", "bytes"): "bytes",
-    ("builtins", "bytes"): "bytes",
+    ("collections", "OrderedDict"): "dict",
+    ("collections", "defaultdict"): "defaultdict",
+    **{(builtins, name): name for builtins in ("__builtin__", "builtins") for name in ("bytes", "list", "dict", "int")},
+    **{("__builtin__", "xrange"): "range", ("builtins", "range"): "range"},
 }
+"""Globals that stand for a value of numpy's or of Python's, to what is made here in their place; none is looked up."""
 _MARK = object()
 _GETS = frozenset(b"ghj")
+_LONGEST_RANGE = 1 << 22  # whole numbers, which take memory here and none in the file
 
 
 class _Machine:
@@ -324,6 +328,7 @@ class _Machine:
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._memoized = 0
+        self._ranged = 0  # numbers in ranges so far
 
     def run(self) -> Any:
         # What is never fetched from the memo need not be kept there; Python 2 puts everything into it.
@@ -499,6 +504,32 @@ class _Machine:
 
     def _make_bytes(self) -> bytes:
         return b""
+
+    def _make_list(self) -> list[Any]:
+        return []
+
+    def _make_int(self) -> int:
+        return 0
+
+    def _make_dict(self, pairs: Any = ()) -> dict[Any, Any]:
+        # Python 2 hands over an ordered dict's items as a list of lists; Python 3 sets them one after another.
+        if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+            raise _RefusedError("a dict of what are no pairs")
+        return {key: value for key, value in pairs}  # noqa: C416  # pairs may be lists
+
+    def _make_defaultdict(self, factory: Any = None) -> dict[Any, Any]:
+        if factory is not None and not isinstance(factory, _Type):
+            raise _RefusedError("a dict whose missing values come from a function")
+        return {}
+
+    def _make_range(self, *bounds: Any) -> list[int]:
+        if not 1 <= len(bounds) <= 3 or not all(type(bound) is int for bound in bounds):
+            raise _RefusedError("a range of what are no whole numbers")
+        numbers = range(*bounds)
+        if numbers and (numbers[-1] - numbers[0]) // numbers.step >= _LONGEST_RANGE - self._ranged:
+            raise ValueError(f"ranges of more than {_LONGEST_RANGE} numbers")
+        self._ranged += len(numbers)
+        return list(numbers)
 
     def _make_ndarray(self, *arguments: Any) -> None:
         raise _RefusedError("a call of numpy.ndarray")

@@ -10,18 +10,25 @@ from PIL import Image, ImageDraw, ImageFont
 from metaheed.data.episodes import Episodes
 from metaheed.data.glyphs import font_file
 from metaheed.data.images import Dataset
-from metaheed.errors import ConfigError, DataError
+from metaheed.data.names import check_out
+from metaheed.errors import ConfigError, DataError, shown
 from metaheed.files import put_in_place, write_synced
 
 _TILE = 64  # pixels of an image at least, whole multiples of its own
 _GAP, _LINE, _NAME = 4, 18, 190
+_TASKS = 2**63  # that can be drawn of one seed
+_MOST_PIXELS = 100_000_000  # of a sheet: 300 MB while it is drawn
 _PAPER, _INK, _FRAME = (255, 255, 255), (30, 30, 30), (204, 102, 119)
 
 
 def draw_episode(episodes: Episodes, index: int) -> tuple[Image.Image, list[str]]:
-    """Task `index`: a row a class, its support images framed and before its queries; and the classes' names."""
-    if index < 0:
-        raise ConfigError(f"--index is {index}, but it must be at least 0")
+    """Task `index`: a row a class, its support images framed and before its queries; and the classes' names.
+
+    Raises:
+        ConfigError: no task has that index, or the sheet would be too large.
+    """
+    if not 0 <= index < _TASKS:
+        raise ConfigError(f"--index is {shown(index)}, but it must be at least 0 and below 2**63")
     rows = episodes.rows(index)
     starts = episodes.split.starts
     names = [episodes.split.classes[int(np.searchsorted(starts, row[0], side="right")) - 1] for row in rows]
@@ -36,7 +43,9 @@ def draw_episode(episodes: Episodes, index: int) -> tuple[Image.Image, list[str]
 def draw_classes(dataset: Dataset, split: str, classes: int, images: int) -> tuple[Image.Image, list[str]]:
     """The first images of so many classes, evenly over the split, a row a class; and the classes' names."""
     if classes < 1 or images < 1:
-        raise ConfigError(f"--classes is {classes} with {images} images each, but both must be at least 1")
+        raise ConfigError(
+            f"--classes is {shown(classes)} with {shown(images)} images each, but both must be at least 1"
+        )
     part = dataset.split(split)
     chosen = np.unique(np.linspace(0, len(part.classes) - 1, min(classes, len(part.classes))).round().astype(int))
     pixels = part.images.cpu().numpy()
@@ -49,15 +58,20 @@ def write_png(image: Image.Image, path: Path) -> None:
     """Write a picture, whole or not at all.
 
     Raises:
+        ConfigError: the path is no name of a file, or something else is there.
         DataError: it cannot be written.
     """
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
+    check_out(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(part, buffer.getvalue())
-        put_in_place(part, path)
+        try:
+            put_in_place(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(f"cannot write {path} ({error.strerror}): choose another --out") from error
 
@@ -68,7 +82,13 @@ def _sheet(title: str, names: Sequence[str], rows: Sequence[np.ndarray], framed:
     step_x, step_y = width * scale + _GAP, max(height * scale + _GAP, _LINE)
     font = ImageFont.truetype(str(font_file("DejaVuSans")), 12, layout_engine=ImageFont.Layout.BASIC)
     wide = max(max(map(len, rows)) * step_x + _NAME, int(font.getlength(title)) + 2 * _GAP)
-    page = Image.new("RGB", (wide + _GAP, len(rows) * step_y + _LINE + 2 * _GAP), _PAPER)
+    size = (wide + _GAP, len(rows) * step_y + _LINE + 2 * _GAP)
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise ConfigError(
+            f"a sheet of {len(rows)} classes with up to {max(map(len, rows))} images each would have "
+            f"{size[0]}×{size[1]} pixels, more than can be looked at: fewer --ways, --shots, --queries or --classes"
+        )
+    page = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(page)
     pen.text((_GAP, 2), title, fill=_INK, font=font)
     for k, (name, images) in enumerate(zip(names, rows, strict=True)):

@@ -14,6 +14,7 @@ import os
 import shutil
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from metaheed.data.images import SPLITS, Dataset, Histogram, Split, fingerprint_head
+from metaheed.data.names import composed
 from metaheed.data.sources import (
     Digests,
     Quiet,
@@ -34,14 +36,17 @@ from metaheed.data.sources import (
     gigabytes,
     refuse,
 )
-from metaheed.errors import DataError, MetaheedError, MissingDataError
+from metaheed.data.trees import Unreadable, read_file
+from metaheed.errors import DataError, MetaheedError, MissingDataError, brief, shown
 from metaheed.files import put_in_place, try_lock, write_synced
 
 SUFFIX = ".metaheed"
 _FORMAT = 1
 _EVERY = 5.0  # seconds between records of the progress
 _AT_ONCE = 1 << 22  # bytes read at once when the finished files are gone through
+_LARGEST_MANIFEST = 1 << 28  # bytes; the names of a million classes
 _SPARE = 1 << 26  # bytes of disk that stay free
+_UNSCALED = ((0.0,), (1.0,))  # mean and standard deviation of a grey set whose pixels stay in [0, 1]
 _FIELDS: dict[str, type] = {
     **{"format": int, "name": str, "layout": str, "stamp": str, "image_shape": list, "mean": list, "std": list},
     **{"splits": dict, "settings": dict},
@@ -106,36 +111,68 @@ def read_manifest(path: Path) -> Manifest:
         DataError: it is damaged, or of another version of this program.
     """
     try:
-        values = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        content = read_file(path / "manifest.json", _LARGEST_MANIFEST)
+        if isinstance(content, Unreadable):
+            raise ValueError(content.reason)
+        values = json.loads(content)
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds {shown(values)}")
         for name, kind in _FIELDS.items():
-            if not isinstance(values[name], kind):
-                raise ValueError(f"its {name} is {values[name]!r}")
+            if not isinstance(values.get(name), kind):
+                raise ValueError(f"its {name} is {shown(values.get(name))}")
         if values["format"] != _FORMAT:
-            raise ValueError(f"it has format {values['format']}, but this program reads {_FORMAT}")
-        channels, height, width = map(int, values["image_shape"])
-        splits = {
-            split: (
-                tuple(map(str, values["splits"][split]["classes"])),
-                tuple(map(int, values["splits"][split]["counts"])),
-                str(values["splits"][split]["sha256"]),
-            )
-            for split in SPLITS
-        }
-        if any(len(classes) != len(counts) or not classes for classes, counts, _ in splits.values()):
-            raise ValueError("classes and counts do not match")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _broken(path, f"manifest.json cannot be read: {error!r}") from error
+            raise ValueError(f"it has format {shown(values['format'])}, but this program reads {_FORMAT}")
+        shape = values["image_shape"]
+        if len(shape) != 3 or not all(type(side) is int and 0 < side < 1 << 16 for side in shape):
+            raise ValueError(f"its image_shape is {shown(shape)}")
+        mean, std = (_statistics(values, name, shape[0]) for name in ("mean", "std"))
+        splits = {split: _split_record(values["splits"].get(split), split) for split in SPLITS}
+        names = [composed(name) for classes, _, _ in splits.values() for name in classes]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise ValueError(f"the class {shown(twice[0])} is there twice")
+        if any(type(number) is not int for number in values["settings"].values()):
+            raise ValueError(f"its settings are {shown(values['settings'])}")
+    except (ValueError, RecursionError) as error:
+        raise _broken(path, f"manifest.json cannot be read: {brief(str(error), 200)}") from error
     return Manifest(
         path,
         values["name"],
         values["layout"],
         values["stamp"],
-        (channels, height, width),
-        tuple(map(float, values["mean"])),
-        tuple(map(float, values["std"])),
+        (shape[0], shape[1], shape[2]),
+        mean,
+        std,
         splits,
         values["settings"],
     )
+
+
+def _statistics(values: dict[str, Any], name: str, channels: int) -> tuple[float, ...]:
+    """The mean or standard deviation of each channel: of pixels in [0, 1], so that it lies there, too."""
+    numbers = values[name]
+    if len(numbers) != channels:
+        raise ValueError(f"its {name} has {len(numbers)} numbers, but its images {channels} channels")
+    lowest = 0.0 if name == "mean" else 1e-9  # of pixels that differ, many times more
+    if not all(type(n) in (int, float) and lowest <= n <= 1 for n in numbers):
+        bounds = "from 0 to 1" if name == "mean" else "above 0 and at most 1"
+        raise ValueError(f"its {name} is {shown(numbers)}, and each number must be {bounds}")
+    return tuple(map(float, numbers))
+
+
+def _split_record(record: Any, split: str) -> tuple[tuple[str, ...], tuple[int, ...], str]:
+    classes, counts, digest = (
+        (record.get(k) for k in ("classes", "counts", "sha256")) if isinstance(record, dict) else [None] * 3
+    )
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes) or not classes:
+        raise ValueError(f"its split {split} has no list of classes")
+    if not isinstance(counts, list) or not all(type(n) is int and 0 < n < 1 << 40 for n in counts):
+        raise ValueError(f"its split {split} has no list of counts")
+    if len(classes) != len(counts):
+        raise ValueError(f"its split {split} has {len(classes)} classes and {len(counts)} counts, which do not match")
+    if not isinstance(digest, str):
+        raise ValueError(f"its split {split} has no checksum")
+    return tuple(classes), tuple(counts), digest
 
 
 def find_store(name: str, request: Request, image_size: int | None) -> Path | None:
@@ -184,9 +221,13 @@ def open_store(path: Path, request: Request = Request()) -> Dataset:  # noqa: B0
             # PyTorch warns that writing into a read-only map would crash; nothing here writes into images.
             warnings.simplefilter("ignore", UserWarning)
             images = torch.from_numpy(manifest.images(split))
-        splits[split] = Split(split, classes, counts, images, fingerprint)
+        splits[split] = Split(split, tuple(map(composed, classes)), counts, images, fingerprint)
     return Dataset(
-        manifest.name, splits, manifest.mean, manifest.std, f"the store {path} (made from {manifest.layout})"
+        manifest.name,
+        splits,
+        manifest.mean,
+        manifest.std,
+        f"the store {path} (made from {brief(manifest.layout, 300)})",
     )
 
 
@@ -376,7 +417,7 @@ def _finish(source: Source, part: Path, watcher: Watcher) -> dict[str, Any]:
         watcher.stop()
     for line in describe_duplicates(images, source.splits, digests, listed=0 if source.published else 20):
         watcher.message(f"{source.name}: {line}")
-    mean, std = histogram.statistics() if source.standardize else ((0.0,), (1.0,))
+    mean, std = histogram.statistics() if source.standardize else _UNSCALED
     return {
         "format": _FORMAT,
         "name": source.name,
@@ -426,25 +467,40 @@ def verify(path: Path, watcher: Watcher | None = None) -> tuple[Manifest, list[s
         What it says of itself, and a line on each image that is in two classes.
 
     Raises:
-        DataError: a count or a checksum is not what the manifest says.
+        DataError: a count, a checksum, a mean or a standard deviation is not what the manifest says.
     """
     watcher = watcher or Quiet()
     manifest = read_manifest(path)
     images = {split: manifest.images(split) for split in SPLITS}
     digests = {}
+    histogram = Histogram(manifest.shape[0])
     watcher.start(f"verifying {path}", sum(len(i) for i in images.values()), 0)
     try:
         for split, (classes, counts, recorded) in manifest.splits.items():
-            fingerprint, digests[split] = scan(path / f"images_{split}.npy", classes, counts, watcher)
+            counted = histogram if split == "train" else None
+            fingerprint, digests[split] = scan(path / f"images_{split}.npy", classes, counts, watcher, counted)
             if fingerprint != recorded:
                 raise _broken(path, f"images_{split}.npy has the checksum {fingerprint}, the manifest says {recorded}")
     finally:
         watcher.stop()
-    shown = {
+    _check_statistics(manifest, histogram)
+    shapes = {
         split: SourceSplit(classes, counts, manifest.shape, sum(counts), lambda start: iter(()))
         for split, (classes, counts, _) in manifest.splits.items()
     }
-    return manifest, describe_duplicates(images, shown, digests)
+    return manifest, describe_duplicates(images, shapes, digests)
+
+
+def _check_statistics(manifest: Manifest, histogram: Histogram) -> None:
+    """Whether a store's mean and standard deviation are those of its training images; grey sets have none."""
+    for found, recorded, what in zip(
+        histogram.statistics(), (manifest.mean, manifest.std), ("mean", "std"), strict=True
+    ):
+        unscaled = (manifest.mean, manifest.std) == _UNSCALED
+        if not unscaled and not np.allclose(found, recorded, rtol=1e-9, atol=1e-12):
+            raise _broken(
+                manifest.path, f"the manifest's {what} is {recorded}, and that of its training images is {found}"
+            )
 
 
 def stores_under(path: Path) -> list[Path]:

@@ -1,16 +1,20 @@
 """tieredImageNet (Ren et al., ICLR 2018): 351/97/160 classes of ImageNet in 20/6/8 disjoint categories, 84×84 RGB.
 
 Two layouts circulate. {split}_images_png.pkl is a list of encoded PNGs, several GB, of which only where each lies is
-kept; {split}_images.npz has the pixels in one array `images`. Labels: {split}_labels.pkl beside, or `labels` in the npz
-or in {split}_labels.npz. The npz was written with OpenCV and holds BGR, which is swapped here; the PNGs, written by
-OpenCV from the same arrays, hold RGB for every reader that is not OpenCV, and are left alone.
+kept; {split}_images.npz has the pixels in one array `images`. The npz was written with OpenCV and holds BGR, which is
+swapped here; the PNGs, written by OpenCV from the same arrays, hold RGB for every reader that is not OpenCV, and are
+left alone.
 
-Classes have descriptions in the files, not WordNet names; a class is named by its number and its description.
+Labels: {split}_labels.pkl beside (with the publisher's keys; with `labels` alone, as MetaOptNet and FEAT have it; or
+nothing but a list or an array), {split}_labels.npy or .npz, or `labels` in the images' npz. They count from 0 in each
+split, or on from split to split, or are WordNet's names. The publisher's have descriptions instead of names: a class is
+named by its number in the split and its description, where there is one.
 """
 
 import io
+import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,10 +23,11 @@ from PIL import Image
 
 from metaheed.data.decode import Encoded
 from metaheed.data.images import SPLITS
+from metaheed.data.labels import positions, read_labels, text
 from metaheed.data.locate import class_table, folders, holding, lacking
 from metaheed.data.safe_pickle import StoredArray, load_arrays, reading
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, encoded_stream, stamp
-from metaheed.errors import DataError, MissingDataError
+from metaheed.errors import DataError, MissingDataError, shown
 
 PUBLISHED = "https://github.com/renmengye/few-shot-ssl-public"
 SIDE = 84
@@ -30,6 +35,10 @@ _SHAPE = (3, SIDE, SIDE)
 _SUBFOLDERS = ("tieredimagenet", "tiered-imagenet", "tieredImageNet", "tiered_imagenet")
 _INLINE = 512  # bytes of a string that are kept; the PNGs stay in the file
 _AT_ONCE = 64  # images
+_KEYS = ("label_specific", "labels", "label")
+"""Under which labels are found, the publisher's first."""
+_WORDNET = re.compile(r"n\d{8}")
+_LARGEST_LABELS = 1 << 26  # bytes
 _LARGEST_PNG = 1 << 20  # bytes; 84×84×3 pixels have 21,168
 
 
@@ -44,68 +53,92 @@ def find(request: Request) -> Source:
     labels = [f"{s}_labels.pkl" for s in SPLITS]
     expected = "{train,val,test}_images_png.pkl or _images.npz, and {train,val,test}_labels.pkl"
     places = folders(request.root, "tieredimagenet", _SUBFOLDERS, expected, PUBLISHED)
-    folder = holding(places, [*pickles, *labels])
-    if folder is not None:
-        splits = {s: _from_pickle(folder / f"{s}_images_png.pkl", _Labels(folder, s)) for s in SPLITS}
-        layout = f"the pickled PNGs *_images_png.pkl in {folder}"
-        return Source(
-            "tieredimagenet", layout, splits, stamp(*(folder / f for f in pickles + labels)), published=PUBLISHED
-        )
-    folder = holding(places, arrays)
-    if folder is not None:
-        splits = {s: _from_npz(folder / f"{s}_images.npz", _Labels(folder, s)) for s in SPLITS}
-        layout = f"the arrays *_images.npz (BGR) in {folder}"
-        beside = [p for s in SPLITS for p in (folder / f"{s}_labels.pkl", folder / f"{s}_labels.npz") if p.is_file()]
-        return Source(
-            "tieredimagenet", layout, splits, stamp(*(folder / f for f in arrays), *beside), published=PUBLISHED
-        )
+    layouts: tuple[tuple[list[str], Callable[[Path, _Labels], SourceSplit], str], ...] = (
+        (pickles, _from_pickle, "the pickled PNGs *_images_png.pkl"),
+        (arrays, _from_npz, "the arrays *_images.npz (BGR)"),
+    )
+    for files, read, layout in layouts:
+        folder = holding(places, files)
+        if folder is None:
+            continue
+        found = {s: label for s in SPLITS if (label := _find_labels(folder, s)) is not None}
+        absent = [s for s in SPLITS if s not in found]
+        if absent:
+            raise MissingDataError(
+                f"tieredimagenet: {absent[0]}_labels.pkl not found in {folder}, nor {absent[0]}_labels.npy or .npz, "
+                f"nor 'labels' in the images' npz; published at {PUBLISHED}"
+            )
+        _check_disjoint(found, folder)
+        splits = {s: read(folder / file, found[s]) for s, file in zip(SPLITS, files, strict=True)}
+        beside = [label.path for label in found.values() if label.path.name not in files]
+        stamped = stamp(*(folder / f for f in files), *beside)
+        return Source("tieredimagenet", f"{layout} in {folder}", splits, stamped, published=PUBLISHED)
     raise lacking("tieredimagenet", places, [[*pickles, *labels], [*arrays, *labels]], PUBLISHED)
 
 
-class _Labels:
-    """The labels of a split, from whichever file has them."""
+def _find_labels(folder: Path, split: str) -> "_Labels | None":
+    """The labels of a split, from whichever file has them; none: there is none."""
+    for suffix in ("pkl", "pickle"):
+        path = folder / f"{split}_labels.{suffix}"
+        if path.is_file():
+            return _Labels(path, split, load_arrays(path, str(path), PUBLISHED))
+    path = folder / f"{split}_labels.npy"
+    if path.is_file():
+        return _Labels(path, split, _small_npy(path))
+    for path in (folder / f"{split}_labels.npz", folder / f"{split}_images.npz"):
+        if path.is_file() and (found := _small_arrays(path)):
+            return _Labels(path, split, found)
+    return None
 
-    def __init__(self, folder: Path, split: str) -> None:
-        self.split = split
-        self.path = folder / f"{split}_labels.pkl"
+
+def _check_disjoint(labels: "dict[str, _Labels]", folder: Path) -> None:
+    """Names say whether a class is in two splits; numbers, which may start anew in each, do not."""
+    where: dict[str, str] = {}
+    for split, of_split in labels.items():
+        for name in of_split.distinct:
+            if isinstance(name, str) and where.setdefault(name, split) != split:
+                raise DataError(
+                    f"{folder}: the labels say that {shown(name)} is in {where[name]} and in {split}, and a class that "
+                    f"is tested on must not be known from training: fetch them anew from {PUBLISHED}"
+                )
+
+
+class _Labels:
+    """The labels of a split."""
+
+    def __init__(self, path: Path, split: str, values: Any) -> None:
+        self.path, self.split = path, split
         self.general = self.descriptions = None
-        if self.path.is_file():
-            values = load_arrays(self.path, str(self.path), PUBLISHED)
-            self.specific = self._numbers(_get(values, "label_specific"), "label_specific")
+        specific, key = values, "labels"
+        if isinstance(values, dict):
+            key = next((k for k in _KEYS if _get(values, k) is not None), _KEYS[0])
+            specific = _get(values, key)
             general = _get(values, "label_general")
             if general is not None:
-                self.general = self._numbers(general, "label_general")
+                self.general = self._read(general, "label_general")
             described = _get(values, "label_specific_str")
             if isinstance(described, list) and all(isinstance(d, str | bytes) for d in described):
-                self.descriptions = [d.decode("utf-8", "replace") if isinstance(d, bytes) else d for d in described]
-        else:
-            for self.path in (folder / f"{split}_labels.npz", folder / f"{split}_images.npz"):
-                found = self.path.is_file() and _small_array(self.path, "labels")
-                if found is not None and found is not False:
-                    self.specific = self._numbers(found, "labels")
-                    break
-            else:
-                raise MissingDataError(
-                    f"tieredimagenet: {split}_labels.pkl not found in {folder}, nor 'labels' in an npz; "
-                    f"published at {PUBLISHED}"
-                )
+                self.descriptions = [text(d) for d in described]
+        self.labels, self.distinct = positions(self._read(specific, key))
         table = class_table(f"tieredimagenet_{split}")
-        self._expect("classes", len(set(self.specific.tolist())), len(table))
+        self._expect("classes", len(self.distinct), len(table))
+        known = {name for name, _ in table}
+        odd = [n for n in self.distinct if isinstance(n, str) and _WORDNET.fullmatch(n) and n not in known]
+        if odd:
+            raise self.refuse(f"has the class {odd[0]}, which is none of tieredImageNet's {split} split")
         if self.general is not None:
-            self._expect("categories", len(set(self.general.tolist())), len({category for _, category in table}))
-            if len(self.general) != len(self.specific):
-                raise self.refuse(f"has {len(self.specific)} classes of images, but {len(self.general)} categories")
+            self._expect("categories", len(positions(self.general)[1]), len({category for _, category in table}))
+            if len(self.general) != len(self.labels):
+                raise self.refuse(f"has {len(self.labels)} classes of images, but {len(self.general)} categories")
 
     def refuse(self, what: str) -> DataError:
         return DataError(f"{self.path} {what}: fetch it anew from {PUBLISHED}")
 
-    def _numbers(self, values: Any, key: str) -> np.ndarray:
-        if isinstance(values, StoredArray):
-            values = values.read()
-        array = np.asarray(values) if isinstance(values, list | np.ndarray) else np.empty(0)
-        if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
-            raise self.refuse(f"has no usable {key!r}")
-        return array.astype(np.int64)
+    def _read(self, values: Any, key: str) -> np.ndarray | list[str]:
+        try:
+            return read_labels(values)
+        except ValueError as error:
+            raise self.refuse(f"has no usable {key!r} ({error})") from error
 
     def _expect(self, what: str, found: int, expected: int) -> None:
         if found != expected:
@@ -113,15 +146,19 @@ class _Labels:
 
     def split_of(self, images: int, where: Path) -> tuple[tuple[str, ...], np.ndarray, tuple[int, ...]]:
         """Class names, the rows of the images, and the images of each class."""
-        if images != len(self.specific):
-            raise self.refuse(f"has {len(self.specific)} labels, but {where.name} {images} images")
-        numbers = np.unique(self.specific)
-        rows, counts = class_rows(np.searchsorted(numbers, self.specific), len(numbers))
-        names = []
-        for number in numbers.tolist():
-            described = self.descriptions[number] if self.descriptions and number < len(self.descriptions) else ""
-            names.append(f"{self.split} {number:03d} {described}".strip())
+        if images != len(self.labels):
+            raise self.refuse(f"has {len(self.labels)} labels, but {where.name} {images} images")
+        rows, counts = class_rows(self.labels, len(self.distinct))
+        names = [label if isinstance(label, str) else self._name(k, label) for k, label in enumerate(self.distinct)]
         return tuple(names), rows, counts
+
+    def _name(self, position: int, label: int) -> str:
+        count = len(self.distinct)
+        # Whether they count from 0 or on from the split before, the classes are the same ones.
+        number = position if self.distinct[-1] - self.distinct[0] == count - 1 else label
+        descriptions = self.descriptions or []
+        at = position if len(descriptions) == count else label
+        return f"{self.split} {number:03d} {descriptions[at] if at < len(descriptions) else ''}".strip()
 
 
 def _get(values: Any, key: str) -> Any:
@@ -129,7 +166,7 @@ def _get(values: Any, key: str) -> Any:
 
 
 def _from_pickle(path: Path, labels: _Labels) -> SourceSplit:
-    classes, rows, counts = labels.split_of(len(labels.specific), path)
+    classes, rows, counts = labels.split_of(len(labels.labels), path)
 
     def encoded(start: int) -> Iterator[Encoded]:
         pictures = load_arrays(path, str(path), PUBLISHED, _INLINE)
@@ -195,12 +232,23 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
     return shape, dtype, file.tell()
 
 
-def _small_array(path: Path, name: str) -> np.ndarray | None:
+def _small_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz that may be labels."""
+    found = {}
     with reading(str(path), PUBLISHED), zipfile.ZipFile(path) as archive:
-        if f"{name}.npy" not in archive.namelist():
-            return None
-        if archive.getinfo(f"{name}.npy").file_size > 1 << 26:
-            raise ValueError(f"{name} claims more bytes than labels have")
-        with archive.open(f"{name}.npy") as file:
-            array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
-        return array
+        for name in (*_KEYS, "label_general"):
+            if f"{name}.npy" not in archive.namelist():
+                continue
+            if archive.getinfo(f"{name}.npy").file_size > _LARGEST_LABELS:
+                raise ValueError(f"{name} claims more bytes than labels have")
+            with archive.open(f"{name}.npy") as file:
+                found[name] = np.lib.format.read_array(file, allow_pickle=False)
+    return found
+
+
+def _small_npy(path: Path) -> np.ndarray:
+    with reading(str(path), PUBLISHED), path.open("rb") as file:
+        if path.stat().st_size > _LARGEST_LABELS:
+            raise ValueError("it has more bytes than labels have")
+        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    return array

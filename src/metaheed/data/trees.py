@@ -4,6 +4,7 @@ A stranger's archive is refused, with the member named, where a member would lea
 there twice, or claims a size out of all proportion.
 """
 
+import contextlib
 import os
 import re
 import tarfile
@@ -26,7 +27,7 @@ class Entry(NamedTuple):
     """A file of a tree."""
 
     path: str
-    """Relative, with forward slashes."""
+    """Relative, with forward slashes, and otherwise as it is written there."""
     size: int
     """Bytes, as claimed."""
     changed: int = 0
@@ -140,22 +141,43 @@ def _zip_tree(path: Path, largest: int, remedy: str) -> Tree:
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     entries: dict[str, Entry] = {}
+    member_of: dict[str, zipfile.ZipInfo] = {}
+    slashes = any("/" in member.filename for member in members)
     for member in members:
+        name = _zip_name(member)
+        if member.create_system in _WINDOWS or not slashes:
+            name = name.replace("\\", "/")
         # Unix writes the kind of a file into the upper half of the attributes.
         kind = (member.external_attr >> 16) & 0o170000
-        plain = kind in (0, 0o100000) or member.is_dir()
-        _check(path, member.filename, plain, member.file_size, member.compress_size, largest, remedy)
+        folder = name.endswith("/")
+        _check(path, name, kind in (0, 0o100000) or folder, member.file_size, member.compress_size, largest, remedy)
         if member.flag_bits & 1:
-            raise DataError(f"{path}: {member.filename} is encrypted, and no password is known: {remedy}")
-        if not member.is_dir():
-            _add(entries, Entry(member.filename, member.file_size), path, remedy)
+            raise DataError(f"{path}: {name} is encrypted, and no password is known: {remedy}")
+        if not folder:
+            _add(entries, Entry(name, member.file_size), path, remedy)
+            member_of[name] = member
 
     def read(chosen: Iterable[Entry]) -> Iterator[Content]:
         with zipfile.ZipFile(path) as archive:
             for entry in chosen:
-                yield archive.read(entry.path)
+                yield archive.read(member_of[entry.path])
 
     return Tree(path, [*entries.values()], read, remedy)
+
+
+_WINDOWS = (0, 10, 11, 14)
+"""Systems that a zip can say it was made on, whose folders are set apart by backslashes; the zip's own sign is /."""
+_UTF8 = 0x800  # the flag of a member whose name is UTF-8
+
+
+def _zip_name(member: zipfile.ZipInfo) -> str:
+    """A member's name. macOS writes UTF-8 without saying so, and the standard then takes it for code page 437; bytes of
+    another code page hardly ever happen to be UTF-8.
+    """
+    if not member.flag_bits & _UTF8 and not member.filename.isascii():
+        with contextlib.suppress(UnicodeError):
+            return member.filename.encode("cp437").decode("utf-8")
+    return member.filename
 
 
 class _Member(tarfile.TarInfo):
@@ -184,8 +206,8 @@ def _is_tar(path: Path) -> bool:
 
 
 def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
-    entries: dict[str, Entry] = {}
-    total = 0
+    files: list[Entry] = []
+    total, slashes = 0, False
     with tarfile.open(path, tarinfo=_Member) as archive:
         for member in archive:
             _check(path, member.name, member.isfile() or member.isdir(), member.size, None, largest, remedy)
@@ -195,8 +217,15 @@ def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
                     f"{path} unpacks to more than {total} bytes, {_RATIO} times its own size, which no archive of "
                     f"images does: {remedy}"
                 )
+            slashes = slashes or "/" in member.name
             if member.isfile():
-                _add(entries, Entry(member.name, member.size), path, remedy)
+                files.append(Entry(member.name, member.size))
+    entries: dict[str, Entry] = {}
+    member_of: dict[str, str] = {}
+    for file in files:
+        name = file.path if slashes else file.path.replace("\\", "/")
+        _add(entries, file._replace(path=name), path, remedy)
+        member_of[name] = file.path
 
     def read(chosen: Iterable[Entry]) -> Iterator[Content]:
         # From front to back in one pass: going back in a compressed tar means unpacking it anew.
@@ -204,10 +233,10 @@ def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
         entry = next(wanted, None)
         with tarfile.open(path, tarinfo=_Member) as archive:
             for member in archive:
-                while entry is not None and entry.path == member.name and member.isfile():
-                    file = archive.extractfile(member)
-                    assert file is not None  # a regular file always has content
-                    yield file.read()
+                while entry is not None and member_of[entry.path] == member.name and member.isfile():
+                    opened = archive.extractfile(member)
+                    assert opened is not None  # a regular file always has content
+                    yield opened.read()
                     entry = next(wanted, None)
                 if entry is None:
                     return
