@@ -142,7 +142,8 @@ def test_a_strangers_network_runs_with_trust_only(name: str, stranger: Stranger,
 def test_what_reads_runs_imports_no_network(name: str, stranger: Stranger, metaheed: Run) -> None:
     (stranger.folder / "folder").mkdir()
     shutil.copy(stranger.recipe, stranger.folder / "folder" / "r.yaml")
-    _run(metaheed, stranger, NEVER[name])
+    status, _, err = _run(metaheed, stranger, NEVER[name])
+    assert (name == "reproduce") <= (status == 1 and "the recipe r: the network" in err and "--trust" in err), err
     assert not stranger.has_run()
 
 
