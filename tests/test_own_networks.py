@@ -117,13 +117,13 @@ def test_a_run_starts_from_a_file_and_needs_it_no_more(trained: Path, metaheed: 
     status, _, err = metaheed("train", "maml", *START, "--init-from", file, "--out", run, "--meta-lr", 0.01)
     assert (status, "18 of 18 parameters" in err) == (0, True), err
     kept = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "tasks.jsonl")}
-    _, trained = package.load(run, "last")
+    _, theta = package.load(run, "last")
     file.unlink()
     for each in (run / "checkpoints").iterdir():
         each.unlink()
     assert metaheed("train", "--resume", run)[0] == 0
     assert {name: (run / name).read_bytes() for name in kept} == kept
-    assert all(torch.equal(p, trained[name]) for name, p in package.load(run, "last")[1].items())
+    assert all(torch.equal(p, theta[name]) for name, p in package.load(run, "last")[1].items())
 
 
 def test_a_head_of_other_ways_is_drawn(trained: Path, metaheed: Run, tmp_path: Path) -> None:
