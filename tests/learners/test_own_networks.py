@@ -173,7 +173,6 @@ LAYERS: dict[str, nn.Module] = {
     "Softmax": nn.Softmax(1),
     "normalize": Applied(nn.functional.normalize),
     "cosine": Applied(lambda x: nn.functional.cosine_similarity(x[:, None], x[None], dim=2)[:, :1].expand(-1, 8)),
-    "GRU": Applied(lambda x: x),
     "attention": Applied(lambda x: (x[:, :, None] * x[:, None]).softmax(-1).mean(-1) + x),
     "svd": Applied(lambda x: torch.linalg.norm(x, dim=1, keepdim=True) * x),
 }
