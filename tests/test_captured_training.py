@@ -18,6 +18,7 @@ import metaheed.outer as package_outer
 from metaheed.config import CHUNKED, RunConfig, default_config, from_dict, to_dict
 from metaheed.learners import MAML, Learner
 from metaheed.process import float32_products, memory_explained, suggest_chunk
+from metaheed.seals import seal_text, unseal_text
 from metaheed.types import Episode, Params
 from tests.conftest import Run
 from tests.networks import Tiny
@@ -73,7 +74,8 @@ def test_killed_within_a_block_it_ends_the_same(
     killer = [sys.executable, "-c", KILLER.format(kill_at=kill_at), *arguments]
     died = subprocess.run(killer, env=environment(), capture_output=True, check=False)
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
-    (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("block: 100", "block: 2"))
+    config = unseal_text((run / "config.yaml").read_bytes())
+    (run / "config.yaml").write_bytes(seal_text(config.replace(b"block: 100", b"block: 2")))
     assert metaheed("train", "--resume", run)[0] == 0
     assert results(run) == results(single(*reuse))
 
