@@ -15,7 +15,7 @@ from metaheed.learners import MAML, Conv4, MetaSGD, NetworkLearner
 from metaheed.runs import RunFolder
 from tests.conftest import Run
 from tests.networks import Tiny
-from tests.test_training import SMALL, content
+from tests.test_training import SMALL
 
 TINY = [*SMALL, "--backbone", "tests.networks:Tiny", "--iterations", 1, "--val-every", 1, "--val-tasks", 2]
 OURS = [*SMALL, "--backbone", "conv4-32", "--val-every", 1, "--val-tasks", 2]
@@ -116,12 +116,14 @@ def test_a_run_starts_from_a_file_and_needs_it_no_more(trained: Path, metaheed: 
     run = tmp_path / "run"
     status, _, err = metaheed("train", "maml", *START, "--init-from", file, "--out", run, "--meta-lr", 0.01)
     assert (status, "18 of 18 parameters" in err) == (0, True), err
-    kept = content(run)
+    kept = {name: (run / name).read_bytes() for name in ("metrics.jsonl", "tasks.jsonl")}
+    _, theta = package.load(run, "last")
     file.unlink()
     for each in (run / "checkpoints").iterdir():
         each.unlink()
     assert metaheed("train", "--resume", run)[0] == 0
-    assert content(run) == kept
+    assert {name: (run / name).read_bytes() for name in kept} == kept
+    assert all(torch.equal(p, theta[name]) for name, p in package.load(run, "last")[1].items())
 
 
 def test_a_head_of_other_ways_is_drawn(trained: Path, metaheed: Run, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from tests.conftest import Run as Metaheed
 from tests.report.making import make_run
 
 Write = Callable[..., None]
-COMMON = ("--recipes", "recipes", "--out", "out", "--tasks", "6", "--threads", "1")
+COMMON = ("--recipes", "recipes", "--trust", "--out", "out", "--tasks", "6", "--threads", "1")
 
 
 @pytest.fixture

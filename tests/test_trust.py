@@ -21,6 +21,7 @@ from metaheed.errors import ConfigError, MetaheedError
 from metaheed.evaluation import evaluate_run
 from metaheed.learners import find_backbone
 from metaheed.runs import RunFolder
+from metaheed.seals import seal_text, unseal_text
 from metaheed.training import resume, train
 from tests.conftest import Run
 from tests.test_training import SMALL
@@ -87,7 +88,8 @@ def stranger(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ite
     shutil.copytree(made, folder)
     theirs = Stranger(folder)
     for file in (*folder.rglob("config.yaml"), theirs.study / "search.yaml"):
-        file.write_text(file.read_text().replace(str(made), str(folder)))
+        moved = unseal_text(file.read_bytes()).replace(str(made).encode(), str(folder).encode())
+        file.write_bytes(seal_text(moved))
     theirs.somebody_else(tmp_path / "state", monkeypatch)
     monkeypatch.chdir(folder)  # where a recipe's module is looked for
     yield theirs
@@ -142,7 +144,8 @@ def test_a_strangers_network_runs_with_trust_only(name: str, stranger: Stranger,
 def test_what_reads_runs_imports_no_network(name: str, stranger: Stranger, metaheed: Run) -> None:
     (stranger.folder / "folder").mkdir()
     shutil.copy(stranger.recipe, stranger.folder / "folder" / "r.yaml")
-    _run(metaheed, stranger, NEVER[name])
+    status, _, err = _run(metaheed, stranger, NEVER[name])
+    assert (name == "reproduce") <= (status == 1 and "the recipe r: the network" in err and "--trust" in err), err
     assert not stranger.has_run()
 
 

@@ -48,9 +48,9 @@ class NoticedError(MetaheedError):
 def make_runs(folder: Path) -> tuple[Path, Path]:
     """A run with every file that a run can have, and a study."""
     config = default_config("ta-maml")
-    learner = replace(
-        config.learner, backbone="tests.networks:Tiny", backbone_path=Path(__file__).parents[1], adaptation_steps=1
-    )
+    root = Path(__file__).parents[1]
+    of_learner: dict[str, Any] = {"backbone": "tests.networks:Tiny", "backbone_path": root, "adaptation_steps": 1}
+    learner = replace(config.learner, **of_learner)
     training = replace(
         config.training, iterations=3, val_every=2, val_tasks=3, checkpoint_every=1, device="cpu", threads=1
     )

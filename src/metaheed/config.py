@@ -727,6 +727,8 @@ class ReproduceConfig:
     continued keeps its own."""
     device: str = "auto"
     """cpu, cuda:N, or auto: every GPU in turn where there are some (also: cuda), else the CPU."""
+    trust: bool = False
+    """Let the code of networks run that recipes of one's own name, where you have not allowed it before."""
     dry_run: bool = False
     """Only list the runs, what each still needs, and for how long it would keep this machine busy."""
 

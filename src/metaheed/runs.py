@@ -236,7 +236,7 @@ class RunFolder:
                 if known.sha256 is None:  # only which file it is matters
                     same = _identity(path.stat())[:2] == known.identity[:2]
                 else:
-                    same = hashlib.sha256(path.read_bytes()).hexdigest() == known.sha256
+                    same = hashlib.sha256(read_bounded(path)).hexdigest() == known.sha256
             except OSError as error:
                 raise _meddled(path, "removed" if isinstance(error, FileNotFoundError) else str(error)) from error
             if not same:
@@ -245,7 +245,7 @@ class RunFolder:
     def watch_config(self) -> None:
         """From now on config.yaml is to stay as it is."""
         with _writing(self.config_file):
-            self._remember(self.config_file, self.config_file.read_bytes())
+            self._remember(self.config_file, read_bounded(self.config_file, YAML_BYTES))
 
     def is_ours(self) -> bool:
         """Whether the folder here is still the one that this process holds, not one made in its place since."""

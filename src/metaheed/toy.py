@@ -30,7 +30,7 @@ from metaheed.outer import (
     sequential,
     uniform,
 )
-from metaheed.runs import write_whole
+from metaheed.runs import check_writable, write_whole
 from metaheed.types import Episode, Params
 
 OPTIMA = ((2.0, 2.0), (-1.0, 2.5), (2.5, -1.0), (-1.5, -1.5))
@@ -77,6 +77,7 @@ def toy(out: Path, config: ToyConfig) -> dict[str, Trajectory]:
     Raises:
         RunError: `out` cannot be written.
     """
+    check_writable(out / "toy.json")
     found = {name: follow(rule(), config, factor) for name, (rule, factor) in RULES.items()}
     trajectory_figure({name: t.points for name, t in found.items()}, OPTIMA, out / "trajectories.png")
     numbers = {name: t._asdict() for name, t in found.items()}

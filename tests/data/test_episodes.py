@@ -115,7 +115,7 @@ def test_the_next_batch_is_drawn_while_this_one_is_used(
     drawn: queue.Queue[tuple[int, int, int]] = queue.Queue()
     draw = episodes.draw
 
-    def watched(first: int, count: int, cancelled: Callable[[], bool]) -> Draw:
+    def watched(first: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> Draw:
         drawn.put((first, count, threading.get_ident()))
         return draw(first, count, cancelled)
 
@@ -152,7 +152,7 @@ def test_no_fork_happens_in_mid_draw(small_dataset: Dataset, monkeypatch: pytest
     begun, drawn = threading.Event(), threading.Event()
     draw = episodes.draw
 
-    def slow(first: int, count: int, cancelled: Callable[[], bool]) -> Draw:
+    def slow(first: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> Draw:
         if first:
             begun.set()
             time.sleep(0.3)

@@ -247,7 +247,8 @@ class Buffered:
         self._capture, self._notice = capture, notice
         self._given_up = False
         # A device is given a block's steps all at once: of slow ones few, or a stop asked for would be waited for long.
-        self._most = 1 if capture else block
+        self._most = self._planned = min(block, 2) if capture else block
+        """Steps of this block at most, and of the next one, whose batches are drawn meanwhile."""
         self._drawing = _Drawing(streams)
 
     @property
@@ -267,23 +268,23 @@ class Buffered:
                 self._single.close()
                 self._buffers, self._single = self._over_buffers(self._single.state, self._single.asked), None
             return
-        count = min(count, self.block, self._most)
+        count = min(count, self._most)
         self._buffers.begin(t, self._drawing.take(self._buffers.spans, t, count))
         if self._capture and self._graph is None:
             self._try_capture(self._buffers, t, count)
             if self._graph is None:
                 return  # to be called again, for a step by itself
-        self._drawing.ahead(self._buffers.spans, t + count, self.block)
+        self._drawing.ahead(self._buffers.spans, t + count, self._planned)
         step = self._buffers.step if self._graph is None else self._graph.replay
         began, done = time.monotonic(), 0
         while done < count and not stop():
             step()
             done += 1
-        records = [*self._buffers.read(done)]  # the device has made them
-        if done and self._graph is not None:
-            taken = max(time.monotonic() - began, 1e-9)
-            self._most = max(1, min(self.block, int(_PATIENCE * done / taken)))
-        yield from records
+        for number, record in enumerate(self._buffers.read(done)):
+            if number == 0 and self._graph is not None:  # the device has made them all
+                taken = max(time.monotonic() - began, 1e-9)
+                self._most, self._planned = self._planned, max(1, min(self.block, int(_PATIENCE * done / taken)))
+            yield record
 
     def _try_capture(self, buffers: "_Buffers", t: int, count: int) -> None:
         """Capture the step, or give the buffers up."""

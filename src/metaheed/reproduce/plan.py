@@ -20,6 +20,7 @@ from metaheed.files import LinkError, cannot_write, refuse_link
 from metaheed.paper import ANALOGOUS, experiment_algorithms, experiment_cells
 from metaheed.recipes import Recipe, difference, of_cell, read_folder, without_run
 from metaheed.runs import Progress, RunFolder
+from metaheed.trust import allow, require
 
 TOY, RECIPES = "toy", "recipes"
 
@@ -109,6 +110,8 @@ class Run:
     tasks: int
     """To be judged on."""
     data_root: Path | None
+    trust: bool = False
+    """Whether the code of a network that the recipe names may run."""
 
     @property
     def metrics(self) -> Path:
@@ -131,7 +134,7 @@ class Run:
 
     def next(self, standing: Standing, place: Place) -> Stage:
         """See `Job`."""
-        path, common = str(self.folder.path), ["--device", place.device]
+        path, common = str(self.folder.path), ["--device", place.device, *(["--trust"] if self.trust else [])]
         if self.data_root is not None:
             common += ["--data-root", str(self.data_root)]
         iterations = ["--iterations", str(standing.iterations)]
@@ -195,10 +198,18 @@ def make_jobs(experiment: str, config: ReproduceConfig) -> list[Job]:
     """The jobs of an experiment: seed by seed, so that the first seed's table is whole first.
 
     Raises:
-        ConfigError: the experiment, a word of --only or a recipe is unknown or wrong, or nothing is chosen.
+        ConfigError: the experiment, a word of --only or a recipe is unknown or wrong, nothing is chosen, or a recipe
+            names a network whose code may not run.
         RunError: a link lies in the output folder where a folder of ours would.
     """
     chosen, toy = _choose(experiment, config)
+    for name, recipe in chosen.items():
+        network = recipe.config.learner.backbone
+        if ":" in network:
+            try:
+                (allow if config.trust else require)(network, Path.cwd())
+            except ConfigError as error:
+                raise ConfigError(f"the recipe {name}: {error}") from error
     _refuse_links(config.out, [TOY, RECIPES, "logs", "locks", *(f"{n}-seed{s}" for n in chosen for s in config.seeds)])
     jobs: list[Job] = [ToyJob(config.out / TOY)] if toy else []
     for seed in config.seeds:
@@ -210,7 +221,7 @@ def make_jobs(experiment: str, config: ReproduceConfig) -> list[Job]:
             run = f"{name}-seed{seed}"
             iterations = config.iterations or recipe.config.training.iterations
             file, folder = config.out / RECIPES / f"{name}.yaml", RunFolder(config.out / run)
-            jobs.append(Run(run, recipe, file, seed, folder, iterations, config.tasks, config.data_root))
+            jobs.append(Run(run, recipe, file, seed, folder, iterations, config.tasks, config.data_root, config.trust))
     return jobs
 
 
