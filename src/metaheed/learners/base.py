@@ -58,13 +58,13 @@ def task_loss(learner: Learner, adapted: Params, x: Tensor, y: Tensor) -> tuple[
 
 def has_closed_form(learner: Learner) -> bool:
     """Whether its own arithmetic is elementwise in the parameters, and its network known in closed form."""
-    if not isinstance(learner, NetworkLearner) or not _is_elementwise(type(learner)):
+    if not isinstance(learner, NetworkLearner) or not _is_elementwise(type(learner)):  # type: ignore[arg-type]
         return False
     return learner.network is not None and learner.network.known is not None
 
 
 @functools.cache
-def _is_elementwise(kind: type["NetworkLearner"]) -> bool:
+def _is_elementwise(kind: type) -> bool:
     """Whether a class of learners says so of its arithmetic, or inherits all arithmetic from one that does.
 
     A subclass that only adds to a learner (a constructor, a method of another name) computes as that one does. One that
