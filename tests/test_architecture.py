@@ -27,7 +27,7 @@ LAYERS = (
     ("progress", "search"),
     ("demo", "toy"),
     ("report",),
-    ("reproduce",),
+    ("reproduce", "hints"),
     ("cli",),
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -40,6 +40,7 @@ from metaheed.config import (
     unchecked,
 )
 from metaheed.errors import ConfigError, Interrupted, MetaheedError, MetaheedWarning, unknown
+from metaheed.hints import check_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +108,8 @@ class Evaluate:
     """How tasks are run (as in train --help); none: as in training."""
     chunk_size: int | None = None
     """Tasks at once under the executions vectorized (taken where only this is given) and im2col."""
+    threads: int | None = None
+    """CPU threads; none: as in training."""
     trust: bool = False
     """Let the code of the run's network run where that is not one of metaheed's and you did not train it here."""
     out: Path | None = None
@@ -350,6 +353,8 @@ def _dispatch(arguments: list[str]) -> int:
             return _train(custom)
         if named and not named[0].startswith("-") and named[0] not in ALGORITHMS:
             raise unknown("algorithm", named[0], [*ALGORITHMS, "custom"])
+        if named and named[0] in ALGORITHMS:
+            return _train(_of_algorithm(named[0], arguments))
         return _train(_parse(_algorithms(*_setting(arguments)), "train", arguments, _TRAIN))
     if arguments[:1] == ["search"]:
         if resuming:
@@ -365,9 +370,15 @@ def _dispatch(arguments: list[str]) -> int:
     }
     if arguments[:1] == ["data"]:
         return _data(arguments)
+    if arguments[:1] == ["compare"] and not {"--against", "-h", "--help"} & {a.split("=")[0] for a in arguments}:
+        raise ConfigError(
+            "compare needs evaluated runs and others to set them against: metaheed compare RUN... --against RUN..."
+        )
     if arguments and arguments[0] in commands:
         kind, command = commands[arguments[0]]
         return command(_parse(kind, arguments[0], arguments))
+    if arguments and arguments[0] in ALGORITHMS:
+        raise ConfigError(f"{arguments[0]!r} is an algorithm, not a command: metaheed train {shlex.join(arguments)}")
     if arguments and not arguments[0].startswith("-"):
         raise unknown("command", arguments[0], ["train", "search", "data", *commands])
     print(_USAGE)
@@ -427,6 +438,8 @@ _SEARCH = (
 
 
 def _parse(kind: Any, command: str, arguments: list[str], description: str | None = None, **default: Any) -> Any:
+    if default or isinstance(kind, type):
+        check_options(default.get("default", kind), command, arguments[1:])
     with unchecked():
         parsed = tyro.cli(
             kind,
@@ -487,6 +500,15 @@ def _searched(arguments: list[str]) -> Search:
         return custom
     if named and not named[0].startswith("-") and named[0] not in ALGORITHMS:
         raise unknown("algorithm", named[0], [*ALGORITHMS, "custom"])
+    if named and named[0] in ALGORITHMS:
+        of_one: Search = _parse(
+            Search,
+            f"search {named[0]}",
+            ["search", *arguments[2:]],
+            f"{ALGORITHMS[named[0]][2]} {_SEARCH}",
+            default=_in_search(default_config(named[0], *_setting(arguments))),
+        )
+        return of_one
     setting = _setting(arguments)
     kinds = tyro.extras.subcommand_type_from_defaults(
         {name: _in_search(default_config(name, *setting)) for name in ALGORITHMS},
@@ -527,6 +549,18 @@ def _custom(
         f"Train a new run of {pair_named}." if command == "train" else f"{_SEARCH}. Here: {pair_named}.",
         default=wrap(default_pair(chosen.learner, chosen.rule, *_setting(arguments))),
     )
+
+
+def _of_algorithm(name: str, arguments: list[str]) -> RunConfig:
+    """`train ALGORITHM` and its options."""
+    config: RunConfig = _parse(
+        RunConfig,
+        f"train {name}",
+        ["train", *arguments[2:]],
+        f"{ALGORITHMS[name][2]} {_TRAIN}",
+        default=default_config(name, *_setting(arguments)),
+    )
+    return config
 
 
 def _of_recipe(arguments: list[str]) -> tuple[RunConfig, bool]:
@@ -659,6 +693,7 @@ def _evaluate(command: Evaluate) -> int:
         command.device,
         execution=command.execution,
         chunk_size=command.chunk_size,
+        threads=command.threads,
         trust=command.trust,
         out=command.out,
         notice=lambda text: print(text, file=sys.stderr, flush=True),

@@ -101,6 +101,7 @@ def evaluate_run(
     on_tasks: Callable[[int], None] | None = None,
     execution: ExecutionName | None = None,
     chunk_size: int | None = None,
+    threads: int | None = None,
     trust: bool = False,
     out: Path | None = None,
     notice: Callable[[str], None] | None = None,
@@ -118,6 +119,7 @@ def evaluate_run(
         on_tasks: see `evaluate`.
         execution: how the tasks are run; none: as in training, on a device of another kind as that suits it.
         chunk_size: this many at once, under the executions vectorized (taken where only this is given) and im2col.
+        threads: of the CPU; none: as in training.
         trust: let the code of a network run that the run folder names, is not one of ours, and was not allowed before.
         out: the file to write instead of one in the run folder.
         notice: told where the result is not kept.
@@ -152,6 +154,8 @@ def evaluate_run(
     meta = {name: p.to(where) for name, p in meta.items()}
     place_constants(learner, where)
     run = replace(run, training=_judging(run, execution, chunk_size, where))
+    if threads is not None:
+        run = replace(run, training=replace(run.training, threads=threads))
     episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
     folder.check_classes(episodes.dataset, setting.split)
     with (

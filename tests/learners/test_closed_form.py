@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from metaheed.data import Episodes, load_dataset
+from metaheed.errors import ConfigError
 from metaheed.learners import MAML, Conv4, MetaSGD, closed_form
 from metaheed.learners.base import takes_batches
 from metaheed.outer import looped, task_gradient, vectorized
@@ -447,3 +448,57 @@ def test_float32_on_images_with_a_constant_background(shots: int) -> None:
             exactly = learner.predict(exact, images.double())
             assert (logits - exactly).square().mean().sqrt() < 2e-6 * exactly.square().mean().sqrt()
     assert sorted(off)[1] < 3e-5  # two places that are all but equal may change order in any float32 computation
+
+
+def test_images_of_another_size_are_refused() -> None:
+    learner = MAML(Conv4(WAYS, (1, 32, 32), hidden=4), adaptation_steps=1)
+    meta, x, y = learner.init(torch.Generator()), torch.rand(3, 1, 64, 64), torch.arange(3)
+    message = r"64×64 pixels, of which the network's last block leaves 16 places.*for 4"
+    with pytest.raises(ConfigError, match=message):
+        learner.adapt(meta, x, y)
+    with pytest.raises(ConfigError, match=message):
+        learner.predict(meta, x)
+    batch = Episode(*(part.unsqueeze(0) for part in (x, y, x, y)))
+    for execution in (looped(learner), vectorized(learner)):
+        with pytest.raises(ConfigError, match=message):
+            execution(meta, batch)
+    strided = MAML(Conv4(WAYS, (1, 32, 32), hidden=4, downsample="stride"), adaptation_steps=1)
+    strided.adapt(strided.init(torch.Generator()), x, y)  # its head sees the mean over whatever is left
+
+
+class Named(MAML):
+    """Adds to MAML what changes nothing of it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__(network, adaptation_steps=1)
+        self.name = "mine"
+
+    def describe(self) -> str:
+        return self.name
+
+
+class Other(MAML):
+    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        return super().adapt(meta, support_x, support_y)
+
+
+class Sworn(Other):
+    elementwise = True
+
+
+class Grandchild(Named):
+    pass
+
+
+class Undone(Sworn):
+    def initial(self, meta: Params) -> Params:
+        return dict(meta)
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"), [(Named, True), (Grandchild, True), (Other, False), (Sworn, True), (Undone, False)]
+)
+def test_a_subclass_keeps_the_closed_form_unless_it_replaces_a_part(kind: type[MAML], known: bool) -> None:
+    learner = kind(Conv4(WAYS, (1, 16, 16), hidden=4))
+    x = torch.rand(2, 3, 1, 16, 16)
+    assert takes_batches(learner, learner.init(torch.Generator()), x) == known

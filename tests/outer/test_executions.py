@@ -164,7 +164,7 @@ def test_execution_is_picked_by_device_network_and_size() -> None:
     assert pick_execution("auto", cpu, 2, closed_form=False, tasks=4) == "threaded"
     assert pick_execution("auto", cpu, 2, tasks=1) == "looped"
     assert pick_execution("auto", cuda, 2, tasks=1) == "looped"
-    assert pick_execution("auto", cuda, 2, own_network=True, tasks=4) == "vectorized"
+    assert pick_execution("auto", cuda, 2, own_network=True, tasks=4) == "streamed"
     assert pick_execution("im2col", cpu, 2, tasks=1) == "im2col"
 
 

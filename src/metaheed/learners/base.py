@@ -1,5 +1,6 @@
 """What a learner is: the way one task is adapted, apart from how tasks are combined."""
 
+import functools
 import os
 import threading
 from collections.abc import Sequence
@@ -57,9 +58,23 @@ def task_loss(learner: Learner, adapted: Params, x: Tensor, y: Tensor) -> tuple[
 
 def has_closed_form(learner: Learner) -> bool:
     """Whether its own arithmetic is elementwise in the parameters, and its network known in closed form."""
-    if not isinstance(learner, NetworkLearner) or not type(learner).__dict__.get("elementwise", False):
+    if not isinstance(learner, NetworkLearner) or not _is_elementwise(type(learner)):  # type: ignore[arg-type]
         return False
     return learner.network is not None and learner.network.known is not None
+
+
+@functools.cache
+def _is_elementwise(kind: type) -> bool:
+    """Whether a class of learners says so of its arithmetic, or inherits all arithmetic from one that does.
+
+    A subclass that only adds to a learner (a constructor, a method of another name) computes as that one does. One that
+    replaces a part of it may do anything, and has to say `elementwise = True` itself.
+    """
+    for place, ancestor in enumerate(kind.__mro__):
+        if "elementwise" in vars(ancestor):
+            replaced = {name for later in kind.__mro__[:place] for name in vars(later) if hasattr(ancestor, name)}
+            return bool(vars(ancestor)["elementwise"]) and not {n for n in replaced if not n.startswith("__")}
+    return False
 
 
 def takes_batches(learner: Learner, meta: Params, x: Tensor) -> bool:
@@ -68,7 +83,7 @@ def takes_batches(learner: Learner, meta: Params, x: Tensor) -> bool:
     So they do where it has a closed form, and that applies to these tensors.
 
     Args:
-        learner: a subclass of ours counts as unknown, whatever it overrides.
+        learner: a subclass of ours that replaces a part of it counts as unknown, unless it says `elementwise = True`.
         meta: θ, without that axis.
         x: images (B, n, C, H, W).
     """

@@ -144,7 +144,11 @@ class ClosedForm:
         """Whether it holds for these values: no γ is zero, and every norm has more than one place to average over.
 
         Where a norm has one place only, or the images another number of channels, PyTorch's own refuses, and says why.
+
+        Raises:
+            ConfigError: the network was built for images of another size.
         """
+        self.check_size(params, x)
         count, *size = x.shape[-4], *x.shape[-2:]
         if x.shape[-3] != params[f"{self._shapes[0].name}.conv.weight"].shape[-3]:
             return False
@@ -155,6 +159,22 @@ class ClosedForm:
             if shape.pool:
                 size = [side // 2 for side in size]
         return True
+
+    def check_size(self, params: Params, x: Tensor) -> None:
+        """Raise ConfigError if the images are not of the size that the network was built for."""
+        height, width = x.shape[-2:]
+        for shape in self._shapes:
+            height, width = ((side - 1) // shape.stride + 1 for side in (height, width))
+            if shape.pool:
+                height, width = height // 2, width // 2
+        places = 1 if self._mean_plane else height * width
+        expected = params["head.weight"].shape[-1] // params[f"{self._shapes[-1].name}.conv.weight"].shape[-4]
+        if places != expected:
+            raise ConfigError(
+                f"the images have {x.shape[-2]}×{x.shape[-1]} pixels, of which the network's last block leaves "
+                f"{places} places, but its head was built for {expected}: resize the images, or build the network for "
+                "this size"
+            )
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
         """(B, n, N) from parameters (B, …) and images (B, n, C, H, W)."""

@@ -131,6 +131,7 @@ class ClosedFormCUDA(ClosedForm):
         head = params["head.weight"]
         if head.dtype != torch.float32 or self._mean_plane or (x.is_cuda and not works_on(x.device)):
             return False
+        self.check_size(params, x)
         count, *size = x.shape[-4], *x.shape[-2:]
         channels = x.shape[-3]
         for shape in self._shapes:

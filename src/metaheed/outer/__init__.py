@@ -236,7 +236,8 @@ def pick_execution(
     """The execution behind a configured name. What auto is, by device, network and number of tasks at once, B:
 
     - with one task: looped;
-    - on CUDA: vectorized, of the three made for it the one that any network and size can have;
+    - on CUDA: vectorized; for a user's network streamed, which was the fastest of the three made for CUDA where there
+      is no closed form;
     - on one thread of a CPU: vectorized where learner and network have a closed form, else looped;
     - on several: processes where they have one (on Linux; elsewhere vectorized), threaded for the rest of our own
       networks, and looped for a user's: see `threaded` on what threads ask of it.
@@ -248,7 +249,7 @@ def pick_execution(
     if tasks == 1:
         return "looped"
     if device.type == "cuda":
-        return "vectorized"
+        return "streamed" if own_network else "vectorized"
     several = (threads or torch.get_num_threads()) > 1
     if closed_form and not own_network:
         return "processes" if several and PROCESSES_AVAILABLE else "vectorized"

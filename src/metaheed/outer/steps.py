@@ -36,6 +36,7 @@ from metaheed.outer.rules import Gradients, OuterState, Rule, StepRecord, Tools
 from metaheed.types import Episode, Params, TaskInfo
 
 _PATIENCE = 2.0  # seconds that a block takes at most where its steps take as long as those before
+_COLUMNS = len(TaskInfo._fields) + 1  # what attention sees of a task, and its weight
 Stop = Callable[[], bool]
 """Whether to stop before the next step."""
 Interrupting = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -384,10 +385,10 @@ class _Buffers:
         assert self._records is not None  # a step has been made
         tasks, named = self._layout
         for row in self._records[:count].cpu():
-            columns, finite, place = row.split([5 * tasks, 2 * len(named), 1])
+            columns, finite, place = row.split([_COLUMNS * tasks, 2 * len(named), 1])
             raise_non_finite_task(finite.view(2, -1).bool().tolist(), named)
             raise_non_finite_state(self.state, int(place))
-            *info, weights = columns.view(5, tasks)
+            *info, weights = columns.view(_COLUMNS, tasks)
             yield StepRecord(TaskInfo(*info), weights)
 
     def close(self) -> None:
@@ -430,7 +431,7 @@ class _Buffers:
 
 
 class _Layout(NamedTuple):
-    """What a row of the records holds: 5 columns of `tasks` (infos, weights), 2 of `named` (finite), 1."""
+    """What a row of the records holds: _COLUMNS columns of `tasks` (infos, weights), 2 of `named` (finite), 1."""
 
     tasks: int
     named: list[tuple[str, int]]

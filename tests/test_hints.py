@@ -1,0 +1,48 @@
+"""Mistaken options: the message names what was probably meant."""
+
+from pathlib import Path
+
+import pytest
+
+from metaheed.config import ALGORITHMS, EvaluationConfig, default_config
+from metaheed.hints import OTHER_WORDS, options
+from tests.conftest import Run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ("train maml --lr 0.1", "here it is called --fast-lr (of the adaptation) or --meta-lr"),
+        ("train maml --attention-lr 0.1", "it is an option of ta-anil, ta-boil, ta-maml"),
+        ("train ta-maml --inner-lr 0.4", "here it is called --fast-lr"),
+        ("train maml --n-way=5", "here it is called --ways"),
+        ("train maml --k_shot 1", "here it is called --shots"),
+        ("train maml --wayz 5", "did you mean --ways"),
+        ("train custom --learner maml --rule attended --num-updates 3", "here it is called --adaptation-steps"),
+        ("search maml --num-shots 5", "here it is called --shots"),
+        ("evaluate run --thread 3", "did you mean --threads"),
+        ("data prepare glyphs --form x", "did you mean --from"),
+        ("train protonet --zzz 1", "'metaheed train protonet' has no option --zzz: 'metaheed train protonet --help'"),
+        ("ta-maml --ways 5", "'ta-maml' is an algorithm, not a command: metaheed train ta-maml --ways 5"),
+        ("compare", "metaheed compare RUN... --against RUN..."),
+        ("compare a b", "metaheed compare RUN... --against RUN..."),
+    ],
+)
+def test_a_mistaken_option_is_led_somewhere(arguments: str, hint: str, metaheed: Run, in_folder: Path) -> None:
+    status, out, err = metaheed(*arguments.split())
+    assert (status, out, hint in err, len(err.splitlines())) == (1, "", True, 1), err
+    assert not [*in_folder.iterdir()]
+
+
+def test_the_words_of_others_lead_to_options_that_are_there() -> None:
+    known = {*options(EvaluationConfig)} | {name for a in ALGORITHMS for name in options(default_config(a))}
+    assert {meant.split(" ")[0] for meant in OTHER_WORDS.values()} <= known
+    assert not {*OTHER_WORDS} & known, "an option of ours needs no translation"
+
+
+def test_help_names_this_algorithms_options_only(metaheed: Run) -> None:
+    _, plain, _ = metaheed("train", "maml", "--help")
+    _, attended, _ = metaheed("train", "ta-maml", "--help")
+    assert "--fast-lr" in plain
+    assert "--attention-lr" not in plain
+    assert "--attention-lr" in attended
