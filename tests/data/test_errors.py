@@ -50,6 +50,17 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return train("miniimagenet", path / "nowhere")
 
 
+@row("is a file, but … is looked for in a folder")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    (path / "mini.tar").write_bytes(b"x")
+    return train("miniimagenet", path / "mini.tar")
+
+
+@row("miniimagenet: nothing of it is recognised in")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    return train("miniimagenet", path)
+
+
 @row("miniimagenet: … not found; published at")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     (mini_pickles(path, 1) / "mini-imagenet-cache-test.pkl").unlink()
@@ -185,7 +196,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return arguments
 
 
-@row("which would leave the folder …: fetch it anew")
+@row("which would leave the folder …: write the names")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     file = mini_lists(path, 1) / "val.csv"
     file.write_text(re.sub(r"\n.*?,", "\n../../secret.png,", file.read_text(), count=1))
@@ -239,6 +250,19 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
 @row("too few images (a class needs 2 at least")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     (pictures(path) / "empty").mkdir()
+    return train("folder", path)
+
+
+@row("too few for three splits, and all their images lie in folders below")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    pictures(path / "images", 8)
+    pictures(path / "masks", 8)
+    return train("folder", path)
+
+
+@row("has two folders for the … split")
+def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
+    pictures(divided(path) / "valid", 2)
     return train("folder", path)
 
 

@@ -55,12 +55,12 @@ def find_source(name: str, request: Request) -> Source:
         DataError: they are damaged.
     """
     check_name(name)
-    return DATASETS[name](request)
+    return DATASETS[name](request if request.root is None else request._replace(root=Path(request.root)))
 
 
 def load_dataset(
     name: str,
-    root: Path | None = None,
+    root: Path | str | None = None,
     image_size: int | None = None,
     split_seed: int | None = None,
     watcher: Watcher | None = None,
@@ -78,13 +78,13 @@ def load_dataset(
         DataError: its files are missing or damaged; says which, and where they are published.
     """
     check_name(name)
-    request = Request(root, image_size, split_seed)
+    request = Request(None if root is None else Path(root), image_size, split_seed)
     path = _find_store(name, request)
     return open_store(path, request) if path is not None else in_memory(find_source(name, request), watcher)
 
 
 def find_shape(
-    name: str, root: Path | None = None, image_size: int | None = None, split_seed: int | None = None
+    name: str, root: Path | str | None = None, image_size: int | None = None, split_seed: int | None = None
 ) -> tuple[int, int, int]:
     """The image shape of what `load_dataset` would load, found by reading names and labels only: quickly.
 
@@ -92,7 +92,7 @@ def find_shape(
         As `load_dataset`, but for images that are damaged.
     """
     check_name(name)
-    request = Request(root, image_size, split_seed)
+    request = Request(None if root is None else Path(root), image_size, split_seed)
     path = _find_store(name, request)
     if path is not None:
         return read_manifest(path).shape
@@ -106,13 +106,14 @@ def _find_store(name: str, request: Request) -> Path | None:
     return find_store(name, request, size)
 
 
-def survey(root: Path | None) -> Iterator[tuple[str, str, str]]:
+def survey(root: Path | str | None) -> Iterator[tuple[str, str, str]]:
     """Name, state and counts of every data set under a root: of its stores, else of its files; of a folder, whose
     stores are of one image size each, of both.
 
     Raises:
         MissingDataError: nothing of the root's name is there.
     """
+    root = None if root is None else Path(root)
     if root is not None and not root.exists():
         raise MissingDataError(f"--data-root {root} is not a folder or archive: nothing of that name is there")
     stores: list[Manifest] = []

@@ -42,8 +42,8 @@ class _Variant(NamedTuple):
     subfolders: tuple[str, ...]
 
 
-_FS = _Variant("cifar-fs", "cifar_fs", "CIFAR_FS_{}.pickle", (FOLDER, "cifar-fs", "cifar100", "CIFAR-FS", "cifarfs"))
-_FC100 = _Variant("fc100", "fc100", "FC100_{}.pickle", (FOLDER, "fc100", "cifar100", "FC100"))
+_FS = _Variant("cifar-fs", "cifar_fs", "CIFAR_FS_{}.pickle", (FOLDER, "cifar-fs", "cifar100"))
+_FC100 = _Variant("fc100", "fc100", "FC100_{}.pickle", (FOLDER, "fc100", "cifar100"))
 
 
 def find_fs(request: Request) -> Source:

@@ -22,7 +22,7 @@ from metaheed.config import EpisodeConfig
 from metaheed.data.decode import FORMATS, SUFFIXES, Encoded, rgb
 from metaheed.data.episodes import sample
 from metaheed.data.images import SPLITS
-from metaheed.data.names import composed
+from metaheed.data.names import composed, decoded
 from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
 from metaheed.data.trees import Entry, Tree, Unreadable, beside, open_tree
 from metaheed.errors import ConfigError, DataError, MissingDataError, shown
@@ -57,6 +57,7 @@ def find(request: Request) -> Source:
         if lists is None:
             seed = EpisodeConfig.folder_split_seed if request.split_seed is None else request.split_seed
             settings["split_seed"] = seed
+            _check_depth(classes[""], around)
             lists = split_classes(sorted(classes[""]), seed, *EpisodeConfig.folder_shares, str(around))
             layout += f", its classes split by seed {seed}"
         else:
@@ -103,8 +104,14 @@ def _read_lists(tree: Tree, parts: "_Parts") -> dict[str, list[str]] | None:
     for entry, content in zip(wanted, tree.read(wanted), strict=True):
         if isinstance(content, Unreadable):
             raise DataError(f"{tree.root}: the list {entry.path} cannot be read: {content.reason}")
-        lines = content.decode("utf-8-sig", "replace").splitlines()
-        lists[_LISTS[parts[entry.path]]] = [composed(line.strip()) for line in lines if line.strip()]
+        try:
+            lines = decoded(content).splitlines()
+        except ValueError:
+            lines = content.decode("utf-8", "replace").splitlines()  # what is not found is then named
+        listed = [composed(line.strip()) for line in lines if line.strip()]
+        if not listed:
+            raise DataError(f"{tree.root}: the list {entry.path} is empty: it holds one class a line, at least one")
+        lists[_LISTS[parts[entry.path]]] = listed
     return lists
 
 
@@ -130,6 +137,22 @@ def split_classes(names: Sequence[str], seed: int, val: float, test: float, wher
     }
 
 
+_TOO_FEW = 6
+"""Classes of which three splits of two cannot be made."""
+
+
+def _check_depth(classes: dict[str, list[tuple[Entry, str]]], around: Path) -> None:
+    """Refuse too few classes whose pictures all lie in folders of their own: those are the classes, most likely."""
+    deep = all("/" in name for images in classes.values() for _, name in images)
+    if len(classes) < _TOO_FEW and deep:
+        most = max(classes, key=lambda c: len({name.split("/")[0] for _, name in classes[c]}))
+        raise DataError(
+            f"{around} has {len(classes)} folders, {_listed(sorted(classes), 5)}, too few for three splits, and all "
+            "their images lie in folders below them: if those are the classes, name the folder that holds them (say, "
+            f"{around / most}), or call the folders train, val and test"
+        )
+
+
 def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: bool = False) -> dict[str, list[str]]:
     """Write train.txt, val.txt and test.txt into a folder of classes, divided by a seed.
 
@@ -150,6 +173,7 @@ def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: boo
     there = [name for name in (f"{split}.txt" for split in SPLITS) if (folder / name).exists()]
     if there and not overwrite:
         raise DataError(f"{folder} has {' and '.join(there)} already: keep that split, or replace it with --overwrite")
+    _check_depth(classes[""], folder)
     odd = sorted(name for name in classes[""] if name != name.strip() or not name.isprintable())
     if odd:
         raise DataError(f"{folder}: {odd[0]!r} cannot be a line of a list: rename it")
@@ -210,6 +234,14 @@ def _classes(tree: Tree, parts: _Parts, around: Path) -> _Found:
     divided = {_SPLITS[p[0].lower()] for _, p in images if len(p) > 2 and p[0].lower() in _SPLITS}
     found: Members = {}
     if divided:
+        called: dict[str, str] = {}
+        for _, p in images:
+            split = _SPLITS.get(p[0].lower())
+            if split is not None and len(p) > 2 and called.setdefault(split, p[0]) != p[0]:
+                raise DataError(
+                    f"{around} has two folders for the {split} split, {called[split]} and {p[0]}, and which one counts "
+                    "is not said: join them, or move one elsewhere"
+                )
         absent = [split for split in SPLITS if split not in divided]
         if absent:
             raise DataError(

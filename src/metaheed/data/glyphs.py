@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list
-from metaheed.data.sources import Source, SourceSplit, array_stream, stamp
+from metaheed.data.sources import UNSCALED, Source, SourceSplit, array_stream, stamp
 from metaheed.files import put_in_place
 
 FACES = tuple(
@@ -73,7 +73,7 @@ def find() -> Source:
         stream = array_stream(np.arange(count), partial(chunks, first, first + count))
         splits[split] = SourceSplit(chosen, (INSTANCES,) * len(chosen), (1, SIDE, SIDE), count, stream)
         first += count
-    return Source("glyphs", "built in", splits, stamp(_cache_key(names)), standardize=False)
+    return Source("glyphs", "built in", splits, stamp(_cache_key(names)), standardize="glyphs" not in UNSCALED)
 
 
 def build(names: list[str]) -> np.ndarray:

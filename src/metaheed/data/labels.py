@@ -1,5 +1,6 @@
 """Labels as people's files have them: a list or an array, of numbers or of names."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from metaheed.data.names import composed
 from metaheed.data.safe_pickle import StoredArray
 from metaheed.errors import shown
 
+_NUMBER = re.compile(r"[0-9]{1,9}")
 _LARGEST = 1 << 28  # bytes of an array of labels; those of ImageNet's 1.3 million images have some 10 million
 
 
@@ -16,8 +18,8 @@ def read_labels(values: Any) -> np.ndarray | list[str]:
     """(n,) int64, or n names.
 
     Args:
-        values: a list, a tuple, an array or a stored array; whole numbers that are written as floating-point ones are
-            taken, and so is a column (n, 1).
+        values: a list, a tuple, an array or a stored array; whole numbers that are written as floating-point ones or as
+            text are taken, and so is a column (n, 1).
 
     Raises:
         ValueError: says what they are instead.
@@ -39,7 +41,10 @@ def read_labels(values: Any) -> np.ndarray | list[str]:
     if not values:
         raise ValueError("the list is empty")
     if all(isinstance(value, str | bytes) for value in values):
-        return [composed(text(value)) for value in values]
+        names = [composed(text(value)) for value in values]
+        if not all(_NUMBER.fullmatch(name) for name in names):
+            return names
+        values = [int(name) for name in names]
     odd = next((value for value in values if not _is_whole(value)), None)
     if odd is not None:
         raise ValueError(f"{shown(odd)} is among them, which is no whole number from 0 on")

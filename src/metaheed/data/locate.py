@@ -1,5 +1,6 @@
 """Finding a data set's published files, and the committed class lists."""
 
+import re
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -23,7 +24,7 @@ def _committed(file: str) -> list[str]:
 
 
 def folders(root: Path | None, dataset: str, subfolders: Sequence[str], expected: str, published: str) -> list[Path]:
-    """Where to look: the root itself, then its customary subfolders.
+    """Where to look: the root itself, then its customary subfolders, however their names are spelt.
 
     Raises:
         MissingDataError: no root was given, or it is not a folder.
@@ -33,12 +34,34 @@ def folders(root: Path | None, dataset: str, subfolders: Sequence[str], expected
             f"{dataset} needs --data-root, or --from of 'data prepare', the folder with {expected}, published at "
             f"{published}"
         )
+    if root.is_file():
+        raise MissingDataError(
+            f"--data-root (or --from) {root} is a file, but {dataset} is looked for in a folder: unpack it if it is an "
+            f"archive, and name the folder with {expected}, published at {published}"
+        )
     if not root.is_dir():
         raise MissingDataError(
             f"--data-root (or --from) {root} is not a folder; {dataset} needs {expected} in it, published at "
             f"{published}"
         )
-    return [root, *(root / sub for sub in subfolders if (root / sub).is_dir())]
+    return [root, *(place for sub in subfolders for place in _below(root, sub))]
+
+
+def _below(root: Path, sub: str) -> list[Path]:
+    """The folders of that name, or of one that differs in capitals, blanks, - and _ only; sub may be several deep."""
+    places = [root]
+    for part in sub.split("/"):
+        places = [
+            child
+            for place in places
+            for child in sorted(place.iterdir(), key=lambda c: (c.name != part, c.name))
+            if _plain(child.name) == _plain(part) and child.is_dir()
+        ]
+    return places
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def holding(places: Sequence[Path], files: Sequence[str]) -> Path | None:

@@ -30,7 +30,7 @@ from metaheed.data.decode import SUFFIXES
 from metaheed.data.images import SPLITS
 from metaheed.data.labels import positions, read_labels, text
 from metaheed.data.locate import class_list, folders, holding, lacking
-from metaheed.data.names import composed
+from metaheed.data.names import composed, decoded
 from metaheed.data.safe_pickle import StoredArray, load_arrays, reading
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, stamp
 from metaheed.data.trees import open_tree, read_file
@@ -45,7 +45,7 @@ SIDE = 84
 _PICKLES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": ("test",)}
 _CATEGORY = "miniImageNet_category_split_{}.pickle"
 _PHASES = {"train": "train_phase_train", "val": "val", "test": "test"}
-_SUBFOLDERS = ("miniimagenet", "mini-imagenet", "miniImageNet", "mini_imagenet", "MiniImagenet", "miniImagenet")
+_SUBFOLDERS = ("miniimagenet", "mini_imagenet_full_size")
 _INLINE = 512  # bytes of a string that are kept; the pixels stay in the file
 _AT_ONCE = 64  # images
 _LARGEST_LIST = 1 << 24  # bytes; the published ones have 1.5 million at most
@@ -79,19 +79,23 @@ def find(request: Request) -> Source:
         folder = holder
         parts = {split: _Category(folder / name, split) for split, name in zip(SPLITS, category, strict=True)}
         splits = {split: part.split for split, part in parts.items()}
+        _check_disjoint({split: part.names for split, part in parts.items()}, folder)
         layout = f"the pickles {_CATEGORY.format('*')} in {folder}"
         return _source(layout, splits, stamp(*(folder / name for name in category)))
     listed = [*places, *(place / sub for place in places for sub in ("split", "splits"))]
-    holder = holding(listed, lists)
-    if holder is not None:
-        folder = holder
+    for folder in listed:
+        named = {split: _first(folder, [f"{name}.csv" for name in _PICKLES[split]]) for split in SPLITS}
+        paths = {split: path for split, path in named.items() if path is not None}
+        if len(paths) < len(SPLITS):
+            continue
+        lists = [path.name for path in paths.values()]
         place = folder if folder in places else folder.parent
-        read = {split: _read_list(folder / f"{split}.csv", split) for split in SPLITS}
-        located = {split: _locate(place, folder / f"{split}.csv", split, read[split]) for split in SPLITS}
+        read = {split: _read_list(path, split) for split, path in paths.items()}
+        located = {split: _locate(place, path, split, read[split]) for split, path in paths.items()}
         splits = {split: files_split(_classes(split), files, SIDE) for split, (files, _) in located.items()}
         holders = sorted({str(holder) for _, holder in located.values()})
         layout = f"{' and '.join(holders)} and the lists {', '.join(lists)} in {folder}"
-        where: list[object] = [*(folder / name for name in lists)]
+        where: list[object] = [*paths.values()]
         if holders == ["images/"]:
             where.append(open_tree(place / "images").entries)
         else:
@@ -101,7 +105,14 @@ def find(request: Request) -> Source:
     source = None if partly else _from_folders(places)
     if source is not None:
         return source
-    raise lacking("miniimagenet", places, [pickles, lists, category] if partly else [pickles, lists], PUBLISHED)
+    if partly:
+        raise lacking("miniimagenet", places, [pickles, lists, category], PUBLISHED)
+    raise MissingDataError(
+        f"miniimagenet: nothing of it is recognised in {' or '.join(map(str, places))}: neither "
+        f"{PICKLE.format('{train,val,test}')} nor {_CATEGORY.format('{train_phase_train,val,test}')} nor "
+        f"{{train,val,test}}.csv with images/ nor folders n01532829 and so on, there or in {{train,val,test}}/; name "
+        f"the folder that holds them; published at {PUBLISHED}"
+    )
 
 
 def _source(layout: str, splits: dict[str, SourceSplit], stamped: str, notices: tuple[str, ...] = ()) -> Source:
@@ -114,6 +125,18 @@ def _first(folder: Path, names: Sequence[str]) -> Path | None:
 
 def _classes(split: str) -> tuple[str, ...]:
     return tuple(class_list(f"miniimagenet_{split}"))
+
+
+def _check_disjoint(names: dict[str, list[str]], folder: Path) -> None:
+    """Names that are not WordNet's may be any: at least they must not say that a class is in two splits."""
+    where: dict[str, str] = {}
+    for split, of_split in names.items():
+        for name in of_split:
+            if where.setdefault(name, split) != split:
+                raise DataError(
+                    f"{folder}: 'catname2label' says that {shown(name)} is in {where[name]} and in {split}, and a "
+                    f"class that is tested on must not be known from training: fetch them anew from {PUBLISHED}"
+                )
 
 
 def _check_classes(found: set[str], split: str, where: Path) -> tuple[str, ...]:
@@ -150,10 +173,13 @@ def _from_pickle(path: Path, split: str) -> SourceSplit:
     first, counts = 0, []
     for k, name in enumerate(classes):
         indices = members[name]
-        if isinstance(indices, StoredArray) and indices.is_like("iu", 1):
-            indices = indices.read().tolist()
-        if not isinstance(indices, list) or not all(type(i) is int and 0 <= i < count for i in indices):
+        try:
+            listed = read_labels(indices)
+        except ValueError:
+            listed = []
+        if not isinstance(listed, np.ndarray) or listed.max() >= count:
             raise refuse(f"has a 'class_dict' whose entry {name!r} is no list of numbers below {count}")
+        indices = listed.tolist()
         if len(set(indices)) < len(indices) or (labels[indices] >= 0).any():
             raise refuse(f"gives an image of {name!r} to two places")
         labels[indices] = k
@@ -209,6 +235,8 @@ class _Category:
             labels = np.array(order, np.int64)[labels]  # so that episodes are those of the other layouts
         else:
             classes = tuple(f"{split} {name}" for name in names)
+        numbered = all(re.fullmatch(r"\d{3,}", name) for name in names)
+        self.names = [] if numbered else names  # numbers may start anew in each split
         rows, counts = class_rows(labels, len(classes))
         self.split = _arrays(classes, counts, images, rows, path)
 
@@ -238,7 +266,7 @@ def _read_list(path: Path, split: str) -> list[tuple[str, str]]:
     with reading(str(path), PUBLISHED):
         if path.stat().st_size > _LARGEST_LIST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, where the published lists have 1,500,000 at most")
-        table = path.read_text(encoding="utf-8-sig")
+        table = decoded(path.read_bytes())
         head = table.partition("\n")[0]
         delimiter = max(",;\t", key=head.count)
         rows = [
@@ -257,8 +285,8 @@ def _read_list(path: Path, split: str) -> list[tuple[str, str]]:
         parts = PurePosixPath(name)
         if parts.is_absolute() or ".." in parts.parts or ":" in name or "\0" in name:
             raise DataError(
-                f"{path} names {shown(name)}, which would leave the folder {path.parent}: fetch it anew from "
-                f"{PUBLISHED}"
+                f"{path} names {shown(name)}, which would leave the folder {path.parent}: write the names of the files "
+                f"alone, or fetch the list anew from {PUBLISHED}"
             )
     return lines
 
@@ -272,8 +300,10 @@ def _columns(path: Path, rows: list[list[str]]) -> tuple[int, int, list[list[str
     files = [k for k, name in enumerate(names) if name in _FILE_COLUMNS]
     labels = [k for k, name in enumerate(names) if name in _CLASS_COLUMNS]
     body = rows[1:]
-    if len(labels) > 1:  # a number beside the name, say
+    if len(labels) > 1:  # a number beside the name, say; or the name twice
         labels = [k for k in labels if all(len(row) > k and _WORDNET.fullmatch(row[k]) for row in body)] or labels
+        if all(len({row[k] for k in labels if k < len(row)}) == 1 for row in body):
+            labels = labels[:1]
     if len(files) == 1 and len(labels) == 1:
         return files[0], labels[0], body
     if not any(_WORDNET.fullmatch(cell) for cell in head):  # else it has no head

@@ -5,6 +5,7 @@ out the second for what was given the first. Compared and sorted as they come, t
 otherwise on another machine, and a class could be in two splits under what looks like one name.
 """
 
+import codecs
 import unicodedata
 from pathlib import Path
 
@@ -14,6 +15,16 @@ from metaheed.errors import ConfigError
 def composed(name: str) -> str:
     """A name in Unicode's composed form (NFC), in which names are compared, sorted and recorded."""
     return unicodedata.normalize("NFC", name)
+
+
+def decoded(content: bytes) -> str:
+    """The text of a list that somebody wrote: UTF-8, or the UTF-16 with a mark that Windows' tools write.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return content.decode("utf-16" if marked else "utf-8-sig")
 
 
 def check_out(path: Path) -> None:

@@ -19,9 +19,9 @@ from PIL import Image
 from metaheed.data.decode import Encoded
 from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list, folders, holding, lacking
-from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
+from metaheed.data.sources import UNSCALED, Request, Source, SourceSplit, encoded_stream, stamp
 from metaheed.data.trees import Tree, open_tree
-from metaheed.errors import DataError
+from metaheed.errors import DataError, MissingDataError
 
 ARCHIVES = ("images_background.zip", "images_evaluation.zip")
 PUBLISHED = "https://github.com/brendenlake/omniglot/tree/master/python"
@@ -60,6 +60,11 @@ def _find(root: Path | None, name: str, lists: str) -> Source:
     else:
         folder = next((p for p in places if all((p / u).is_dir() for u in unpacked)), None)
         if folder is None:
+            for place in places:
+                there = [u for u in unpacked if (place / u).is_dir()]
+                if there and not any((place / a).is_file() for a in ARCHIVES):
+                    absent = " and ".join(str(place / u) for u in unpacked if u not in there)
+                    raise MissingDataError(f"omniglot: {absent} not found; published at {PUBLISHED}")
             raise lacking("omniglot", places, [ARCHIVES], PUBLISHED)
         found = [folder / u for u in unpacked]
         parts = [(f"{path.name}/", open_tree(path, PUBLISHED)) for path in found]
@@ -86,7 +91,7 @@ def _find(root: Path | None, name: str, lists: str) -> Source:
         )
     splits = {split: _split(parts, names, drawings) for split, names in names_of.items()}
     stamped = stamp(lists, [tree.entries for _, tree in parts], *found)
-    return Source(name, layout, splits, stamped, standardize=False, published=PUBLISHED)
+    return Source(name, layout, splits, stamped, standardize=name not in UNSCALED, published=PUBLISHED)
 
 
 def _drawings(path: Path, prefix: str, tree: Tree, drawings: dict[str, set[str]]) -> str:

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from metaheed.errors import DataError, is_systems
+from metaheed.errors import DataError, brief, is_systems
 
 Opener = Callable[[], BinaryIO]
 
@@ -58,14 +58,14 @@ def reading(name: str, published: str) -> Iterator[None]:
         raise
     except _RefusedError as error:
         raise DataError(
-            f"{name} is not read: its pickle asks for {error}, which a file of arrays has no use for and which could "
-            f"run code. Fetch the file anew from {published}"
+            f"{name} is not read: its pickle asks for {brief(str(error))}, which a file of arrays has no use for and "
+            f"which could run code. Fetch the file anew from {published}"
         ) from error
     except Exception as error:  # damaged content makes readers raise nearly anything
         if is_systems(error):
             raise
         raise DataError(
-            f"{name} is damaged ({type(error).__name__}: {error}): fetch it anew from {published}"
+            f"{name} is damaged ({type(error).__name__}: {brief(str(error), 200)}): fetch it anew from {published}"
         ) from error
 
 
@@ -318,6 +318,16 @@ _ADMITTED = {
 }
 """Globals that stand for a value of numpy's or of Python's, to what is made here in their place; none is looked up."""
 _MARK = object()
+
+
+def _keys(keys: list[Any]) -> list[Any]:
+    """Keys as they are; containers are refused, since telling apart tuples of tuples may take for ever."""
+    odd = next((key for key in keys if not isinstance(key, str | bytes | int | float | None)), None)
+    if odd is not None:
+        raise TypeError(f"a dict with a {type(odd).__name__} as a key")
+    return keys
+
+
 _GETS = frozenset(b"ghj")
 _LONGEST_RANGE = 1 << 22  # whole numbers, which take memory here and none in the file
 
@@ -329,11 +339,17 @@ class _Machine:
         self._memo: dict[int, Any] = {}
         self._memoized = 0
         self._ranged = 0  # numbers in ranges so far
+        self._most = 0  # operations of the file
+        self._copied = 0  # pairs and bytes that were made of what was there already
 
     def run(self) -> Any:
         # What is never fetched from the memo need not be kept there; Python 2 puts everything into it.
-        fetched = {self._number(op, argument) for op, argument in _operations(self._file) if op in _GETS}
-        self._fetched = fetched
+        self._fetched = set()
+        for op, argument in _operations(self._file):
+            self._most += 1
+            if op in _GETS:
+                self._fetched.add(self._number(op, argument))
+        self._size = self._file.tell()
         for op, argument in _operations(self._file):
             handler = _HANDLERS.get(op)
             if handler is None:
@@ -419,7 +435,7 @@ class _Machine:
     def _container(self, op: int, argument: Any) -> None:
         items = self._pop_to_mark()
         if op == ord("d"):
-            self._push(dict(zip(items[::2], items[1::2], strict=True)))
+            self._push(dict(zip(_keys(items[::2]), items[1::2], strict=True)))
         else:
             self._push(items if op == ord("l") else tuple(items))
 
@@ -439,7 +455,7 @@ class _Machine:
         target = self._stack[-1]
         if type(target) is not dict:
             raise TypeError("it sets items of what is no dict")
-        target.update(zip(items[::2], items[1::2], strict=True))
+        target.update(zip(_keys(items[::2]), items[1::2], strict=True))
 
     def _put(self, op: int, argument: Any) -> None:
         if op == 0x94:
@@ -500,7 +516,14 @@ class _Machine:
             return text._replace(text=False)
         if not isinstance(text, str):
             raise _RefusedError("_codecs.encode of what is no text")
+        self._copy(len(text), self._size)
         return text.encode("latin1")
+
+    def _copy(self, count: int, most: int) -> None:
+        """Count what is made anew of a value: an honest file has each but once, a bomb fetches one again and again."""
+        self._copied += count
+        if self._copied > most:
+            raise ValueError("it makes more of its values than are in it")
 
     def _make_bytes(self) -> bytes:
         return b""
@@ -515,7 +538,8 @@ class _Machine:
         # Python 2 hands over an ordered dict's items as a list of lists; Python 3 sets them one after another.
         if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
             raise _RefusedError("a dict of what are no pairs")
-        return {key: value for key, value in pairs}  # noqa: C416  # pairs may be lists
+        self._copy(len(pairs), self._most)
+        return dict(zip(_keys([key for key, _ in pairs]), [value for _, value in pairs], strict=True))
 
     def _make_defaultdict(self, factory: Any = None) -> dict[Any, Any]:
         if factory is not None and not isinstance(factory, _Type):

@@ -25,6 +25,9 @@ from metaheed.errors import DataError
 MOST_IN_MEMORY = 4 << 30
 """Bytes of images beyond which a data set is used through a store only."""
 
+UNSCALED = frozenset(["glyphs", "omniglot", "omniglot-vinyals"])
+"""Data sets of ink on paper, whose pixels stay in [0, 1]; those of all others are standardised."""
+
 Chunk = Decoded
 
 

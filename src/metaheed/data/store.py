@@ -26,6 +26,7 @@ import torch
 from metaheed.data.images import SPLITS, Dataset, Histogram, Split, fingerprint_head
 from metaheed.data.names import composed
 from metaheed.data.sources import (
+    UNSCALED,
     Digests,
     Quiet,
     Request,
@@ -496,8 +497,9 @@ def _check_statistics(manifest: Manifest, histogram: Histogram) -> None:
     for found, recorded, what in zip(
         histogram.statistics(), (manifest.mean, manifest.std), ("mean", "std"), strict=True
     ):
-        unscaled = (manifest.mean, manifest.std) == _UNSCALED
-        if not unscaled and not np.allclose(found, recorded, rtol=1e-9, atol=1e-12):
+        if manifest.name in UNSCALED:
+            found = _UNSCALED[what == "std"]
+        if not np.allclose(found, recorded, rtol=1e-9, atol=1e-12):
             raise _broken(
                 manifest.path, f"the manifest's {what} is {recorded}, and that of its training images is {found}"
             )

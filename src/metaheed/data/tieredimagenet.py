@@ -32,7 +32,7 @@ from metaheed.errors import DataError, MissingDataError, shown
 PUBLISHED = "https://github.com/renmengye/few-shot-ssl-public"
 SIDE = 84
 _SHAPE = (3, SIDE, SIDE)
-_SUBFOLDERS = ("tieredimagenet", "tiered-imagenet", "tieredImageNet", "tiered_imagenet")
+_SUBFOLDERS = ("tieredimagenet",)
 _INLINE = 512  # bytes of a string that are kept; the PNGs stay in the file
 _AT_ONCE = 64  # images
 _KEYS = ("label_specific", "labels", "label")

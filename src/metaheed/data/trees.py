@@ -116,9 +116,12 @@ def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_F
     raise MissingDataError(f"{path} is neither a folder nor a zip or tar file")
 
 
+_SYSTEMS = ("Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information")
+
+
 def beside(name: str) -> bool:
     """Whether that is the name of what a system or this program puts beside images."""
-    return name.startswith((".", "__MACOSX", "@eaDir")) or name in ("Thumbs.db", "desktop.ini") or ".metaheed" in name
+    return name.startswith((".", "__MACOSX", "@eaDir")) or name in _SYSTEMS or ".metaheed" in name
 
 
 def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
