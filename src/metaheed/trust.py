@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from metaheed.errors import ConfigError, brief, shown
-from metaheed.files import read_bounded
+from metaheed.files import put_in_place, read_bounded
 
 _allowed: dict[str, str] = {}  # in this process: file, or name of a module without one -> hash of its code
 _RECORD_BYTES = 2**16
@@ -195,7 +195,7 @@ def _record(code: Code) -> None:
     try:
         with os.fdopen(number, "w", encoding="utf-8") as file:
             json.dump({"file": str(code.file), "sha256": code.sha256}, file)
-        Path(part).replace(record)
+        put_in_place(Path(part), record)
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
