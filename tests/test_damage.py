@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +29,7 @@ from metaheed.learners import MAML
 from metaheed.outer import TaskAttention
 from metaheed.outer.steps import OneByOne
 from metaheed.process import Signals, StopRequested, check_batch_fits, is_out_of_memory, memory_explained
+from metaheed.report.reading import read_run
 from metaheed.runs import RunFolder
 from metaheed.training import Silent, resume, train
 from tests.conftest import ROOT, Run, as_format_1
@@ -153,6 +155,39 @@ class TestBits:
             assert (status, err.count("\n")) == (1, 1)
             assert next(iter(change)) in err
             assert len(err) < 900
+
+    @pytest.mark.parametrize("log", ["metrics.jsonl", "tasks.jsonl"])
+    def test_a_report_notices_a_changed_log(self, log: str, run: Path) -> None:
+        """A digit that is another: the line is whole, and the curve would be wrong."""
+        assert read_run(run).problem is None
+        text = (run / log).read_text()
+        (run / log).write_text(text.replace('"iteration": 1', '"iteration": 2', 1))
+        with pytest.raises(RunError, match=f"{log} does not begin with"):
+            read_run(run)
+        (run / "checkpoints" / "last.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+        with pytest.raises(RunError, match=log):  # by what the one before says
+            read_run(run)
+
+    def test_files_of_two_runs(self, run: Path, tmp_path: Path, metaheed: Run) -> None:
+        """Each whole, and of the same shapes: the seed tells them apart."""
+        other = tmp_path / "other"
+        config = small(other)
+        train(replace(config, training=replace(config.training, seed=5, iterations=3)))
+        for name in ("config.yaml", "checkpoints/best.safetensors", "checkpoints/last.safetensors"):
+            mixed = tmp_path / "mixed"
+            shutil.copytree(run, mixed)
+            shutil.copy(other / name, mixed / name)
+            for command in (("evaluate", mixed, "--tasks", 3), ("train", "--resume", mixed, "--iterations", 5)):
+                status, _, err = metaheed(*command)
+                if (name, command[0]) in (
+                    ("checkpoints/best.safetensors", "train"),  # written anew from the last one
+                    ("checkpoints/last.safetensors", "evaluate"),  # not read
+                ):
+                    assert status == 0
+                else:
+                    assert (status, "is of the run" in err, "-seed5" in err) == (1, True, True)
+                    assert err.count("\n") == 1
+            shutil.rmtree(mixed)
 
 
 class TestMeddling:
@@ -388,14 +423,14 @@ class TestReadOnly:
     @pytest.fixture
     def locked(self, run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """A run on a disk that takes nothing; by hand, since permissions do not bind every user of tests."""
-        touch = Path.touch
+        opened = Path.open
 
-        def refused(path: Path, *arguments: Any, **options: Any) -> None:
-            if run in path.parents:
+        def refused(path: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+            if run in path.parents and mode.strip("rb"):
                 raise OSError(errno.EROFS, "Read-only file system", str(path))
-            touch(path, *arguments, **options)
+            return opened(path, mode, *arguments, **options)
 
-        monkeypatch.setattr(Path, "touch", refused)
+        monkeypatch.setattr(Path, "open", refused)
         return run
 
     def test_it_is_judged(self, locked: Path, metaheed: Run, tmp_path: Path) -> None:
@@ -409,6 +444,22 @@ class TestReadOnly:
         assert json.loads((tmp_path / "new" / "mine.json").read_text())["tasks"] == 4
         status, _, err = metaheed("evaluate", locked, "--tasks", 4, "--out", tmp_path)
         assert (status, "it is a folder" in err) == (1, True)
+
+    @pytest.mark.skipif(os.name == "nt", reason="there are no such pipes")
+    def test_what_out_must_not_replace(self, run: Path, metaheed: Run, tmp_path: Path) -> None:
+        """What is no file, and what the run consists of, which another name must not hide."""
+        os.mkfifo(tmp_path / "pipe")
+        config = (run / "config.yaml").read_bytes()
+        own = ["config.yaml", "metrics.jsonl", "checkpoints/best.safetensors", "checkpoints/../run.lock"]
+        for out in (tmp_path / "pipe", *(run / name for name in own)):
+            status, printed, err = metaheed("evaluate", run, "--tasks", 3, "--out", out)
+            assert (status, printed, err.count("\n")) == (1, "", 1), out
+            assert "it is a pipe" in err or "is a file of the run itself" in err
+        assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+        assert (run / "config.yaml").read_bytes() == config
+        kept = tmp_path / "mine.part"
+        assert metaheed("evaluate", run, "--tasks", 3, "--out", kept)[0] == 0
+        assert json.loads(kept.read_text())["tasks"] == 3
 
 
 HUGE = 10**30

@@ -5,6 +5,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -443,6 +444,28 @@ def test_a_checkpoint_in_no_file(copy: Path) -> None:
             load(copy / "run")
 
 
+@posix
+def test_settings_of_matplotlib_in_the_folder(tmp_path: Path) -> None:
+    """They can ask for LaTeX; and where they are a pipe, matplotlib would wait for its writer."""
+    code = (
+        "from metaheed.headless import matplotlib, own_settings\n"
+        "said = lambda: (matplotlib.rcParams['text.usetex'], matplotlib.rcParams['font.size'])\n"
+        "print(*said())\nwith own_settings({'font.size': 9}): print(*said())\nprint(*said())"
+    )
+
+    def run() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=100
+        )
+        return done.stdout + done.stderr
+
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
+    assert run() == "True 30.0\nFalse 9.0\nTrue 30.0\n"
+    (tmp_path / "matplotlibrc").unlink()
+    os.mkfifo(tmp_path / "matplotlibrc")
+    assert "matplotlibrc is a pipe or a device" in run()
+
+
 @pytest.mark.skipif(os.name == "nt", reason="there is no such limit")
 def test_an_alias_bomb_takes_no_memory(tmp_path: Path) -> None:
     """In a process that may have 3 GB: written out the list would have billions of words."""
@@ -451,7 +474,5 @@ def test_an_alias_bomb_takes_no_memory(tmp_path: Path) -> None:
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30)); " + (
         "from metaheed.runs import RunFolder; from pathlib import Path; RunFolder(Path(sys.argv[1])).read_config()"
     )
-    import sys
-
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=False)
     assert "anchors and aliases are not read" in done.stderr.splitlines()[-1]

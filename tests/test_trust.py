@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import stat
 import sys
@@ -241,6 +242,39 @@ def test_what_a_module_imports_beside_it_counts(stranger: Stranger) -> None:
     assert after != before
     (folder / "json.py").write_text("which would be imported instead of Python's")
     assert trust.find_code(MODULE, folder) != after
+
+
+def test_modules_that_take_the_place_of_others(stranger: Stranger) -> None:
+    """A file yaml.py beside the network: it is part of what is allowed, and is not what others then import."""
+    name, folder = trust.Named(f"{MODULE}:Net"), stranger.folder
+    trust.allow(name, folder)
+    before = trust.find_code(MODULE, folder)
+    (folder / "of_nobody_else.py").write_text("")
+    assert trust.find_code(MODULE, folder) == before
+    for other in ("cgitb.py", "yaml.py"):  # of Python's own, and of a library's
+        (folder / other).write_text("from pathlib import Path\nPath('ran').touch()")
+        with pytest.raises(ConfigError, match="has changed since"):
+            find_backbone(name, folder)
+        trust.allow(name, folder)
+    find_backbone(name, folder)
+    assert sys.path[-1] == str(folder), "last of all, so that it is not found before a library"
+    assert sys.path.count(str(folder)) == 1
+
+
+@pytest.mark.parametrize("name", [f"{MODULE}.below:Net", f"{MODULE}.below.more:Net"])
+def test_what_runs_before_an_import_fails_is_named(name: str, stranger: Stranger) -> None:
+    """To import a.b is to run a first, also where there is no b."""
+    with pytest.raises(ConfigError, match=re.escape(str(stranger.module))):
+        find_backbone(trust.Named(name), stranger.folder)
+    assert not stranger.has_run()
+
+
+@pytest.mark.parametrize("name", [f"{'x' * 10**5}:y", f"x:{'y' * 10**5}"])
+def test_long_names_are_cut(name: str, stranger: Stranger) -> None:
+    for named in (name, trust.Named(name)):
+        with pytest.raises(ConfigError) as error:
+            find_backbone(named, stranger.folder)
+        assert len(str(error.value)) < 900
 
 
 def test_compiled_code_beside_the_source_does_not_run(stranger: Stranger, metaheed: Run) -> None:

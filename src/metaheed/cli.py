@@ -290,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(str(stop), file=sys.stderr)
         return 128 + stop.signal_number
     except MetaheedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_shortened(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -301,7 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.close()
         return 128 + 13  # as if ended by SIGPIPE, the custom of such programs
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_shortened(str(error))}", file=sys.stderr)
         return 1
     except (MemoryError, RuntimeError) as error:
         from metaheed.process import is_out_of_memory
@@ -315,6 +315,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+
+
+def _shortened(message: str) -> str:
+    """A message that a long name or list makes longer than a screen holds, without its middle: what is wrong stands at
+    the beginning, and what helps at the end.
+    """
+    return message if len(message) <= 1200 else f"{message[:800]} … {message[-300:]}"
 
 
 @contextlib.contextmanager

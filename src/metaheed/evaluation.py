@@ -141,6 +141,8 @@ def evaluate_run(
     trained_on = run.episodes.data
     shape = setting.ways, setting.shots, setting.queries
     file = out or _result_file(folder, run, setting.data, shape, setting.split)
+    if out is not None and folder.needs(out):
+        raise ConfigError(f"--out is {out}, which is a file of the run itself: name another")
     kept = True
     if out is None and not is_writable(file):
         kept = False

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from metaheed.headless import Axes, Figure, colormaps
+from metaheed.headless import Axes, Figure, colormaps, own_settings
 from metaheed.runs import RunFolder, stream_lines, write_whole
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's, which people with any colour vision can tell apart; their yellow, too faint for lines, left out."""
 
 
+@own_settings()
 def training_figure(runs: Mapping[str, Path], out: Path) -> None:
     """Validation accuracy and each meta-batch's largest and smallest weight against iteration (paper, figs. 3, 4).
 
@@ -50,6 +51,7 @@ def training_figure(runs: Mapping[str, Path], out: Path) -> None:
     _save(figure, out)
 
 
+@own_settings()
 def trajectory_figure(
     trajectories: Mapping[str, Sequence[tuple[float, float]]], optima: Sequence[tuple[float, float]], out: Path
 ) -> None:
@@ -85,6 +87,7 @@ def draw_trajectories(
     return figure
 
 
+@own_settings()
 def parallel_figure(
     axes: Mapping[str, tuple[float, float]],
     rows: Sequence[Sequence[float]],
@@ -148,6 +151,7 @@ def _upright(plane: Axes, place: int, name: str, bounds: tuple[float, float], be
     plane.text(place, 1.05, f"{name}\nbest {best:.3g}", ha="center", va="bottom", fontsize=9)
 
 
+@own_settings()
 def importance_figure(importances: Mapping[str, float], trials: int, out: Path) -> None:
     """Bars: how much each setting of a search mattered.
 

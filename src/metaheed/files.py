@@ -17,6 +17,7 @@ JSON_BYTES = 2**26
 """The most that a result or another JSON file of ours may have: the accuracies of some million tasks."""
 LINE_BYTES = 2**24
 """The most that a line of a log may have: the weights and inputs of some hundred thousand tasks."""
+_LONGEST = 200  # characters of a path in a message
 _NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF)  # of systems without it
 _HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # what systems say of another's lock
 
@@ -106,6 +107,16 @@ def refuse_link(path: Path, below: Path | None = None) -> None:
             raise _is_link(str(part))
 
 
+def refuse_special(path: Path) -> None:
+    """Refuse what is no file, where a file is to be put: a pipe or a device would be gone then.
+
+    Raises:
+        OSError: says what it is.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        _refuse_special(os.lstat(path), str(path), written=False)
+
+
 def make_folder(path: Path, below: Path) -> None:
     """Make a folder and those between it and `below`, none of which may be a link.
 
@@ -160,7 +171,8 @@ def read_bounded(path: Path, most: int | None = None) -> bytes:
 
 def cannot_write(error: OSError, path: Path) -> str:
     """What to say where a file cannot be written."""
-    said = f"cannot write {error.filename or path}: {error.strerror or error}"
+    name = str(error.filename or path)
+    said = f"cannot write {name if len(name) <= _LONGEST else name[:_LONGEST] + '…'}: {error.strerror or error}"
     return (
         said
         if isinstance(error, LinkError)

@@ -52,6 +52,7 @@ from metaheed.files import (
     put_in_place,
     read_bounded,
     refuse_link,
+    refuse_special,
     try_lock,
     write_synced,
 )
@@ -107,6 +108,8 @@ class Checkpoint:
     image_shape: tuple[int, int, int]
     pixels: Pixels | None = None
     """How images were scaled; none: written by a version that did not record it."""
+    run: str = ""
+    """`RunConfig.run_name` of the run that it is of; empty: written by a version that did not record it."""
 
 
 class RunFolder:
@@ -139,6 +142,13 @@ class RunFolder:
         on = "" if data is None else "-on-" + re.sub(r"[^\w.-]+", "_", data)
         at = "" if shape is None else "-{}way{}shot{}query".format(*shape)
         return self.path / f"result{on}{at}{'' if split == 'test' else f'-{split}'}.json"
+
+    def needs(self, path: Path) -> bool:
+        """Whether a file is one that the run consists of, so that no other may take its place; results are none."""
+        own = [place for place in vars(self).values() if isinstance(place, Path) and place != self.result_file]
+        return (
+            path.resolve() in {place.resolve() for place in own} or self.checkpoints.resolve() in path.resolve().parents
+        )
 
     def holds_a_run(self) -> bool:
         """Whether any file of a run is here."""
@@ -264,6 +274,7 @@ class RunFolder:
         groups = {**checkpoint.state._asdict(), "best": checkpoint.best}
         tensors = {f"{group}.{name}": leaf for group, tree in groups.items() for name, leaf in tree.items()}
         about = {**checkpoint.progress._asdict(), "image_shape": checkpoint.image_shape, "pixels": checkpoint.pixels}
+        about["run"] = checkpoint.run
         with _writing(self.path):
             make_folder(self.checkpoints, self.path)
             part = self.last.with_suffix(".part")
@@ -285,6 +296,7 @@ class RunFolder:
                 "validation_accuracy": checkpoint.progress.best_accuracy,
                 "image_shape": checkpoint.image_shape,
                 "pixels": checkpoint.pixels,
+                "run": checkpoint.run,
             }
             content = _packed(checkpoint.best, about)
             write_whole(self.best, content)
@@ -331,7 +343,7 @@ class RunFolder:
                 f"{notices[0].partition('; falling')[0]}{damaged}: 'metaheed train --resume {self.path}' goes on from "
                 "the one before and writes it anew"
             )
-        shape = {"image_shape": list(checkpoint.image_shape), "pixels": checkpoint.pixels}
+        shape = {"image_shape": list(checkpoint.image_shape), "pixels": checkpoint.pixels, "run": checkpoint.run}
         if which == "last":
             return checkpoint.state.meta, {"iteration": checkpoint.progress.iteration, **shape}
         if not checkpoint.best:
@@ -379,17 +391,25 @@ class RunFolder:
             ) from error
 
     def check_logs(self) -> None:
-        """Raise RunError unless the logs begin with what the newest checkpoint was written after, where it says so."""
-        checkpoint, _ = self.read_checkpoint()
-        if checkpoint is None:
+        """Raise RunError unless the logs begin with what the newest checkpoint was written after, where it says so.
+
+        Of the checkpoint no tensors are read, so that a report of many runs stays quick.
+        """
+        for checkpoint in (self.last, self.previous):
+            try:
+                with open_to_read(checkpoint) as file:
+                    length = int.from_bytes(file.read(8), "little")
+                    about = _about_itself(file.read(min(length, JSON_BYTES)))
+                logs = [
+                    (log, _whole_number(about, f"{log.stem}_bytes"), about.get(f"{log.stem}_sha256"))
+                    for log in (self.metrics_file, self.tasks_file)
+                ]
+            except (OSError, KeyError, ValueError, AttributeError, TypeError):
+                continue  # as in `read_checkpoint`, where it is said
+            for log, length, sha256 in logs:
+                if isinstance(sha256, str) and sha256:
+                    _begin(log, length, sha256)
             return
-        at = checkpoint.progress
-        for path, length, sha256 in (
-            (self.metrics_file, at.metrics_bytes, at.metrics_sha256),
-            (self.tasks_file, at.tasks_bytes, at.tasks_sha256),
-        ):
-            if sha256:
-                _begin(path, length, sha256)
 
     def write_start(self, weights: Params) -> None:
         """Keep the weights that this run starts from."""
@@ -455,10 +475,17 @@ class RunFolder:
         """Delete what an interrupted write left beside its target."""
         with _writing(self.path):
             refuse_link(self.checkpoints)
-        for file in (self.config_file, self.last, self.best, self.replayed_file, self.start_file, self.classes_file):
-            file.with_suffix(".part").unlink(missing_ok=True)
-        for part in self.path.glob("result*.part"):
-            part.unlink(missing_ok=True)
+            for file in (
+                self.config_file,
+                self.last,
+                self.best,
+                self.replayed_file,
+                self.start_file,
+                self.classes_file,
+            ):
+                file.with_suffix(".part").unlink(missing_ok=True)
+            for part in self.path.glob("result*.part"):
+                part.unlink(missing_ok=True)
 
 
 class JsonLines:
@@ -598,6 +625,7 @@ def load_weights(
 ) -> tuple[Learner, Params, dict[str, Any]]:
     """As `load`, with what the checkpoint says of itself."""
     meta, about = folder.read_weights(which)
+    check_is_of(config, about.get("run"), f"{folder.path}'s {which} checkpoint")
     channels, height, width = _image_shape(about)
     if ways is not None:
         config.check_ways(ways)
@@ -612,6 +640,15 @@ def build_judged_learner(config: RunConfig, ways: int | None, image_shape: tuple
     """The learner that serves tasks of so many ways with a run's θ; with a head of fixed size, the one trained."""
     head = config.episodes.ways if ways is None or not config.learner.any_ways else ways
     return build_learner(config.learner, head, image_shape, config.training.seed)
+
+
+def check_is_of(config: RunConfig, run: Any, what: str) -> None:
+    """Raise RunError where a checkpoint says that it is of another run than the config's: files of two were mixed."""
+    if run and run != config.run_name:
+        raise RunError(
+            f"{what} is of the run {shown(run)}, and its config.yaml of {shown(config.run_name)}: put back the "
+            "file that belongs there"
+        )
 
 
 def check_fits(configured: Params, found: Params, what: str) -> None:
@@ -631,9 +668,10 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         RunError: it cannot be written; nothing is left behind.
     """
-    part = path.with_suffix(".part")
+    part = _part(path)
     with _writing(path):
         refuse_link(path)
+        refuse_special(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_synced(part, content)
         put_in_place(part, path)
@@ -643,8 +681,7 @@ def check_writable(path: Path) -> None:
     """Raise RunError, before any work is lost, if a file cannot be written."""
     with _writing(path):
         refuse_link(path)
-        if path.is_dir():
-            raise OSError(errno.EISDIR, "it is a folder", str(path))
+        refuse_special(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         _try_to_write(path)
 
@@ -659,9 +696,14 @@ def is_writable(path: Path) -> bool:
 
 
 def _try_to_write(path: Path) -> None:
-    part = path.with_suffix(".part")
+    part = _part(path)
     write_synced(part, b"")
     part.unlink()
+
+
+def _part(path: Path) -> Path:
+    """Where a file is written before it is put in its place; another file, whatever its own ending is."""
+    return path.with_suffix(".part" if path.suffix != ".part" else ".part.part")
 
 
 def _name_also(path: Path, other: Path) -> None:
@@ -721,8 +763,7 @@ def _unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
         content = read_bounded(path)
         found = load_tensors(content)
         # The bytes' reader gives no metadata: the format's header is its length in 8 bytes, then JSON.
-        header = from_json(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        about = from_json(header.get("__metadata__", {})["metaheed"])
+        about = _about_itself(content[8 : 8 + int.from_bytes(content[:8], "little")])
         names = about.get("names", [])
         if sorted(names) != sorted(found):
             raise ValueError("its list of tensors does not match its content")
@@ -737,6 +778,18 @@ def _unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
         raise RunError(f"{path} is damaged: its checksum does not match its content")
     del about["names"]
     return tensors, about
+
+
+def _about_itself(header: bytes) -> dict[str, Any]:
+    """What a checkpoint says of itself, from the header of its format.
+
+    Raises:
+        KeyError, ValueError, AttributeError, TypeError: it is none.
+    """
+    about = from_json(from_json(header).get("__metadata__", {})["metaheed"])
+    if not isinstance(about, dict):
+        raise ValueError("it says nothing of itself")
+    return about
 
 
 def _digest(tensors: Params, about: dict[str, Any] | None) -> str:
@@ -763,7 +816,8 @@ def _checkpoint(tensors: Params, about: dict[str, Any]) -> Checkpoint:
     if not isinstance(progress.best_accuracy, float | int):
         raise ValueError("its best_accuracy is no number")
     best = groups.pop("best")
-    return Checkpoint(progress, OuterState(**groups), best, _image_shape(about), recorded_pixels(about))
+    of = str(about.get("run", ""))
+    return Checkpoint(progress, OuterState(**groups), best, _image_shape(about), recorded_pixels(about), of)
 
 
 def _whole_number(about: dict[str, Any], field: str) -> int:

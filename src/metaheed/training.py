@@ -65,7 +65,16 @@ from metaheed.process import (
     signals_received,
     starts_explained,
 )
-from metaheed.runs import Checkpoint, JsonLines, Pixels, Progress, RunFolder, build_judged_learner, check_fits
+from metaheed.runs import (
+    Checkpoint,
+    JsonLines,
+    Pixels,
+    Progress,
+    RunFolder,
+    build_judged_learner,
+    check_fits,
+    check_is_of,
+)
 from metaheed.starting import read_weights, start_from
 from metaheed.trust import allow
 from metaheed.types import Episode, Params
@@ -284,6 +293,8 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             reporter.message(notice)
         if checkpoint is None and notices:
             reporter.message("no whole checkpoint is left; starting at iteration 0")
+        if checkpoint is not None:
+            check_is_of(config, checkpoint.run, f"the newest checkpoint of {folder.path}")
         done = checkpoint.progress.iteration if checkpoint else 0
         if config.training.iterations < done:
             raise ConfigError(
@@ -586,7 +597,7 @@ def _fresh(session: _Session, meta: Params | None = None) -> Checkpoint:
     if meta is None:
         meta = session.learner.init(torch.Generator().manual_seed(session.config.training.seed))
     state = OuterState(meta, session.tools.optimizer.init(meta), session.rule.init(meta))
-    return Checkpoint(Progress(), state, {}, session.dataset.image_shape, session.pixels)
+    return Checkpoint(Progress(), state, {}, session.dataset.image_shape, session.pixels, session.config.run_name)
 
 
 _REMEDY = "Checkpoints before it, if any, are kept; lower --fast-lr or --meta-lr, or set --clip-norm"
@@ -618,7 +629,8 @@ def _loop(session: _Session, folder: RunFolder, start: Checkpoint, reporter: Rep
         progress = progress._replace(
             metrics_bytes=m_bytes, tasks_bytes=t_bytes, metrics_sha256=m_sha256, tasks_sha256=t_sha256
         )
-        folder.write_checkpoint(Checkpoint(progress, steps.state, best, session.dataset.image_shape, session.pixels))
+        about_images = session.dataset.image_shape, session.pixels
+        folder.write_checkpoint(Checkpoint(progress, steps.state, best, *about_images, session.config.run_name))
         clock.write(progress.iteration)
 
     def check_stop(_: int = 0) -> None:

@@ -9,9 +9,10 @@ without which no such name is imported, lets it pass only if
 - he did so before on this machine, and the code is still the same.
 
 The second is recorded in the user's state folder, outside every run folder: a file for each module, named by the hash
-of its path and holding the hash of its code. The code is the module's file, the packages it lies in, and what these
-import by name from the same folder, and so on; not what is imported from elsewhere (an installed library) or in another
-way (importlib, exec). Nothing is imported to find out.
+of its path and holding the hash of its code. The code is the module's file, the packages it lies in, what these import
+by name from the same folder, and so on, and what lies in that folder under the name of a module that is elsewhere, too
+(yaml.py), for whoever imports that one may get it; not what is imported from elsewhere (an installed library) or in
+another way (importlib, exec). Nothing is imported to find out.
 """
 
 import ast
@@ -28,8 +29,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from metaheed.errors import ConfigError, shown
-from metaheed.files import read_bounded
+from metaheed.errors import ConfigError, brief, shown
+from metaheed.files import put_in_place, read_bounded
 
 _allowed: dict[str, str] = {}  # in this process: file, or name of a module without one -> hash of its code
 _RECORD_BYTES = 2**16
@@ -97,7 +98,12 @@ def require(name: str, folder: Path | None) -> None:
     recorded = None if code.file is None else _recorded(code.file)
     if recorded == code.sha256:
         return
-    where = f"{code.file}" if code.file is not None else f"the module {module!r}, which was not found here"
+    if code.file is not None:
+        where = brief(str(code.file), 300)
+    elif module in sys.modules or module in sys.builtin_module_names:
+        where = f"the module {shown(module)} of Python itself"
+    else:
+        where = f"the module {shown(module)}, which was not found here"
     since = "" if recorded is None else ", which has changed since it was last allowed"
     raise ConfigError(
         f"the network {shown(str(name))} is named by a file and not by you, and to use it is to run {where}{since}. If "
@@ -110,14 +116,15 @@ def find_code(module: str, folder: Path | None) -> Code:
     files, top = _find_files(module, folder)
     if not files:
         return Code(None, "")
+    own = files[0]
     if top is not None:
-        files = _with_imports(files, top)
+        files = _with_imports([*files, *_in_place_of_others(top)], top)
     digest = hashlib.sha256()
     for file in sorted({*files}):
         with contextlib.suppress(OSError):  # gone in this moment: then its import fails, too
             digest.update(f"{file}\0".encode(errors="surrogateescape"))
             digest.update(hashlib.sha256(read_bounded(file)).digest())
-    return Code(files[0], digest.hexdigest())
+    return Code(own, digest.hexdigest())
 
 
 @contextlib.contextmanager
@@ -188,7 +195,7 @@ def _record(code: Code) -> None:
     try:
         with os.fdopen(number, "w", encoding="utf-8") as file:
             json.dump({"file": str(code.file), "sha256": code.sha256}, file)
-        Path(part).replace(record)
+        put_in_place(Path(part), record)
     except BaseException:
         Path(part).unlink(missing_ok=True)
         raise
@@ -207,15 +214,15 @@ def _find_files(module: str, folder: Path | None) -> tuple[list[Path], Path | No
     for depth in range(len(parents)):
         found = _find_one(".".join(parents[: depth + 1]), search, folder)
         if found is None:
-            return [], None
+            break  # its import fails, but not before those above it have run
         origin, search = found
         if origin is not None:
             files.insert(0, origin)
         if depth == 0:
             # Of a module its folder; of a package, whose folder may have no file of its own, the one above.
             top = Path(next(iter(search))).resolve().parent if search else None if origin is None else origin.parent
-        if search is None and depth < len(parents) - 1:
-            return [], None  # no package
+        if search is None:
+            break  # no package: as above, where there is more of the name
     if top is not None and any(top == place for place in _installed()):
         top = None
     return files, top
@@ -231,8 +238,7 @@ def _find_one(
         file = getattr(loaded, "__file__", None)
         return (None if file is None else _real(file)), [*getattr(loaded, "__path__", ())] or None
     if spec is None and search is None:
-        path = [*sys.path] if folder is None or str(folder) in sys.path else [str(folder), *sys.path]
-        spec = _asked(name, path, top=True)
+        spec = _asked(name, sys.path if folder is None else [str(folder), *sys.path], top=True)
     elif spec is None:
         spec = _asked(name, search, top=False)
     if spec is None:
@@ -268,6 +274,18 @@ def _real(name: str) -> Path:
 def _installed() -> set[Path]:
     names = ("stdlib", "platstdlib", "purelib", "platlib")
     return {Path(path).resolve() for name in names if (path := sysconfig.get_path(name))}
+
+
+def _in_place_of_others(top: Path) -> list[Path]:
+    """The modules of a folder that have the name of one elsewhere: of one of Python's own, or of a library's."""
+    elsewhere = [path for path in sys.path if Path(path).resolve() != top]
+    found: list[Path] = []
+    with contextlib.suppress(OSError):  # it cannot be listed
+        for name in sorted({entry.name.partition(".")[0] for entry in top.iterdir()}):
+            spec = importlib.machinery.PathFinder.find_spec(name, elsewhere)
+            if name in sys.stdlib_module_names or (spec is not None and spec.origin is not None):
+                found += _below(top, [name])
+    return found
 
 
 def _with_imports(files: list[Path], top: Path) -> list[Path]:

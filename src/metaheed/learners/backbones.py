@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from metaheed import trust
-from metaheed.errors import ConfigError, unknown
+from metaheed.errors import ConfigError, brief, shown, unknown
 from metaheed.learners.conversion import refuse
 from metaheed.learners.examination import check_logits
 
@@ -134,20 +134,40 @@ def find_backbone(name: str, folder: Path | None = None) -> Callable[[int, Image
     from_file = isinstance(name, trust.Named)
     if from_file:
         trust.require(name, folder)  # before the import path is changed, or anything imported
-    if folder is not None and str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
     try:
-        with trust.from_source() if from_file else contextlib.nullcontext():
+        with _looking_in(folder, from_file), trust.from_source() if from_file else contextlib.nullcontext():
             module = importlib.import_module(module_name)
     except Exception as error:  # whatever a user's module raises while it is imported belongs into the message
         raise ConfigError(
-            f"backbone {name!r}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
-            "Name its folder with --backbone-path"
+            f"backbone {shown(str(name))}: importing {shown(module_name)} failed with {type(error).__name__}: "
+            f"{brief(str(error), 400)}. Name its folder with --backbone-path"
         ) from error
     builder = getattr(module, attribute, None)
     if not callable(builder):
-        raise ConfigError(f"backbone {name!r}: {module_name!r} has no class or function {attribute!r}")
+        raise ConfigError(
+            f"backbone {shown(str(name))}: {shown(module_name)} has no class or function {shown(attribute)}"
+        )
     return builder  # type: ignore[no-any-return]  # what a user's module holds is known at run time only
+
+
+@contextlib.contextmanager
+def _looking_in(folder: Path | None, from_file: bool) -> Iterator[None]:
+    """Look for modules in a folder first; from then on, too, but last of all if it is a file that names the network: a
+    matplotlib.py that lies there must not be taken for the library.
+    """
+    if folder is None:
+        yield
+        return
+    known = str(folder) in sys.path
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        if known or from_file:
+            with contextlib.suppress(ValueError):  # the module changed the path itself
+                sys.path.remove(str(folder))
+        if from_file and not known:
+            sys.path.append(str(folder))
 
 
 def build_backbone(name: str, ways: int, image_shape: ImageShape, seed: int, folder: Path | None = None) -> nn.Module:

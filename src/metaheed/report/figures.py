@@ -19,7 +19,7 @@ import numpy as np
 from metaheed.errors import RunError, brief
 from metaheed.figures import COLOURS, draw_trajectories
 from metaheed.files import JSON_BYTES, read_bounded
-from metaheed.headless import Axes, Figure, matplotlib
+from metaheed.headless import Axes, Figure, own_settings
 from metaheed.paper import Setting
 from metaheed.parsing import from_json
 from metaheed.report.arms import Arm, algorithm_label, title
@@ -77,7 +77,7 @@ class Toy(NamedTuple):
 def all_figures(arms: Sequence[Arm], logs: Logs, toy: Toy | None, toy_from: str) -> Iterator[Picture]:
     """Figures 1, 3, 4 and 5, as far as there is something to draw."""
     names: set[str] = set()
-    with matplotlib.rc_context(_RC):
+    with own_settings(_RC):
         if toy is not None:
             yield _toy_figure(toy, toy_from)
         settings = dict.fromkeys(arm.setting for arm in arms)

@@ -196,6 +196,7 @@ def read_run(path: Path) -> Run:
     """
     folder = RunFolder(path)
     config = folder.read_config()
+    folder.check_logs()
     iterations, validations = _read_metrics(folder.metrics_file)
     run = Run(path, config, iterations, validations, None, _read_cost(folder.timing_file), None)
     total = config.training.iterations
