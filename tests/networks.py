@@ -133,6 +133,47 @@ class Attending(Tiny):
         return nn.functional.scaled_dot_product_attention(tokens, tokens, tokens)[0, 0]
 
 
+class WithBackwardHook(Tiny):
+    def __init__(self, ways: int, image_shape: tuple[int, int, int]) -> None:
+        super().__init__(ways, image_shape)
+        self[1].register_full_backward_hook(lambda module, inputs, outputs: None)
+
+
+class ReentrantlyCheckpointed(Tiny):
+    def forward(self, x: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        logits: Tensor = checkpoint(super().forward, x, use_reentrant=True)
+        return logits
+
+
+class WithoutGradient(Tiny):
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return logits
+
+
+class ThroughNumPy(Tiny):
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return logits + float(logits.detach().numpy().mean())
+
+
+class KeepsItsWeight(Tiny):
+    """Keeps what it makes of a weight in its first call."""
+
+    kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        if self.kept is None:
+            weight = self[6].weight
+            assert isinstance(weight, Tensor)
+            self.kept = weight.mean(1)
+        return logits * self.kept.to(logits)
+
+
 class Tuple(Tiny):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return super().forward(x), x  # type: ignore[no-untyped-call]

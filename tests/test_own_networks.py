@@ -1,7 +1,9 @@
 """Networks and weights of a user's own, through the command line."""
 
+import shutil
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,10 +11,21 @@ from safetensors.torch import save_file
 from torch import nn
 
 import metaheed as package
-from metaheed.config import AttendedConfig, MetaLSTMConfig, RunConfig
-from metaheed.errors import ConfigError
+from metaheed.config import AttendedConfig, EvaluationConfig, MetaLSTMConfig, RunConfig, default_config
+from metaheed.data import Episodes, find_shape, find_source, load_dataset, survey
+from metaheed.data.download import download
+from metaheed.data.frozen import freeze, read_episodes, write_episodes
+from metaheed.data.sources import Request
+from metaheed.data.store import open_store, stores_under, verify
+from metaheed.errors import ConfigError, MetaheedError, MissingDataError
+from metaheed.evaluation import compare, evaluate_run, read_result
 from metaheed.learners import MAML, Conv4, MetaSGD, NetworkLearner
+from metaheed.recipes import Recipe, read, read_folder, write
+from metaheed.report import report
 from metaheed.runs import RunFolder
+from metaheed.search import read_search
+from metaheed.starting import read_weights
+from metaheed.training import resume
 from tests.conftest import Run
 from tests.networks import Tiny
 from tests.test_training import SMALL
@@ -30,6 +43,11 @@ OURS = [*SMALL, "--backbone", "conv4-32", "--val-every", 1, "--val-tasks", 2]
         ("metasgd", "Distances", r"it works with --first-order"),
         ("maml", "Attending", r"it works with --first-order; attention has second derivatives with torch.nn.attention"),
         ("maml", "Checkpointed", r"remove torch.utils.checkpoint from it, and save memory with --recompute"),
+        ("maml", "WithBackwardHook", r"What helps: remove the backward hooks of its 1"),
+        ("maml", "ReentrantlyCheckpointed", r"remove torch.utils.checkpoint from it, and save memory with --recompute"),
+        ("maml", "WithoutGradient", r"it is zero everywhere, so take torch.no_grad\(\) or detach\(\) out"),
+        ("maml", "ThroughNumPy", r"compute with tensors in its forward, not with NumPy"),
+        ("maml", "KeepsItsWeight", r"keeps something of a call in kept and uses it in the next"),
         ("maml", "Tuple", r"returns a tuple of 2 values"),
         ("maml", "parallel", r"hand over the module inside it, network.module"),
     ],
@@ -142,12 +160,18 @@ def test_weights_that_do_not_fit_are_refused_and_leave_nothing(trained: Path, me
     damaged.write_bytes(b"no such thing")
     torch.save({"a": torch.ones(2)}, pickled)
     nans = tmp_path / "n.safetensors"
-    save_file({name: p * float("nan") for name, p in package.load(trained)[1].items()}, nans)
+    meta = package.load(trained)[1]
+    save_file({name: p * float("nan") for name, p in meta.items()}, nans)
+    whole, twice = tmp_path / "i.safetensors", tmp_path / "t.safetensors"
+    save_file({name: p.long() for name, p in meta.items()}, whole)
+    save_file({f"{k}.{name}": p + k for name, p in meta.items() for k in (1, 2)}, twice)
     for source, message in (
         (wrong, "does not fit the network: 'body.0.conv.weight' is absent there and (32, 1, 3, 3) in the network"),
         (damaged, "is no safetensors file"),
         (pickled, "a pickle can run code"),
         (nans, "not finite"),
+        (whole, "is of type torch.int64, but weights are floating-point"),
+        (twice, "the network's weights twice, under '1.' and under '2.'"),
         (tmp_path / "none", "there is no such file"),
         (tmp_path, "has no checkpoint to read"),
     ):
@@ -186,3 +210,37 @@ def test_a_network_loaded_for_a_run_does_not_change_it(trained: Path, metaheed: 
         one, other = (RunFolder(path).read_weights(which)[0] for path in (trained, again))
         assert all(torch.equal(one[name], other[name]) for name in one)
     assert isinstance(package.load(again)[0].backbone.module, Conv4)  # type: ignore[attr-defined]
+
+
+def test_paths_may_be_strings_everywhere(trained: Path, metaheed: Run, tmp_path: Path) -> None:
+    run, out = str(shutil.copytree(trained, tmp_path / "run")), str(tmp_path / "out")
+    assert resume(run, data_root=str(tmp_path)) == Path(run)
+    config = EvaluationConfig(tasks=3, ways=3)
+    evaluate_run(run, config, data_root=str(tmp_path), out=f"{out}/result.json")
+    evaluate_run(run, EvaluationConfig(tasks=3))
+    assert read_result(run)["tasks"] == 3
+    again = str(shutil.copytree(run, tmp_path / "again"))
+    assert compare([run], [again]).mean == 0
+    assert report([run], f"{out}/report").is_file()
+    assert RunFolder(run).read_config() == RunFolder(Path(run)).read_config()
+    frozen = freeze(Episodes(load_dataset("glyphs", str(tmp_path)), "test", 3, 1, 1, seed=0), 2)
+    write_episodes(frozen, f"{out}/e.npz", with_images=True)
+    assert read_episodes(f"{out}/e.npz").episodes_sha256 == frozen.episodes_sha256
+    write(Recipe(default_config("maml"), {"kind": "untuned"}), f"{out}/recipes/maml.yaml")
+    assert read(f"{out}/recipes/maml.yaml").config == default_config("maml")
+    assert [*read_folder(f"{out}/recipes")] == ["maml"]
+    assert len([*survey(str(tmp_path))]) > 1
+    assert read_weights(run).keys() == package.load(run)[1].keys()
+    with pytest.raises(MissingDataError):
+        find_shape("omniglot", str(tmp_path))
+    with pytest.raises(MissingDataError):
+        find_source("omniglot", Request(str(tmp_path)))  # type: ignore[arg-type]  # a user's string
+    for wrong in (
+        lambda: verify(out),
+        lambda: open_store(out),
+        lambda: read_search(out),
+        lambda: download("miniimagenet", out, Mock()),
+    ):
+        with pytest.raises(MetaheedError):
+            wrong()
+    assert stores_under(out) == []

@@ -22,7 +22,7 @@ from metaheed.training import resume, train
 LABELS = {"maml": "MAML", "ta-maml": "TA-MAML"}
 
 
-def demo(out: Path, iterations: int, seed: int, tasks: int = 300) -> Path:
+def demo(out: str | Path, iterations: int, seed: int, tasks: int = 300) -> Path:
     """Run the demo in `out`, continuing what is there.
 
     Args:
@@ -37,7 +37,7 @@ def demo(out: Path, iterations: int, seed: int, tasks: int = 300) -> Path:
     Raises:
         RunError: `out` holds a demo of other settings.
     """
-    console = Console()
+    console, out = Console(), Path(out)
     runs = {}
     for algorithm, label in LABELS.items():
         config = demo_config(algorithm, out / algorithm, iterations, seed)

@@ -94,16 +94,16 @@ def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 @starts_explained()
 def evaluate_run(
-    path: Path,
+    path: str | Path,
     config: EvaluationConfig,
-    data_root: Path | None = None,
+    data_root: str | Path | None = None,
     device: str | None = None,
     on_tasks: Callable[[int], None] | None = None,
     execution: ExecutionName | None = None,
     chunk_size: int | None = None,
     threads: int | None = None,
     trust: bool = False,
-    out: Path | None = None,
+    out: str | Path | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Judge a run and write its result.json; or, so that this one stays that of the run's own test setting,
@@ -134,14 +134,15 @@ def evaluate_run(
         StartError, WorkerError: a thread or worker process cannot be started, or a worker died.
     """
     folder = RunFolder(path)
+    path, data_root = folder.path, None if data_root is None else Path(data_root)
     run = folder.read_config(trust)
     find_backbone(run.learner.backbone, run.learner.backbone_path)  # refused before anything is made or read
     frozen = None if config.episodes is None else read_episodes(config.episodes)
     setting = _setting(config, run, frozen)
     trained_on = run.episodes.data
     shape = setting.ways, setting.shots, setting.queries
-    file = out or _result_file(folder, run, setting.data, shape, setting.split)
-    if out is not None and folder.needs(out):
+    file = Path(out) if out is not None else _result_file(folder, run, setting.data, shape, setting.split)
+    if out is not None and folder.needs(file):
         raise ConfigError(f"--out is {out}, which is a file of the run itself: name another")
     kept = True
     if out is None and not is_writable(file):
@@ -355,7 +356,9 @@ Asked = tuple[int | None, int | None, int | None]
 _OWN: Asked = (None, None, None)
 
 
-def compare(runs: Sequence[Path], against: Sequence[Path], data: str | None = None, shape: Asked = _OWN) -> Difference:
+def compare(
+    runs: Sequence[str | Path], against: Sequence[str | Path], data: str | None = None, shape: Asked = _OWN
+) -> Difference:
     """Paired differences on the same frozen tasks.
 
     With one seed a side: 1.96·s/√n over the per-task differences, which says nothing about another training run. With
@@ -470,9 +473,9 @@ def t_cdf(t: float, freedom: int) -> float:
     return 0.5 + central / 2
 
 
-def _by_seed(paths: Sequence[Path], data: str | None, shape: Asked) -> dict[int, tuple[Path, dict[str, Any]]]:
+def _by_seed(paths: Sequence[str | Path], data: str | None, shape: Asked) -> dict[int, tuple[Path, dict[str, Any]]]:
     found: dict[int, tuple[Path, dict[str, Any]]] = {}
-    for path in paths:
+    for path in map(Path, paths):
         result = read_result(path, data, shape)
         seed = result["seed"]
         if seed in found:
@@ -498,7 +501,7 @@ def _result_file(
     return folder.result(split, None if data == own.data else data, None if shape == own.test_shape else shape)
 
 
-def read_result(path: Path, data: str | None = None, shape: Asked = _OWN) -> dict[str, Any]:
+def read_result(path: str | Path, data: str | None = None, shape: Asked = _OWN) -> dict[str, Any]:
     """A run's result.json, or that of its evaluation on another data set, or on tasks of another shape.
 
     What `compare` and `report` rest on is checked here, for both.

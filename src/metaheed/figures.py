@@ -15,7 +15,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 
 
 @own_settings()
-def training_figure(runs: Mapping[str, Path], out: Path) -> None:
+def training_figure(runs: Mapping[str, str | Path], out: str | Path) -> None:
     """Validation accuracy and each meta-batch's largest and smallest weight against iteration (paper, figs. 3, 4).
 
     Args:
@@ -48,7 +48,7 @@ def training_figure(runs: Mapping[str, Path], out: Path) -> None:
         axes.legend(frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
-    _save(figure, out)
+    _save(figure, Path(out))
 
 
 @own_settings()

@@ -115,8 +115,8 @@ class Checkpoint:
 class RunFolder:
     """The paths of a run and the reading and writing of its files."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: str | Path) -> None:
+        self.path = path = Path(path)
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.jsonl"
         self.tasks_file = path / "tasks.jsonl"
@@ -572,14 +572,14 @@ def _begin(path: Path, length: int, sha256: str) -> "hashlib._Hash":
     return running
 
 
-def stream_lines(path: Path) -> Iterator[dict[str, Any]]:
+def stream_lines(path: str | Path) -> Iterator[dict[str, Any]]:
     """The objects of a .jsonl file, one after another; a last line without an end is still being written, and left out.
 
     Raises:
         RunError: it is missing or damaged.
     """
     try:
-        with open_to_read(path) as file:
+        with open_to_read(Path(path)) as file:
             for number in itertools.count(1):
                 line = file.readline(LINE_BYTES)
                 if not line.endswith(b"\n"):

@@ -17,13 +17,14 @@ from metaheed.runs import RunFolder
 from metaheed.types import Params
 
 
-def read_weights(path: Path) -> Params:
+def read_weights(path: str | Path) -> Params:
     """The tensors of a .safetensors file, or θ of a run's best checkpoint.
 
     Raises:
         ConfigError: it is neither.
         RunError: the run has no checkpoint that can be read.
     """
+    path = Path(path)
     if path.is_dir():
         return RunFolder(path).read_weights("best")[0]
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
@@ -52,7 +53,7 @@ def start_from(found: Params, learner: Learner, drawn: Params, what: str, notice
         notice: told what was taken and what was not.
 
     Raises:
-        ConfigError: they are not the weights of this network, or not finite.
+        ConfigError: they are not the weights of this network, of two such networks, or not finite.
     """
     if all(name in found and found[name].shape == p.shape for name, p in drawn.items()):
         taken = {name: found[name] for name in drawn}
@@ -62,7 +63,7 @@ def start_from(found: Params, learner: Learner, drawn: Params, what: str, notice
             raise ConfigError(f"--init-from: {what} does not hold this learner's parameters")
         prefix = next(iter(drawn)).startswith("initial.") * "initial."
         wanted = {name.removeprefix(prefix): p for name, p in drawn.items() if name.startswith(prefix)}
-        found = _best_prefix(found, wanted)
+        found = _best_prefix(found, wanted, what)
         fitting = {name: found[name] for name, p in wanted.items() if name in found and found[name].shape == p.shape}
         missing = [name for name in wanted if name not in fitting]
         head = learner.backbone.names_of(learner.backbone.find_head(getattr(learner, "head", None)))
@@ -76,18 +77,40 @@ def start_from(found: Params, learner: Learner, drawn: Params, what: str, notice
             )
         taken = {f"{prefix}{name}": p for name, p in fitting.items()}
     for name, p in taken.items():
-        if not (p.is_floating_point() and bool(torch.isfinite(p).all())):
+        if not p.is_floating_point():
+            raise ConfigError(f"--init-from: {name!r} in {what} is of type {p.dtype}, but weights are floating-point")
+        if not bool(torch.isfinite(p).all()):
             raise ConfigError(f"--init-from: {name!r} in {what} holds values that are not finite numbers")
     left = f"; the head ({', '.join(missing)}) is drawn anew" if missing else ""
     notice(f"starting from {what}: {len(taken)} of {len(drawn)} parameters{left}")
     return {name: taken[name].to(p) if name in taken else p for name, p in drawn.items()}
 
 
-def _best_prefix(found: Params, wanted: Params) -> Params:
+def _best_prefix(found: Params, wanted: Params, what: str) -> Params:
     """The tensors below the prefix ("initial.", "module.", "encoder.", …) under which most of the names are wanted."""
     prefixes = ["", *sorted({name[: at + 1] for name in found for at, c in enumerate(name) if c == "."})]
 
     def below(prefix: str) -> Params:
         return {name.removeprefix(prefix): p for name, p in found.items() if name.startswith(prefix)}
 
-    return max((below(prefix) for prefix in prefixes), key=lambda tree: sum(name in tree for name in wanted))
+    def fitting(prefix: str) -> int:
+        return sum(name in (tree := below(prefix)) and tree[name].shape == p.shape for name, p in wanted.items())
+
+    best = max(map(fitting, prefixes))
+    equal = [prefix for prefix in prefixes if fitting(prefix) == best]
+    # θ of ours that has more than the start (rates, say) has it under names of the same kind.
+    chosen = next((prefix for prefix in equal if prefix in ("", "initial.")), equal[0])
+    trees = [below(prefix) for prefix in (chosen, *equal)]
+    differ = [p for p, tree in zip(equal, trees[1:], strict=True) if any(not _alike(tree, trees[0], n) for n in wanted)]
+    if best and chosen not in ("", "initial.") and differ:
+        raise ConfigError(
+            f"--init-from: {what} has the network's weights twice, under {chosen!r} and under {differ[0]!r}: save the "
+            "ones that are meant to a file of their own"
+        )
+    return trees[0]
+
+
+def _alike(one: Params, other: Params, name: str) -> bool:
+    if name not in one or name not in other:
+        return name not in one and name not in other
+    return torch.equal(one[name], other[name])

@@ -71,12 +71,13 @@ class Trajectory(NamedTuple):
     """Half-width of its 95% interval over meta-batches."""
 
 
-def toy(out: Path, config: ToyConfig) -> dict[str, Trajectory]:
+def toy(out: str | Path, config: ToyConfig) -> dict[str, Trajectory]:
     """Train both, write trajectories.png and toy.json into `out`, and return the trajectories by algorithm.
 
     Raises:
         RunError: `out` cannot be written.
     """
+    out = Path(out)
     check_writable(out / "toy.json")
     found = {name: follow(rule(), config, factor) for name, (rule, factor) in RULES.items()}
     trajectory_figure({name: t.points for name, t in found.items()}, OPTIMA, out / "trajectories.png")

@@ -207,9 +207,9 @@ def _picked(execution: ExecutionName, device: torch.device, config: RunConfig) -
 
 
 def resume(
-    path: Path,
+    path: str | Path,
     iterations: int | None = None,
-    data_root: Path | None = None,
+    data_root: str | Path | None = None,
     device: str | None = None,
     reporter: Reporter | None = None,
     execution: ExecutionName | None = None,
@@ -256,11 +256,11 @@ def resume(
         if capture is not None:
             training = replace(training, capture=capture)
         if data_root is not None:
-            episodes = replace(episodes, data_root=data_root.expanduser().absolute())
+            episodes = replace(episodes, data_root=Path(data_root).expanduser().absolute())
         config = replace(config, training=training, episodes=episodes)
         _check_tensorboard(config)
         _run(folder, config, reporter)
-    return path
+    return folder.path
 
 
 @dataclass

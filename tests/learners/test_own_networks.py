@@ -193,6 +193,70 @@ def test_the_check_passes_every_learner(kind: str, network: str, episode: Episod
     assert check_gradient(learner, learner.init(torch.Generator().manual_seed(0)), episode) is None
 
 
+class Steep(nn.Module):
+    """Adaptation is chaos: the meta-gradient explodes, and finite differences agree with nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(256, 16), nn.Linear(16, WAYS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.b((1000 * self.a(x.flatten(1))).sin())
+        return logits
+
+
+def test_a_gradient_that_explodes_is_not_called_wrong(episode: Episode) -> None:
+    learner = MAML(Steep(), adaptation_steps=2, fast_lr=0.5)
+    notice = check_gradient(learner, learner.init(torch.Generator()), episode)
+    assert notice is not None
+    assert "do not converge" in notice
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype"),
+    [
+        (lambda z: z.half().to(z.dtype), "float16"),
+        (lambda z: z.bfloat16(), "bfloat16"),
+        (lambda z: z.float(), "float32"),
+    ],
+)
+def test_rounding_is_not_called_a_wrong_derivative(
+    function: Callable[[Tensor], Tensor], dtype: str, episode: Episode
+) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(256, 8), nn.Tanh(), nn.Linear(8, WAYS), Applied(function))
+    last = network[3]
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        last.weight.mul_(1e-3)
+    learner = MAML(network, fast_lr=0.01)
+    notice = check_gradient(learner, learner.init(torch.Generator()), episode)
+    assert notice is not None
+    assert f"computes in {dtype} even if it is given float64" in notice
+
+
+def test_many_kinks_hide_no_wrong_second_derivative(episode: Episode) -> None:
+    """The loss after adaptation jumps at kinks of the slope, of which a deep network has one nearly everywhere."""
+
+    def network(last: nn.Module) -> nn.Module:
+        layers = [part for _ in range(4) for part in (nn.LazyLinear(256), nn.LeakyReLU(0.1))]
+        made = nn.Sequential(nn.Flatten(), *layers, last)
+        made(torch.zeros(1, 256))
+        return made
+
+    right = MAML(network(nn.Linear(256, WAYS)), fast_lr=0.5)
+    assert check_gradient(right, right.init(torch.Generator()), episode) is None
+    wrong = MAML(network(nn.Sequential(nn.Linear(256, WAYS), Applied(_WrongSlope.apply))), fast_lr=0.5)
+    with pytest.raises(ConfigError, match=r"gradient of the network is wrong"):
+        check_gradient(wrong, wrong.init(torch.Generator()), episode)
+
+
+def test_the_check_takes_no_query_images_of_classes_without_support(episode: Episode) -> None:
+    order = torch.tensor([2, 0, 1, 0, 2, 1])
+    shuffled = Episode(episode.support_x[:3], torch.tensor([0, 0, 2]), episode.query_x[order], episode.query_y[order])
+    learner = ProtoNet(Tiny(WAYS, SHAPE))
+    assert check_gradient(learner, learner.init(torch.Generator()), shuffled) is None
+
+
 def test_what_does_not_compute_in_float64_is_said(episode: Episode) -> None:
     learner = MAML(small(Applied(lambda x: x @ torch.eye(8))))
     notice = check_gradient(learner, learner.init(torch.Generator()), episode)
@@ -294,7 +358,9 @@ class Remembering(nn.Module):
 
 def test_a_slow_memory_is_found(episode: Episode) -> None:
     learner = MAML(Remembering())
-    with pytest.raises(ConfigError, match=r"gave the same task the losses|finite differences"):
+    with pytest.raises(
+        ConfigError, match=r"other logits once it was called with others: it keeps something of a call in memory"
+    ):
         check_gradient(learner, learner.init(torch.Generator()), episode)
 
 
@@ -316,6 +382,54 @@ def test_threads_may_share_a_learner(kind: str, network: str) -> None:
     for (logits, gradient), (right, slope) in zip(found, expected, strict=True):
         torch.testing.assert_close(logits, right)
         assert all(torch.allclose(gradient[n], slope[n], rtol=1e-7, atol=1e-10) for n in slope)
+
+
+@pytest.mark.parametrize("kind", ["maml", "protonet"])
+@pytest.mark.parametrize("network", ["own", "conv4"])
+def test_a_learner_is_copied_while_others_use_it(kind: str, network: str) -> None:
+    learner = LEARNERS[kind](NETWORKS[network]())
+    meta, episode = theta(learner), task(make_batch(1, WAYS, 1, 2, SHAPE), 0)
+    expected = _adapted(learner, meta, episode)
+
+    def use(turn: int) -> None:
+        task_gradient(learner, meta, episode)
+
+    def copies(turn: int) -> None:
+        for other in (copy.deepcopy(learner), pickle.loads(pickle.dumps(learner))):
+            assert other.backbone.names == learner.backbone.names
+            torch.testing.assert_close(_adapted(other, meta, episode), expected)
+        assert {p.dtype for p in learner.module(meta).parameters()} == {torch.float64}
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(work, turn) for turn in range(10) for work in (use, use, copies)]:
+            done.result()
+
+
+class Keeping(nn.Module):
+    """Keeps something of its first call in a plain attribute."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.layer, self.what = nn.Linear(256, WAYS), what
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.layer(x.flatten(1))
+        if self.kept is None:
+            values = {"mean": logits.detach().mean(0), "weight": self.layer.weight.mean(1), "grid": torch.ones(WAYS)}
+            self.kept = values[self.what]
+        return logits - self.kept.to(logits)
+
+
+@pytest.mark.parametrize("what", ["mean", "weight", "grid"])
+def test_what_a_network_keeps_of_its_first_call_is_found(what: str, episode: Episode) -> None:
+    learner = MAML(Keeping(what))
+    meta = learner.init(torch.Generator())
+    if what == "grid":  # a constant is no harm
+        assert check_gradient(learner, meta, episode) is None
+        return
+    with pytest.raises(ConfigError, match=r"keeps something of a call in kept and uses it in the next"):
+        learner.adapt(meta, episode.support_x, episode.support_y)
 
 
 class Hidden(nn.Module):
@@ -379,6 +493,8 @@ class Logits(Tensor):
         (lambda z: z[:2], r"output of shape \(2, 3\)"),
         (lambda z: z.argmax(1, keepdim=True).expand(-1, 3), r"type torch.int64"),
         (lambda z: None, r"returns a NoneType"),
+        (lambda z: z.to_sparse(), r"returns a sparse or nested tensor"),
+        (lambda z: z.to("meta"), r"lie on cpu, but its output on meta"),
     ],
 )
 @pytest.mark.parametrize("kind", ["maml", "metalstm", "protonet"])
@@ -424,6 +540,17 @@ def test_labels_that_are_no_classes_are_named(
     for gradient in (task_gradient, initial_gradient):
         with pytest.raises(ConfigError, match=message):
             gradient(learner, meta, wrong)
+
+
+def test_labels_that_protonet_and_lists_give_are_named(episode: Episode) -> None:
+    learner = ProtoNet(Tiny(WAYS, SHAPE))
+    meta = learner.init(torch.Generator())
+    for change in (1, -1):
+        with pytest.raises(ConfigError, match=r"labels outside 0\.\.2 such as (3|-1), but the network has 3 ways"):
+            learner.adapt(meta, episode.support_x, episode.support_y + change)
+    maml = MAML(Tiny(WAYS, SHAPE))
+    with pytest.raises(ConfigError, match=r"the labels are a list, but they must be an int64 tensor"):
+        maml.adapt(maml.init(torch.Generator()), episode.support_x, episode.support_y.tolist())  # type: ignore[arg-type]
 
 
 def _adapted(learner: NetworkLearner, meta: Params, episode: Episode) -> Tensor:

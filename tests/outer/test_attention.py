@@ -3,6 +3,7 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 from metaheed.outer import (
     FEATURES,
@@ -100,7 +101,7 @@ def test_bad_use_is_refused() -> None:
         TaskAttention()
     with pytest.raises(ValueError, match=r"built for 4 tasks but given 3"):
         TaskAttention(4)(_info(3))
-    with pytest.raises(ValueError, match=r"batched"):
+    with pytest.raises(ValueError, match=r"must be a floating-point tensor of shape \(B,\)"):
         TaskAttention(4)(TaskInfo(*(torch.tensor(1.0) for _ in range(4))))
 
 
@@ -153,3 +154,36 @@ def test_stands_alone() -> None:
         "assert {m for m in sys.modules if m.startswith('metaheed')} == before, sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"query_loss": torch.ones(4, dtype=torch.int64)}, r"query_loss is torch.int64 of shape \(4,\), but it must"),
+        ({"query_loss": torch.ones(4, 1)}, r"query_loss is torch.float32 of shape \(4, 1\)"),
+        ({"query_loss": torch.ones(0)}, r"shape \(0,\), but"),
+        ({"query_accuracy": torch.ones(3)}, r"info.query_accuracy is of shape \(3,\), but it must be.*, here 4"),
+        ({"grad_norm": torch.ones(())}, r"info.grad_norm is of shape \(\)"),
+        ({"initial_loss": None}, r"info.initial_loss is a NoneType"),
+    ],
+)
+def test_what_is_no_batch_is_named(architecture: str, changed: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TaskAttention(4, architecture)(_info()._replace(**changed))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_omitted_input_may_be_absent(architecture: str) -> None:
+    for omitted, field in (("grad_norm",) * 2, ("query_accuracy",) * 2, ("loss_ratio", "initial_loss")):
+        attention = TaskAttention(4, architecture, omit=omitted)
+        absent = {field: None}
+        assert torch.equal(attention(_info()._replace(**absent)), attention(_info()))  # type: ignore[arg-type]
+
+
+def test_inside_vmap_the_check_says_how_to_leave_it_out() -> None:
+    attention, pair = TaskAttention(4), tuple(torch.stack([value, value]) for value in _info())
+    with pytest.raises(ValueError, match="check=False"):
+        torch.func.vmap(lambda fields: attention(TaskInfo(*fields)))(pair)
+    weights = torch.func.vmap(lambda fields: attention(TaskInfo(*fields), check=False))(pair)
+    torch.testing.assert_close(weights[0], attention(_info()))

@@ -55,12 +55,13 @@ def find_source(name: str, request: Request) -> Source:
         DataError: they are damaged.
     """
     check_name(name)
-    return DATASETS[name](request if request.root is None else request._replace(root=Path(request.root)))
+    root = None if request.root is None else Path(request.root)  # strings, from Python
+    return DATASETS[name](request._replace(root=root))
 
 
 def load_dataset(
     name: str,
-    root: Path | str | None = None,
+    root: str | Path | None = None,
     image_size: int | None = None,
     split_seed: int | None = None,
     watcher: Watcher | None = None,
@@ -84,7 +85,7 @@ def load_dataset(
 
 
 def find_shape(
-    name: str, root: Path | str | None = None, image_size: int | None = None, split_seed: int | None = None
+    name: str, root: str | Path | None = None, image_size: int | None = None, split_seed: int | None = None
 ) -> tuple[int, int, int]:
     """The image shape of what `load_dataset` would load, found by reading names and labels only: quickly.
 
@@ -106,7 +107,7 @@ def _find_store(name: str, request: Request) -> Path | None:
     return find_store(name, request, size)
 
 
-def survey(root: Path | str | None) -> Iterator[tuple[str, str, str]]:
+def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
     """Name, state and counts of every data set under a root: of its stores, else of its files; of a folder, whose
     stores are of one image size each, of both.
 

@@ -137,7 +137,7 @@ class Watcher(Protocol):
         """Something worth a line."""
 
 
-def download(name: str, root: Path, watcher: Watcher) -> list[Path]:
+def download(name: str, root: str | Path, watcher: Watcher) -> list[Path]:
     """Bring a data set's published files to where its reader looks for them.
 
     Args:
@@ -153,7 +153,7 @@ def download(name: str, root: Path, watcher: Watcher) -> list[Path]:
         DataError: it may not be given away (says how to get it by hand); a file is there with other content; no mirror
             gave a file with the published md5 (says what each did); another process is downloading it; no room.
     """
-    root = root.expanduser()
+    root = Path(root).expanduser()
     if name in BY_HAND:
         raise DataError(BY_HAND[name].format(data=name, root=root))
     if name not in PUBLISHED:

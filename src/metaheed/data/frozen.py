@@ -172,7 +172,7 @@ def _digests(images: Tensor) -> np.ndarray:
     return np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images.numpy()])
 
 
-def write_episodes(frozen: Frozen, path: Path, with_images: bool) -> None:
+def write_episodes(frozen: Frozen, path: str | Path, with_images: bool) -> None:
     """Write a file of frozen episodes, whole or not at all; the same tasks give the same bytes.
 
     Raises:
@@ -186,6 +186,7 @@ def write_episodes(frozen: Frozen, path: Path, with_images: bool) -> None:
     if with_images:
         assert frozen.images is not None  # what was drawn here has them
         arrays["images"] = frozen.images.numpy()
+    path = Path(path)
     check_out(path)
     part = path.with_name(path.name + ".part")
     try:
@@ -202,12 +203,13 @@ def write_episodes(frozen: Frozen, path: Path, with_images: bool) -> None:
         ) from error
 
 
-def read_episodes(path: Path) -> Frozen:
+def read_episodes(path: str | Path) -> Frozen:
     """Read a file of frozen episodes, a stranger's too: nothing in it is run, and it is checked as a whole.
 
     Raises:
         DataError: there is no such file, or it is damaged, altered, or no file of frozen episodes.
     """
+    path = Path(path)
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe waits for whoever writes into it, and a device has no end

@@ -54,7 +54,7 @@ def draw_classes(dataset: Dataset, split: str, classes: int, images: int) -> tup
     return _sheet(f"{dataset.name} {split}: {len(chosen)} of {len(part.classes)} classes", names, rows, 0), names
 
 
-def write_png(image: Image.Image, path: Path) -> None:
+def write_png(image: Image.Image, path: str | Path) -> None:
     """Write a picture, whole or not at all.
 
     Raises:
@@ -63,6 +63,7 @@ def write_png(image: Image.Image, path: Path) -> None:
     """
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
+    path = Path(path)
     check_out(path)
     part = path.with_name(path.name + ".part")
     try:

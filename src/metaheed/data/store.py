@@ -60,8 +60,9 @@ def store_name(name: str, settings: dict[str, int]) -> str:
     return f"{name}-{size}px{SUFFIX}" if size else f"{name}{SUFFIX}"
 
 
-def is_store(path: Path) -> bool:
+def is_store(path: str | Path) -> bool:
     """Whether a finished store lies there."""
+    path = Path(path)
     return (path / "manifest.json").is_file() and not path.name.endswith(".part")
 
 
@@ -105,12 +106,13 @@ def _broken(path: Path, what: str) -> DataError:
     )
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: str | Path) -> Manifest:
     """The manifest of a store.
 
     Raises:
         DataError: it is damaged, or of another version of this program.
     """
+    path = Path(path)
     try:
         content = read_file(path / "manifest.json", _LARGEST_MANIFEST)
         if isinstance(content, Unreadable):
@@ -202,7 +204,7 @@ def find_store(name: str, request: Request, image_size: int | None) -> Path | No
     return root / wanted if is_store(root / wanted) else None
 
 
-def open_store(path: Path, request: Request = Request()) -> Dataset:  # noqa: B008  # immutable
+def open_store(path: str | Path, request: Request = Request()) -> Dataset:  # noqa: B008  # immutable
     """The data set of a store, its images mapped into memory: read when they are used, and never written.
 
     Raises:
@@ -232,7 +234,7 @@ def open_store(path: Path, request: Request = Request()) -> Dataset:  # noqa: B0
     )
 
 
-def prepare(source: Source, folder: Path, watcher: Watcher | None = None) -> Path:
+def prepare(source: Source, folder: str | Path, watcher: Watcher | None = None) -> Path:
     """Convert a source into a store in `folder`; goes on where an interrupted one stopped.
 
     Returns:
@@ -245,6 +247,7 @@ def prepare(source: Source, folder: Path, watcher: Watcher | None = None) -> Pat
     """
     watcher = watcher or Quiet()
     settings = dict(source.settings)
+    folder = Path(folder)
     path = folder / store_name(source.name, settings)
     part = path.with_name(path.name + ".part")
     for notice in source.notices:
@@ -461,7 +464,7 @@ def scan(
     return digest.hexdigest(), digests.values
 
 
-def verify(path: Path, watcher: Watcher | None = None) -> tuple[Manifest, list[str]]:
+def verify(path: str | Path, watcher: Watcher | None = None) -> tuple[Manifest, list[str]]:
     """Go through a whole store.
 
     Returns:
@@ -470,7 +473,7 @@ def verify(path: Path, watcher: Watcher | None = None) -> tuple[Manifest, list[s
     Raises:
         DataError: a count, a checksum, a mean or a standard deviation is not what the manifest says.
     """
-    watcher = watcher or Quiet()
+    watcher, path = watcher or Quiet(), Path(path)
     manifest = read_manifest(path)
     images = {split: manifest.images(split) for split in SPLITS}
     digests = {}
@@ -505,8 +508,9 @@ def _check_statistics(manifest: Manifest, histogram: Histogram) -> None:
             )
 
 
-def stores_under(path: Path) -> list[Path]:
+def stores_under(path: str | Path) -> list[Path]:
     """The path itself if it is a store, else the stores directly in it."""
+    path = Path(path)
     return [path] if is_store(path) else sorted(p for p in path.glob(f"*{SUFFIX}") if is_store(p))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metaheed import trust
 from metaheed.errors import ConfigError, brief, shown, unknown
-from metaheed.learners.conversion import refuse
+from metaheed.learners.conversion import copied, refuse
 from metaheed.learners.examination import check_logits
 
 ImageShape = tuple[int, int, int]
@@ -185,7 +185,8 @@ def build_backbone(name: str, ways: int, image_shape: ImageShape, seed: int, fol
                 raise TypeError(f"it returned {type(module).__name__}, not a torch.nn.Module")
             refuse(module)
             with torch.no_grad():
-                logits = module.train()(torch.zeros(2 * ways, *image_shape))
+                # On a copy: what a forward pass leaves behind would hide from who looks at the network later.
+                logits = copied(module).train()(torch.zeros(2 * ways, *image_shape))
         check_logits(logits, 2 * ways, ways)
     except ConfigError as error:
         raise ConfigError(f"backbone {name!r}: {error}") from error

@@ -296,24 +296,26 @@ class Backbone:
         """The network's closed form, if it is one of those that have one."""
         self.known_on_cuda = closed_form(self.module, ClosedFormCUDA)
         """The same on a CUDA device."""
+        # While a call runs, other tensors stand in the module; so who looks into it takes the lock, or looked before.
+        self._names = [name for name, p in self.module.named_parameters() if p.requires_grad]
         self._findings: Findings | None = None
         self._lock = _ForkSafeLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        state = {name: value for name, value in vars(self).items() if name != "_lock"}
-        if self.known is None:  # a closed form holds on to its modules, and nothing in those has a history
-            state["module"] = without_parametrised_classes(self.module)
-        return state
+        made_again = ("_lock", "known", "known_on_cuda")  # a closed form holds on to the module's parts
+        with self._lock:
+            module = without_parametrised_classes(self.module)
+        return {**{name: value for name, value in vars(self).items() if name not in made_again}, "module": module}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=_ForkSafeLock())
-        if self.known is None:
-            with_parametrised_classes(self.module)
+        with_parametrised_classes(self.module)
+        self.known, self.known_on_cuda = closed_form(self.module), closed_form(self.module, ClosedFormCUDA)
 
     @property
     def names(self) -> list[str]:
         """The names of the parameters that are learned, in order."""
-        return [name for name, p in self.module.named_parameters() if p.requires_grad]
+        return [*self._names]
 
     def find_head(self, name: str | None) -> str:
         """The name of the head's module; none given: of the last module registered that has parameters of its own.
@@ -364,8 +366,10 @@ class Backbone:
 
     def names_of(self, module: str) -> set[str]:
         """The names of the learned parameters inside a module ("" is the whole network)."""
-        inside = {id(p) for p in self.module.get_submodule(module).parameters()}
-        return {name for name, p in self.module.named_parameters() if p.requires_grad and id(p) in inside}
+        with self._lock:
+            inside = {id(p) for p in self.module.get_submodule(module).parameters()}
+            named = {name: id(p) for name, p in self.module.named_parameters()}
+        return {name for name in self._names if named[name] in inside}
 
     def init(self, generator: torch.Generator) -> Params:
         """The parameters: redrawn by the module's own `redraw(generator)` where it has one, else its present values.
@@ -373,15 +377,16 @@ class Backbone:
         One of our own networks that was given other weights than those it was made with keeps them.
         """
         redraw = getattr(self.module, "redraw", None)
-        if redraw is not None and not getattr(self.module, "was_given_weights", False):
-            redraw(generator)
-        learned = dict(self.module.named_parameters())
-        return {name: learned[name].detach().clone() for name in self.names}
+        with self._lock:
+            if redraw is not None and not getattr(self.module, "was_given_weights", False):
+                redraw(generator)
+            learned = dict(self.module.named_parameters())
+            return {name: learned[name].detach().clone() for name in self.names}
 
     def hold(self, params: Params) -> None:
         """Put these values into the module itself, for those who look inside it; calls do not use them."""
-        learned = dict(self.module.named_parameters())
-        with torch.no_grad():
+        with self._lock, torch.no_grad():
+            learned = dict(self.module.named_parameters())
             for name in self.names:
                 learned[name].copy_(params[name])
 
@@ -391,7 +396,9 @@ class Backbone:
         Raises:
             ConfigError: they are not the network's parameters.
         """
-        expected = {name: tuple(p.shape) for name, p in self.module.named_parameters() if p.requires_grad}
+        with self._lock:
+            module = copied(self.module)
+        expected = {name: tuple(p.shape) for name, p in module.named_parameters() if p.requires_grad}
         found = {name: tuple(p.shape) for name, p in params.items()}
         if expected != found:
             wrong = min(name for name in {*expected, *found} if expected.get(name) != found.get(name))
@@ -400,7 +407,7 @@ class Backbone:
                 f"{expected.get(wrong, 'absent')} in the network"
             )
         like = next(iter(params.values()))
-        module = copied(self.module).to(like.device, like.dtype)
+        module = module.to(like.device, like.dtype)
         learned = dict(module.named_parameters())
         with torch.no_grad():
             for name, p in params.items():
@@ -415,7 +422,8 @@ class Backbone:
             return fast.logits({n: p.unsqueeze(0) for n, p in params.items()}, x.unsqueeze(0)).squeeze(0)
         self.examine(params, x)
         like = next(iter(params.values()))
-        return self._call(params, self._constants(like), x.to(like.dtype))
+        with self._lock:
+            return self._call(params, self._constants(like), x.to(like.dtype))
 
     def _call(self, params: Params, constants: Params, x: Tensor) -> Tensor:
         with self._lock:

@@ -281,6 +281,10 @@ def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     Raises:
         ConfigError: the labels are not int64 of that shape; on a CPU also: they are not in [0, N).
     """
+    if not isinstance(y, Tensor):
+        raise ConfigError(
+            f"the labels are a {type(y).__name__}, but they must be an int64 tensor: torch.as_tensor(...)"
+        )
     if y.shape != logits.shape[:-1] or y.dtype != torch.int64:
         raise ConfigError(
             f"the labels are of shape {tuple(y.shape)} and type {y.dtype}, but they must be int64 "

@@ -45,8 +45,8 @@ def converted(module: nn.Module) -> nn.Module:
     for message, change in changes.items():
         # A parametrised layer's parametrisations are modules below it.
         names = [name.split(".parametrizations")[0] for name, part in network.named_modules() if change(part)]
-        if names:
-            warn(message.format(", ".join(n or "the network" for n in names)))
+        if names:  # a layer may have two normed tensors
+            warn(message.format(", ".join(n or "the network" for n in dict.fromkeys(names))))
     return network
 
 
@@ -205,11 +205,12 @@ class PlainOldWeightNorm(_OldWeightNorm):
 def _use_plain_weight_norm(part: nn.Module) -> bool:
     found = False
     for child_name, child in part.named_children():  # a parametrised layer's list of parametrisations holds it
-        if type(child) is _WeightNorm:
+        # A subclass that computes something else is left to the check of the meta-gradient.
+        if isinstance(child, _WeightNorm) and type(child).forward is _WeightNorm.forward:
             part.register_module(child_name, PlainWeightNorm(child.dim))
             found = True
     for key, hook in part._forward_pre_hooks.items():
-        if type(hook) is _OldWeightNorm:
+        if isinstance(hook, _OldWeightNorm) and type(hook).compute_weight is _OldWeightNorm.compute_weight:
             part._forward_pre_hooks[key] = PlainOldWeightNorm(hook.name, hook.dim)
             found = True
     return found

@@ -1,4 +1,4 @@
-"""What one forward pass shows of a network that nothing else can: its output, what it writes, what it hides.
+"""What a few forward passes show of a network that nothing else can: its output, what it writes, keeps and hides.
 
 Made once for each network of a user's own, on the first images that it is given; our own networks need none.
 """
@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from metaheed.errors import ConfigError, warn
+from metaheed.errors import ConfigError, brief, warn
+from metaheed.learners.conversion import copied
 from metaheed.types import Params
 
 
@@ -20,16 +22,17 @@ class Findings(NamedTuple):
     """The buffers and frozen parameters that the forward pass writes into."""
 
 
-def check_logits(logits: Any, images: int, ways: int | None = None) -> None:
+def check_logits(logits: Any, images: int, ways: int | None = None, device: torch.device | None = None) -> None:
     """Refuse what is not one tensor of logits.
 
     Args:
         logits: what the network returned for `images` images.
         images: n.
         ways: N, where it is known.
+        device: where the images lie; none: it is not looked at.
 
     Raises:
-        ConfigError: it is no plain floating-point tensor of shape (n, N).
+        ConfigError: it is no plain, dense floating-point tensor of shape (n, N) on that device.
     """
     if type(logits) is not Tensor:
         held = ""
@@ -43,6 +46,12 @@ def check_logits(logits: Any, images: int, ways: int | None = None) -> None:
             f"the backbone returns a {type(logits).__name__}{held}. It must return one torch.Tensor, of shape "
             f"({images}, {ways or 'ways'}) for {images} images"
         )
+    if logits.is_nested or logits.layout != torch.strided:
+        raise ConfigError("the backbone returns a sparse or nested tensor, but logits must be a dense one")
+    if device is not None and logits.device != device:
+        raise ConfigError(
+            f"the backbone's images and parameters lie on {device}, but its output on {logits.device}: leave it there"
+        )
     if logits.dim() != 2 or logits.shape[0] != images or (ways is not None and logits.shape[1] != ways):
         raise ConfigError(
             f"the backbone: {images} images give an output of shape {tuple(logits.shape)}, but it must be "
@@ -55,7 +64,9 @@ def check_logits(logits: Any, images: int, ways: int | None = None) -> None:
 def examine(
     module: nn.Module, call: Callable[[Params, Params, Tensor], Any], params: Params, constants: Params, x: Tensor
 ) -> Findings:
-    """Run the network once and look at it. The caller's tensors and the random state stay as they are.
+    """Run the network, and a copy of it in another order, and look at both.
+
+    The caller's tensors and the random state stay as they are.
 
     Args:
         module: the network, for the names of what it holds.
@@ -65,14 +76,17 @@ def examine(
         x: images (n, C, H, W).
 
     Raises:
-        ConfigError: it does not return logits, or it writes into its own parameters.
+        ConfigError: it does not return logits, it writes into its own parameters, or its logits depend on what it was
+            called with before.
     """
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
         leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
         handed = {name: c.detach().clone() for name, c in constants.items()}
+        other = copied(module)
+        _seed(x.device)
         logits = call(leaves, handed, x.detach().clone())
-        check_logits(logits, len(x))
+        check_logits(logits, len(x), device=x.device)
         overwritten = [name for name, leaf in leaves.items() if not _same(leaf, params[name])]
         if overwritten:
             raise ConfigError(
@@ -80,6 +94,7 @@ def examine(
                 "task would change the meta-parameters of all: compute with a changed copy of them instead"
             )
         hidden = _hidden(module, leaves, logits)
+        _refuse_memory(other, params, constants, x, logits.detach())
     if hidden:
         warn(
             f"the network uses {', '.join(hidden)} by a way that PyTorch does not see (a plain Python list or dict, a "
@@ -94,6 +109,64 @@ def examine(
             "would get other logits every time: every pass begins from the values that these have now"
         )
     return Findings(written)
+
+
+def _seed(device: torch.device) -> None:
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
+
+
+def _refuse_memory(module: nn.Module, params: Params, constants: Params, x: Tensor, expected: Tensor) -> None:
+    """Refuse a network that keeps something of a call in a plain attribute and uses it in the next.
+
+    Args:
+        module: an unused copy, which is called with other parameters and images first.
+        params, constants, x: what gave `expected` when it came first.
+    """
+
+    def logits(scale: float, images: Tensor) -> Tensor:
+        handed = {name: p.detach() * scale for name, p in params.items()}
+        handed |= {name: c.detach().clone() for name, c in constants.items()}
+        _seed(x.device)
+        with torch.no_grad():
+            result: Tensor = functional_call(module, handed, (images,))
+        return result
+
+    before = _attributes(module)
+    try:
+        logits(0.9, 0.5 * x.detach().flip(-1))
+        kept = [name for name, value in _attributes(module).items() if before.get(name) != value]
+        after = logits(1.0, x.detach().clone())
+    except Exception as error:  # a function that a module was given may hold on to the network that was copied
+        warn(
+            "whether the network keeps something from one call to the next could not be tried on a copy of it "
+            f"({type(error).__name__}: {brief(str(error))})"
+        )
+        return
+    # Rounding may differ from call to call on a GPU.
+    coarse = min(1000 * torch.finfo(expected.dtype).eps, 0.01) * expected.nan_to_num().abs().amax()
+    if after.shape != expected.shape or bool(((after - expected).nan_to_num().abs() > coarse).any()):
+        where = f" in {', '.join(kept)}" if kept else ""
+        raise ConfigError(
+            "the backbone gives the same images other logits once it was called with others: it keeps something of a "
+            f"call{where} and uses it in the next, or is random. Compute it anew in each forward pass, or, if it is to "
+            "stay as it is, hold it as a buffer (register_buffer) that is filled before the network is handed over"
+        )
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name -> identity and version of what the modules hold besides parameters, buffers and modules."""
+    return {
+        f"{prefix}.{name}" if prefix else name: (id(value), value._version if isinstance(value, Tensor) else 0)
+        for prefix, part in module.named_modules()
+        for name, value in vars(part).items()
+        if not (name.startswith("_") and name in _OF_TORCH)
+    }
+
+
+_OF_TORCH = {*vars(nn.Module())}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from metaheed.config import ProtoNetConfig
 from metaheed.errors import ConfigError
 from metaheed.learners.base import Backbone, NetworkLearner
+from metaheed.learners.derivatives import transformed
 from metaheed.types import Params
 
 
@@ -34,7 +35,7 @@ class ProtoNet(NetworkLearner):
 
     Raises:
         ConfigError: a backbone that cannot be used, or whose head is not linear; in `adapt`, that the logits do not
-            come out of the head.
+            come out of the head, or (on a CPU) that there are labels outside 0..N-1.
     """
 
     def __init__(self, backbone: nn.Module, head: str | None = ProtoNetConfig.head) -> None:
@@ -79,6 +80,13 @@ class ProtoNet(NetworkLearner):
                 f"ProtoNet needs features (n, {self.features}) before the head {self.head!r}, but they are "
                 f"{tuple(z.shape)}: flatten them before it"
             )
+        if not transformed() and support_y.device.type == "cpu":
+            outside = support_y[(support_y < 0) | (support_y >= self.ways)]
+            if len(outside):
+                raise ConfigError(
+                    f"there are labels outside 0..{self.ways - 1} such as {outside[0].item()}, but the network has "
+                    f"{self.ways} ways: number the classes of a task from 0, or build the network for more ways"
+                )
         member = (support_y.unsqueeze(1) == torch.arange(self.ways, device=z.device)).to(z.dtype)  # (N·K, N)
         count = member.sum(0)
         c = (member.T @ z) / count.clamp(min=1).unsqueeze(1)  # (N, D)

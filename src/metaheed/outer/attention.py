@@ -101,16 +101,15 @@ class TaskAttention(nn.Module):
         """Weights (B,) in the dtype of `info`; differentiable with respect to δ only.
 
         Args:
-            info: of (B,) tensors. What only an omitted input is made of may be anything, NaN included.
+            info: of (B,) tensors. What only an omitted input is made of may be anything, NaN or None included.
             check: look whether every input is finite, for which the host waits for a GPU; one value that is not would
                 make all weights NaN, and θ with them.
 
         Raises:
-            ValueError: `info` is not of (B,) tensors, or of another B than the module was built for; or an input of a
-                task is not finite.
+            ValueError: `info` is not of floating-point (B,) tensors, or of another B than the module was built for; an
+                input of a task is not finite; or it is to be checked inside torch.func.vmap, where no value is seen.
         """
-        if info.query_loss.dim() != 1:
-            raise ValueError(f"info has shape {tuple(info.query_loss.shape)}, but it must be batched: (B,)")
+        info = self._checked(info)
         tasks = info.query_loss.shape[0]
         if self.tasks is not None and tasks != self.tasks:
             raise ValueError(f"built for {self.tasks} tasks but given {tasks}: rebuild it, or use 'equivariant'")
@@ -133,11 +132,30 @@ class TaskAttention(nn.Module):
             scores = self.layers(torch.cat([x, pooled], dim=1)).squeeze(1)
         return torch.softmax(scores, 0).to(info.query_loss.dtype)
 
-    def _check_finite(self, info: TaskInfo) -> None:
+    def _needed(self) -> list[str]:
         inputs = [FEATURES[k] for k in self.inputs]
         made_of = {"loss_ratio": ("query_loss", "initial_loss")}
-        needed = sorted({field for name in inputs for field in made_of.get(name, (name,))})
+        return sorted({field for name in inputs for field in made_of.get(name, (name,))})
+
+    def _checked(self, info: TaskInfo) -> TaskInfo:
+        loss = info.query_loss  # the weights' dtype is its, even where it is no input
+        if not isinstance(loss, Tensor) or loss.dim() != 1 or not len(loss) or not loss.is_floating_point():
+            found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"info.query_loss is {found}, but it must be a floating-point tensor of shape (B,), B ≥ 1")
+        needed = self._needed()
+        for name in needed:
+            value = getattr(info, name)
+            if not isinstance(value, Tensor) or value.shape != loss.shape:
+                found = f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                raise ValueError(f"info.{name} is {found}, but it must be a tensor of shape (B,), here {len(loss)}")
+        absent = {name: torch.ones_like(loss) for name in TaskInfo._fields if name not in (*needed, "query_loss")}
+        return info._replace(**absent)
+
+    def _check_finite(self, info: TaskInfo) -> None:
+        needed = self._needed()
         values = torch.stack([getattr(info, field).detach() for field in needed])
+        if torch._C._functorch.is_batchedtensor(values):
+            raise ValueError("inside torch.func.vmap no value can be looked at: call with check=False there")
         wrong = (~torch.isfinite(values)).nonzero().tolist()
         if not wrong:
             return

@@ -11,11 +11,14 @@ It costs a few passes over eight images.
 
 import copy
 import math
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaheed.errors import ConfigError, MetaheedError
 from metaheed.learners.base import Learner, NetworkLearner
@@ -32,7 +35,9 @@ from metaheed.types import Episode, Params
 _IMAGES = 4  # of the support set, and of the query set
 _STEPS = 2  # of adaptation, at most
 _TOLERANCE = 1e-4  # relative
-_DISTANCES = (1e-5, 1e-6, 1e-4, 1e-3)  # h, relative to the size of the parameters; the best one first
+# h, relative to the size of the parameters, the best one first. The loss after adaptation jumps where a ReLU before it
+# has its kink, and a network of a million of them has none but in the smallest distances.
+_DISTANCES = (1e-5, 1e-6, 1e-7, 1e-8, 1e-4, 1e-3)
 
 Executed = Callable[[Learner, Callable[[Learner, Params, Episode], Any]], Execution[Any]]
 """(learner, function of one task) -> the same over a batch."""
@@ -87,6 +92,9 @@ def check_gradient(learner: Learner, meta: Params, episode: Episode, executed: E
     if verdict is None:
         return None
     claimed, found = verdict
+    coarse = _rounded_to(learner, meta, batch)
+    if coarse is not None:
+        return f"the network computes in {coarse} even if it is given float64, so its derivatives were not checked"
     if not math.isfinite(found):
         return "finite differences of the network's loss do not converge, so its derivatives were not checked"
     alone = ({name: d if name == own else torch.zeros_like(d) for name, d in direction.items()} for own in direction)
@@ -94,12 +102,14 @@ def check_gradient(learner: Learner, meta: Params, episode: Episode, executed: E
     raise ConfigError(
         f"the {'meta-gradient' if exact else 'gradient'} of the network is wrong: along a random direction it is "
         f"{claimed:.6g}, but finite differences give {found:.6g}. It is off for {_listed(wrong or list(direction))}: "
-        f"{_cause(learner, meta, batch, exact)}. If that is meant (a straight-through estimator, a part that is "
+        f"{_cause(learner, meta, batch, exact, slope)}. If that is meant (a straight-through estimator, a part that is "
         "detached on purpose), skip this check with --no-check-gradient"
     )
 
 
-def _cause(learner: Learner, meta: Params, batch: Episode, exact: bool) -> str:
+def _cause(learner: Learner, meta: Params, batch: Episode, exact: bool, slope: Params) -> str:
+    if not any(bool(g.any()) for g in slope.values()):
+        return "it is zero everywhere, so take torch.no_grad() or detach() out of the network's forward"
     if exact:
         slope = {name: g[0] for name, g in _looped(learner, initial_gradient)(meta, batch)[0].items()}
         judged = _looped(learner, initial_outcome)
@@ -131,8 +141,11 @@ def _compare(
         scale = max(abs(difference), abs(claimed), 0.01 * float(spread), 1e-7)
         if abs(difference - claimed) <= _TOLERANCE * scale or not math.isfinite(difference):
             return None
-        settled = [other for other in found if abs(other - difference) <= 0.1 * _TOLERANCE * scale]
-        if settled:
+        # Not relative to what is claimed: beside a gradient that explodes, all differences would look alike.
+        own_scale = max(abs(difference), 0.01 * min(float(spread), 1.0), 1e-7)
+        settled = any(abs(other - difference) <= 0.1 * _TOLERANCE * own_scale for other in found)
+        rounding = torch.finfo(torch.float64).eps * max(abs(ahead), 1.0) / h
+        if settled and abs(difference - claimed) > 100 * rounding:
             return claimed, difference
         found.append(difference)
     return claimed, math.nan
@@ -146,13 +159,38 @@ def _small(learner: Learner) -> Learner:
     return small
 
 
+class _Roundings(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class has no annotations
+    """Notes what operations make of float64."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: set[torch.dtype] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if any(isinstance(arg, Tensor) and arg.dtype == torch.float64 for arg in args):
+            made = result if isinstance(result, tuple | list) else [result]
+            self.found |= {one.dtype for one in made if isinstance(one, Tensor) and one.dtype.is_floating_point}
+        return result
+
+
+def _rounded_to(learner: Learner, meta: Params, batch: Episode) -> str | None:
+    """The coarsest type that the network's forward pass rounds to, given float64; none: it does not."""
+    with torch.no_grad(), _Roundings() as roundings:
+        learner.predict(learner.initial(meta), batch.support_x[0])
+    coarser = [dtype for dtype in roundings.found if dtype != torch.float64]
+    return str(max(coarser, key=lambda dtype: torch.finfo(dtype).eps)).removeprefix("torch.") if coarser else None
+
+
 def _few(episode: Episode) -> Episode:
-    """A task of a few of the images, from as many classes as may be."""
+    """A task of a few of the images, from as many classes as may be; its query images are of classes in its support."""
 
-    def chosen(y: Tensor) -> Tensor:
-        return torch.linspace(0, len(y) - 1, min(len(y), _IMAGES), device=y.device).round().long()
+    def chosen(which: Tensor) -> Tensor:
+        return which[torch.linspace(0, len(which) - 1, min(len(which), _IMAGES)).round().long().to(which.device)]
 
-    support, query = chosen(episode.support_y), chosen(episode.query_y)
+    support = chosen(torch.arange(len(episode.support_y), device=episode.support_y.device))
+    known = torch.isin(episode.query_y, episode.support_y[support]).nonzero().flatten()
+    query = chosen(known if len(known) else torch.arange(len(episode.query_y), device=episode.query_y.device))
     return Episode(
         episode.support_x[support], episode.support_y[support], episode.query_x[query], episode.query_y[query]
     )
@@ -176,6 +214,18 @@ def _listed(names: list[str]) -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _with_backward_hooks(learner: Learner) -> list[str]:
+    if not isinstance(learner, NetworkLearner):
+        return []
+    modules = learner.backbone.module.named_modules()
+    return [name or "whole" for name, part in modules if part._backward_hooks or part._backward_pre_hooks]
+
+
+def _went_through(error: BaseException, file: str) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(Path(frame.filename).name == file for frame in frames)
 
 
 def explain_failure(
@@ -212,14 +262,21 @@ def explain_failure(
     helping = next((option for option, how, who in settings() if works(how, who)), None)
     advice = [f"it works with {helping}"] if helping else []
     said = str(error)
-    if "scaled_dot_product" in said:
+    hooked = _with_backward_hooks(learner)
+    if hooked and "setup_context" in said:
+        advice.append(f"remove the backward hooks of its {_listed(hooked)}, which torch.func cannot differentiate")
+    elif "scaled_dot_product" in said:
         advice.append(
             "attention has second derivatives with torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in its forward"
         )
-    elif "checkpoint" in said or "saved tensor" in said:
+    elif "checkpoint" in said or "saved tensor" in said or _went_through(error, "checkpoint.py"):
         advice.append("remove torch.utils.checkpoint from it, and save memory with --recompute instead")
     elif "setup_context" in said:
         advice.append("give its autograd.Function a setup_context method, as PyTorch's torch.func asks for")
+    elif "doesn't have storage" in said or "numpy()" in said:
+        advice.append("compute with tensors in its forward, not with NumPy")
+    elif "inference" in said.lower():
+        advice.append("take torch.inference_mode() out of its forward")
     elif "inplace" in said or "in-place" in said:
         advice.append("make its forward write into no tensor in place")
     elif "derivative for" in said or "double backwards" in said or "once_differentiable" in said:

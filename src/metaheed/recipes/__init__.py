@@ -74,12 +74,13 @@ class Recipe:
         return self.config.run_name.removesuffix(f"-seed{self.config.training.seed}")
 
 
-def write(recipe: Recipe, path: Path) -> None:
+def write(recipe: Recipe, path: str | Path) -> None:
     """Write a recipe, whole or not at all.
 
     Raises:
         RunError: it cannot be written; nothing is left behind.
     """
+    path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         refuse_link(path)
@@ -99,7 +100,7 @@ def text(recipe: Recipe, file: str) -> str:
     return f"{_comment(recipe, file)}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
 
 
-def read(path: Path) -> Recipe:
+def read(path: str | Path) -> Recipe:
     """The recipe that a file holds.
 
     Raises:
@@ -107,7 +108,7 @@ def read(path: Path) -> Recipe:
             recipe's.
     """
     try:
-        values = from_yaml(read_bounded(path, YAML_BYTES))
+        values = from_yaml(read_bounded(Path(path), YAML_BYTES))
     except OSError as error:
         raise ConfigError(f"recipe {path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -134,14 +135,14 @@ def read(path: Path) -> Recipe:
         raise ConfigError(f"recipe {path}: {error}") from error
 
 
-def read_folder(folder: Path) -> dict[str, Recipe]:
+def read_folder(folder: str | Path) -> dict[str, Recipe]:
     """The recipes in a folder and below it, by the names of their files without .yaml, in alphabetical order.
 
     Raises:
         ConfigError: there is none, two have the same name, or one is wrong (see `read`).
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*.yaml"), key=lambda p: (p.stem, str(p))):
+    for path in sorted(Path(folder).rglob("*.yaml"), key=lambda p: (p.stem, str(p))):
         if path.stem in found:
             raise ConfigError(
                 f"{found[path.stem]} and {path} have the same name, and their runs would have, too: rename one"

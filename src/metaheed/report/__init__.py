@@ -45,8 +45,8 @@ HTML, MARKDOWN = "report.html", "report.md"
 
 
 def report(
-    runs: Sequence[Path],
-    out: Path,
+    runs: Sequence[str | Path],
+    out: str | Path,
     config: ReportConfig | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Path:
@@ -66,9 +66,10 @@ def report(
             cannot be written.
     """
     config = config or ReportConfig()
+    out = Path(out)
     place = out.resolve()
     _check_replaceable(place)
-    found = find(runs)
+    found = find([*map(Path, runs)])
     arms, doubled = group(found.runs)
     if not any(arm.results for arm in arms):
         reasons = [*((run.name, run.problem or "") for run in found.runs), *found.unreadable]

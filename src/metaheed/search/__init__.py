@@ -91,7 +91,7 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
                 path.rmdir()
 
 
-def read_search(out: Path, storage: str | None = None, trust: bool = False) -> tuple[RunConfig, SearchConfig]:
+def read_search(out: str | Path, storage: str | None = None, trust: bool = False) -> tuple[RunConfig, SearchConfig]:
     """What `search` needs to go on with a study folder.
 
     Args:
@@ -104,6 +104,7 @@ def read_search(out: Path, storage: str | None = None, trust: bool = False) -> t
         RunError: it is none, or its search.yaml is damaged.
         ConfigError: its database lies elsewhere, and is not named.
     """
+    out = Path(out)
     config, settings = read_settings(out)
     if trust:
         allow(config.learner.backbone, config.learner.backbone_path)
