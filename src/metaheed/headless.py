@@ -12,11 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from metaheed.errors import ConfigError
-
 _settings = Path("matplotlibrc")
 if _settings.exists() and not (_settings.is_file() or _settings.is_dir()):  # a pipe's writer would be waited for
-    raise ConfigError(f"{_settings.absolute()} is a pipe or a device, and matplotlib would read it: remove it")
+    raise OSError(f"{_settings.absolute()} is a pipe or a device, and matplotlib would read it: remove it")
 
 _backend = os.environ.pop("MPLBACKEND", None)
 try:
