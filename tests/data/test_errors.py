@@ -5,7 +5,6 @@ import json
 import pickle
 import re
 import shutil
-import sys
 import tarfile
 import zipfile
 from collections.abc import Callable
@@ -517,16 +516,6 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
 @row("more than can be looked at")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return ["data", "show", "glyphs", "--classes", 10**30, "--queries", 10**30]
-
-
-@row("cannot be imported under MPLBACKEND=")
-def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
-    monkeypatch = request.getfixturevalue("monkeypatch")
-    monkeypatch.setenv("MPLBACKEND", "bogus")
-    monkeypatch.setenv("METAHEED_CACHE", str(path))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
-        monkeypatch.delitem(sys.modules, name)
-    return ["data", "show", "glyphs"]
 
 
 def _altered(path: Path, request: pytest.FixtureRequest, value: object) -> list[object]:

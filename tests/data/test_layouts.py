@@ -2,6 +2,7 @@
 
 import collections
 import io
+import json
 import pickle
 import shutil
 import sys
@@ -566,7 +567,8 @@ class TestNames:
         assert status == 0, err
         classes = Path("run/classes.json")
         assert "Caf\\u00e9" in classes.read_text()
-        classes.write_text(classes.read_text().replace("\\u00e9", "e\\u0301"))
+        then = {split: names for split, names in json.loads(classes.read_text()).items() if split in SPLITS}
+        classes.write_text(json.dumps(then).replace("\\u00e9", "e\\u0301"))  # as older versions wrote it, unsealed
         shutil.rmtree(decomposed)
         composed.rename(decomposed)
         assert metaheed("evaluate", "run", "--tasks", 2)[0] == 0

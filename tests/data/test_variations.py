@@ -70,7 +70,7 @@ def test_messages_that_help(lists: Path, tmp_path: Path) -> None:
         load_dataset("miniimagenet", tmp_path / "x.tar")
     with pytest.raises(DataError, match=r"nothing of it is recognised in .*train_phase_train.* nor folders n01532829"):
         load_dataset("miniimagenet", tmp_path)
-    relisted(lists, tmp_path, lambda text: text.replace("\n", "\n/home/me/").encode(), str)
+    relisted(lists, tmp_path, lambda text: text.rstrip().replace("\n", "\n/home/me/").encode(), str)
     with pytest.raises(DataError, match=r"would leave the folder .*: write the names of the files alone"):
         load_dataset("miniimagenet", tmp_path)
     (tmp_path / "o" / "omniglot" / "images_background").mkdir(parents=True)
@@ -157,7 +157,7 @@ _TEXT = b"X\x00\x00\x10\x00" + b"a" * 0x100000 + b"p0\n0("
 )
 def test_small_pickles_that_would_take_for_ever_or_all_memory(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.pkl").write_bytes(content)
-    with pytest.raises(DataError, match=r"x is damaged .*(as a key|more of its values than are in it)"):
+    with pytest.raises(DataError, match=r"x is damaged .*(in a key|more of its values than are in it)"):
         load_arrays(tmp_path / "x.pkl", "x", "there")
 
 

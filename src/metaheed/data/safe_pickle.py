@@ -321,10 +321,11 @@ _MARK = object()
 
 
 def _keys(keys: list[Any]) -> list[Any]:
-    """Keys as they are; containers are refused, since telling apart tuples of tuples may take for ever."""
-    odd = next((key for key in keys if not isinstance(key, str | bytes | int | float | None)), None)
-    if odd is not None:
-        raise TypeError(f"a dict with a {type(odd).__name__} as a key")
+    """Keys as they are; nested ones are refused, since telling apart tuples of tuples may take for ever."""
+    for key in keys:
+        for part in key if isinstance(key, tuple) else (key,):
+            if not isinstance(part, str | bytes | int | float | None):
+                raise TypeError(f"a dict with a {type(part).__name__} in a key")
     return keys
 
 
