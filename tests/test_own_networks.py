@@ -45,7 +45,7 @@ OURS = [*SMALL, "--backbone", "conv4-32", "--val-every", 1, "--val-tasks", 2]
         ("maml", "Checkpointed", r"remove torch.utils.checkpoint from it, and save memory with --recompute"),
         ("maml", "WithBackwardHook", r"What helps: remove the backward hooks of its 1"),
         ("maml", "ReentrantlyCheckpointed", r"remove torch.utils.checkpoint from it, and save memory with --recompute"),
-        ("maml", "WithoutGradient", r"it is zero everywhere, so take torch.no_grad\(\) or detach\(\) out"),
+        ("maml", "WithoutGradient", "it is zero everywhere, so take torch.no_grad() or detach() out"),
         ("maml", "ThroughNumPy", r"compute with tensors in its forward, not with NumPy"),
         ("maml", "KeepsItsWeight", r"keeps something of a call in kept and uses it in the next"),
         ("maml", "Tuple", r"returns a tuple of 2 values"),
