@@ -210,7 +210,7 @@ def test_protonet_takes_a_head_without_bias_and_refuses_none(rng: torch.Generato
     assert torch.equal(before, torch.get_rng_state()), "nothing is drawn from the global generator"
     spatial = nn.Sequential(nn.Linear(16, 4), nn.Flatten(1, 2))
     uneven = ProtoNet(nn.Sequential(spatial, nn.Linear(4, WAYS)))
-    with pytest.raises(ConfigError, match=r"flatten them before it"):
+    with pytest.raises(ConfigError, match=r"output of shape \(6, 2, 3\)"):
         uneven.adapt(uneven.init(rng), torch.rand(6, 1, 2, 16), torch.arange(3).repeat(2))
 
 

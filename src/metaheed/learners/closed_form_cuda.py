@@ -131,7 +131,6 @@ class ClosedFormCUDA(ClosedForm):
         head = params["head.weight"]
         if head.dtype != torch.float32 or self._mean_plane or (x.is_cuda and not works_on(x.device)):
             return False
-        self.check_size(params, x)
         count, *size = x.shape[-4], *x.shape[-2:]
         channels = x.shape[-3]
         for shape in self._shapes:
@@ -142,6 +141,7 @@ class ClosedFormCUDA(ClosedForm):
             if not 1 < places <= _MOST_PLACES or min(size) < 2:
                 return False
             channels, size = wide, [side // 2 for side in size]
+        self.check_size(params, x)
         return bool(head.shape[-1] <= _MOST_FEATURES)
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
