@@ -90,7 +90,7 @@ def test_gradient_and_hessian_product_are_autograds(
     monkeypatch.setattr(kernels, "_tile", lambda *_: kernels._Tile(places, 4, 3))
     monkeypatch.setattr(kernels, "_TILE", places)
     monkeypatch.setattr(kernels, "_SUMMED", min(places, 256))
-    monkeypatch.setattr(kernels, "_SMALL", 1 << 16 if places > 64 else 0)
+    monkeypatch.setattr(kernels, "_SMALL", 1 << 16 if places > 128 else 0)
     net = Conv4(ways, shape, hidden=hidden)
     form, params, direction = known(net), drawn(net, 2, 1), drawn(net, 2, 2)
     generator = torch.Generator().manual_seed(3)
