@@ -31,7 +31,7 @@ arithmetic.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -148,26 +148,27 @@ class ClosedForm:
         Raises:
             ConfigError: the network was built for images of another size.
         """
-        self.check_size(params, x)
-        count, *size = x.shape[-4], *x.shape[-2:]
         if x.shape[-3] != params[f"{self._shapes[0].name}.conv.weight"].shape[-3]:
             return False
+        count, *size = x.shape[-4], *x.shape[-2:]
+        places = []
         for shape in self._shapes:
             size = [(side - 1) // shape.stride + 1 for side in size]
-            if count * size[0] * size[1] <= 1 or not np.all(_numbers(params[f"{shape.name}.norm.weight"])):
-                return False
+            places.append(count * size[0] * size[1])
             if shape.pool:
                 size = [side // 2 for side in size]
-        return True
+        self.check_size(params, x, size)
+        gains = (_numbers(params[f"{shape.name}.norm.weight"]) for shape in self._shapes)
+        return all(number > 1 and bool(np.all(gain)) for number, gain in zip(places, gains, strict=True))
 
-    def check_size(self, params: Params, x: Tensor) -> None:
-        """Raise ConfigError if the images are not of the size that the network was built for."""
-        height, width = x.shape[-2:]
-        for shape in self._shapes:
-            height, width = ((side - 1) // shape.stride + 1 for side in (height, width))
-            if shape.pool:
-                height, width = height // 2, width // 2
-        places = 1 if self._mean_plane else height * width
+    def check_size(self, params: Params, x: Tensor, size: Sequence[int]) -> None:
+        """Raise ConfigError if the images are not of the size that the network was built for.
+
+        Args:
+            params, x: as for `fits`.
+            size: of a plane after the last block.
+        """
+        places = 1 if self._mean_plane else size[0] * size[1]
         expected = params["head.weight"].shape[-1] // params[f"{self._shapes[-1].name}.conv.weight"].shape[-4]
         if places != expected:
             raise ConfigError(

@@ -141,7 +141,7 @@ class ClosedFormCUDA(ClosedForm):
             if not 1 < places <= _MOST_PLACES or min(size) < 2:
                 return False
             channels, size = wide, [side // 2 for side in size]
-        self.check_size(params, x)
+        self.check_size(params, x, size)
         return bool(head.shape[-1] <= _MOST_FEATURES)
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
