@@ -145,6 +145,16 @@ def _checked_leaves(state: OuterState) -> Iterator[tuple[str, str, Tensor]]:
                 yield group, name, leaf
 
 
+def _watched(tools: Tools, look: Callable[[Gradients], Gradients], batch: Callable[[str, Any], Episode]) -> Tools:
+    """The tools with a look at every gradient, and with batches of the streams from elsewhere."""
+    return tools._replace(
+        gradients=look(tools.gradients),
+        plain_gradients=look(tools.plain),
+        train=partial(batch, "training"),
+        probe=partial(batch, "probe"),
+    )
+
+
 class OneByOne:
     """The rule's step, and a look at its numbers after each; the next batches are drawn meanwhile (a thread a stream).
 
@@ -172,12 +182,7 @@ class OneByOne:
         self._ahead = {stream: Ahead(episodes) for stream, episodes in streams.episodes.items()}
         self.asked: dict[str, set[int]] = {}
         """Stream -> which of its batches were asked for, counted from t."""
-        self._tools: Tools | None = tools._replace(
-            gradients=self._checked(tools.gradients),
-            plain_gradients=self._checked(tools.plain),
-            train=lambda t: self._batch("training", t),
-            probe=lambda t: self._batch("probe", t),
-        )
+        self._tools: Tools | None = _watched(tools, self._checked, self._batch)
 
     def _batch(self, stream: str, t: int) -> Episode:
         self.asked.setdefault(stream, set()).add(t - self._t)
@@ -326,12 +331,7 @@ class _Buffers:
         self.state = _copied(state)
         self.spans = {stream: range(min(offsets), max(offsets) + 1) for stream, offsets in asked.items()}
         self._rule, self._streams, self._block = rule, streams, block
-        self._tools: Tools | None = tools._replace(
-            gradients=self._noted(tools.gradients),
-            plain_gradients=self._noted(tools.plain),
-            train=lambda t: self._batch("training", t),
-            probe=lambda t: self._batch("probe", t),
-        )
+        self._tools: Tools | None = _watched(tools, self._noted, self._batch)
         self.device = device = next(iter(self.state.meta.values())).device
         self._t, self._first = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._places = torch.arange(block, device=device)
