@@ -1,9 +1,8 @@
 """Judging a trained run on frozen tasks, and comparing runs on the same ones."""
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,31 +15,29 @@ from metaheed.config import CHUNKED, EvaluationConfig, ExecutionName, FreezeConf
 from metaheed.data import Episodes, load_dataset
 from metaheed.data.convert import convert
 from metaheed.data.frozen import Frozen, FrozenEpisodes, freeze, read_episodes
-from metaheed.errors import ConfigError, DataError, MetaheedError, NonFiniteError, RunError, brief, shown
+from metaheed.errors import ConfigError, DataError, NonFiniteError, RunError, brief, shown
 from metaheed.files import JSON_BYTES, read_bounded
-from metaheed.learners import Learner, NetworkLearner, find_backbone, place_constants
+from metaheed.learners import find_backbone, place_constants
 from metaheed.outer import (
     Execution,
     adapted_outcome,
     build_execution,
-    explain_failure,
     initial_outcome,
     pick_for_run,
     workers_ended,
 )
 from metaheed.parsing import from_json
 from metaheed.process import (
-    cannot_start,
     cpu_threads,
+    failures_explained,
     float32_products,
-    is_out_of_memory,
     memory_explained,
     pick_device,
     starts_explained,
 )
 from metaheed.runs import Pixels, RunFolder, check_writable, is_writable, load_weights, recorded_pixels, write_whole
 from metaheed.seals import seal_values, unseal_values
-from metaheed.types import Episode, Params
+from metaheed.types import Params
 
 _AT_ONCE = 10  # tasks a batch in evaluation: bounds memory, and how long an interruption waits
 
@@ -156,9 +153,7 @@ def evaluate_run(
     where = pick_device(device or run.training.device, fall_back=device is None)
     meta = {name: p.to(where) for name, p in meta.items()}
     place_constants(learner, where)
-    run = replace(run, training=_judging(run, execution, chunk_size, where))
-    if threads is not None:
-        run = replace(run, training=replace(run.training, threads=threads))
+    run = replace(run, training=_judging(run, execution, chunk_size, threads, where))
     episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
     folder.check_classes(episodes.dataset, setting.split)
     with (
@@ -166,7 +161,7 @@ def evaluate_run(
         cpu_threads(run.training),
         float32_products(run.training.tf32),
         memory_explained(run, where, min(_AT_ONCE, setting.tasks), learner),
-        _failures_explained(run, where, learner, meta, episodes),
+        failures_explained(run, where, learner, meta, lambda: episodes.batch(0, 1), judging=True),
     ):
         adapted, initial = (
             evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)
@@ -198,40 +193,21 @@ def evaluate_run(
     return result
 
 
-@contextlib.contextmanager
-def _failures_explained(
-    run: RunConfig, where: torch.device, learner: Learner, meta: Params, episodes: Episodes
-) -> Iterator[None]:
-    """Turn what a user's own network raises into ConfigError, with what helps."""
-    try:
-        yield
-    except MetaheedError:
-        raise
-    except Exception as error:  # a user's network may raise anything
-        systems = isinstance(error, RuntimeError) and (is_out_of_memory(error) or cannot_start(error))
-        if systems or not isinstance(learner, NetworkLearner) or learner.backbone.is_ours:
-            raise
-
-        def executed(learner: Learner, function: Callable[[Learner, Params, Episode], Any]) -> Execution[Any]:
-            return build_execution(run.training, where, learner, function)
-
-        execution = run.training.execution
-        explained = explain_failure(error, learner, meta, episodes.batch(0, 1), executed, execution, judging=True)
-        raise ConfigError(f"backbone {run.learner.backbone!r}: {explained}") from error
-
-
 def _judging(
-    run: RunConfig, execution: ExecutionName | None, chunk_size: int | None, where: torch.device
+    run: RunConfig, execution: ExecutionName | None, chunk_size: int | None, threads: int | None, where: torch.device
 ) -> TrainingConfig:
     """How the run's own settings run tasks there."""
     training = run.training
     if chunk_size is not None:
-        return replace(training, execution=execution or "vectorized", chunk_size=chunk_size)
+        return replace(
+            training, execution=execution or "vectorized", chunk_size=chunk_size, threads=threads or training.threads
+        )
     if execution is None:
         elsewhere = where.type != torch.device(training.device).type
         execution = "auto" if elsewhere else training.execution
     picked = pick_for_run(run, execution, where, _AT_ONCE)
-    return replace(training, execution=picked, chunk_size=training.chunk_size if picked in CHUNKED else None)
+    chunk_size = training.chunk_size if picked in CHUNKED else None
+    return replace(training, execution=picked, chunk_size=chunk_size, threads=threads or training.threads)
 
 
 class _Setting(NamedTuple):

@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import torch
 
 from metaheed.config import CHUNKED, RunConfig, SequentialConfig, TrainingConfig
-from metaheed.errors import ConfigError, OutOfMemoryError, StartError, WorkerError
-from metaheed.learners import Learner
-from metaheed.outer import tasks_at_once
+from metaheed.errors import ConfigError, MetaheedError, OutOfMemoryError, StartError, WorkerError
+from metaheed.learners import Learner, NetworkLearner
+from metaheed.outer import build_execution, explain_failure, tasks_at_once
+from metaheed.types import Episode, Params
 
 
 def pick_device(name: str, fall_back: bool = False) -> torch.device:
@@ -249,6 +251,33 @@ def memory_explained(
             f"{config.training.execution} computes batches of {tasks}: {remedy}. "
             "Checkpoints, if any, are kept"
         ) from error
+
+
+@contextlib.contextmanager
+def failures_explained(
+    config: RunConfig, device: torch.device, learner: Learner, meta: Params, task: Callable[[], Episode], judging: bool
+) -> Iterator[None]:
+    """Turn what a user's own network raises into ConfigError, with what helps; what the system lacks passes.
+
+    Args:
+        config: the run's, its execution chosen.
+        device: where it computes.
+        learner: the run's.
+        meta: θ, on the device.
+        task: gives a batch of one task, for trying what helps.
+        judging: tasks are judged; otherwise their gradients are computed.
+    """
+    try:
+        yield
+    except MetaheedError:
+        raise
+    except Exception as error:  # a user's network may raise anything
+        systems = isinstance(error, RuntimeError) and (is_out_of_memory(error) or cannot_start(error))
+        if systems or not isinstance(learner, NetworkLearner) or learner.backbone.is_ours:
+            raise
+        executed = partial(build_execution, config.training, device)
+        explained = explain_failure(error, learner, meta, task(), executed, config.training.execution, judging)
+        raise ConfigError(f"backbone {config.learner.backbone!r}: {explained}") from error
 
 
 def cannot_start(error: RuntimeError) -> bool:

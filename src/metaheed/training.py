@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -22,7 +23,6 @@ from metaheed.data.images import make_split
 from metaheed.errors import (
     ConfigError,
     Interrupted,
-    MetaheedError,
     NonFiniteError,
     OutOfMemoryError,
     RunError,
@@ -30,7 +30,6 @@ from metaheed.errors import (
 from metaheed.evaluation import evaluate, interval
 from metaheed.learners import Learner, NetworkLearner, build_learner, find_backbone, place_constants
 from metaheed.outer import (
-    Execution,
     OuterState,
     Rule,
     StepRecord,
@@ -43,7 +42,6 @@ from metaheed.outer import (
     build_steps,
     check_gradient,
     describe_execution,
-    explain_failure,
     initial_gradient,
     pick_for_run,
     plain_gradient,
@@ -53,10 +51,10 @@ from metaheed.outer import (
 from metaheed.process import (
     Signals,
     StopRequested,
-    cannot_start,
     check_batch_fits,
     cpu_threads,
     describe_processor,
+    failures_explained,
     float32_products,
     is_out_of_memory,
     memory_explained,
@@ -541,27 +539,14 @@ def _try_out(session: _Session, meta: Params, notice: Callable[[str], None]) -> 
         torch.cuda.reset_peak_memory_stats(session.device)
         before = torch.cuda.memory_allocated(session.device)
 
-    def executed(learner: Learner, function: Callable[[Learner, Params, Episode], Any]) -> Execution[Any]:
-        return build_execution(training, session.device, learner, function)
-
     own_network = isinstance(learner, NetworkLearner) and not learner.backbone.is_ours
-    try:
-        if own_network:
-            assert isinstance(learner, NetworkLearner)
+    with failures_explained(session.config, session.device, learner, meta, lambda: task, judging=False):
+        if isinstance(learner, NetworkLearner):
             learner.backbone.examine(learner.initial(meta), task.support_x[0])
         _, info = execution(meta, task)
         if own_network:
             execution(meta, other)  # what it leaves behind must not change the next task's result
         _, again = execution(meta, task)
-    except MetaheedError:
-        raise
-    except Exception as error:  # a user's network may raise anything
-        if isinstance(error, RuntimeError) and (is_out_of_memory(error) or cannot_start(error)):
-            raise
-        if not own_network:
-            raise
-        explained = explain_failure(error, learner, meta, task, executed, training.execution, judging=False)
-        raise ConfigError(f"backbone {backbone!r}: {explained}") from error
     if on_cuda:
         session.task_bytes = torch.cuda.max_memory_allocated(session.device) - before
     # Kernels of a GPU may round differently from call to call; a loss that is not finite is found by the loop.
@@ -573,6 +558,7 @@ def _try_out(session: _Session, meta: Params, notice: Callable[[str], None]) -> 
         )
     if own_network and training.check_gradient:
         try:
+            executed = partial(build_execution, training, session.device)
             unknown = check_gradient(learner, meta, Episode(*(part[0] for part in task)), executed)
         except ConfigError as error:
             raise ConfigError(f"backbone {backbone!r}: {error}") from error
