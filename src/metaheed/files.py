@@ -162,7 +162,10 @@ def read_bounded(path: Path, most: int | None = None) -> bytes:
     with open_to_read(path) as file:
         if most is None:
             return file.read()
-        content = file.read(most + 1)
+        size = os.fstat(file.fileno()).st_size
+        content = file.read(min(size, most) + 1)  # not more at once: room for it is made beforehand
+        if size < len(content) <= most:  # it grew meanwhile
+            content += file.read(most + 1 - len(content))
         if len(content) > most:
             size = os.fstat(file.fileno()).st_size
             raise OSError(errno.EFBIG, f"it has {size:,} bytes, where such a file has {most:,} at most", str(path))

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from metaheed.data import SPLITS, load_dataset
+from metaheed.data import SPLITS, load_dataset, trees
 from metaheed.data.decode import rgb
 from metaheed.data.folder import split_classes
 from metaheed.data.trees import open_tree
 from metaheed.errors import DataError
+from metaheed.files import read_bounded
 from tests.conftest import Run
 from tests.data.making import divided, picture, pictures, png, zipped
 from tests.test_training import SMALL
@@ -291,14 +292,13 @@ def test_all_unreadable_files_are_named_at_once(tmp_path: Path) -> None:
 def test_a_file_that_the_system_does_not_give_is_one_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = pictures(tmp_path / "mine")
     (folder / "class03" / "001.png").write_bytes(b"")
-    read = Path.read_bytes
 
-    def denied(path: Path) -> bytes:
+    def denied(path: Path, most: int | None = None) -> bytes:
         if path.name == "002.png" and path.parent.name == "class05":
             raise PermissionError(13, "Permission denied")
-        return read(path)
+        return read_bounded(path, most)
 
-    monkeypatch.setattr(Path, "read_bytes", denied)
+    monkeypatch.setattr(trees, "read_bounded", denied)
     with pytest.raises(DataError, match="2 of the images") as error:
         load_dataset("folder", folder)
     assert "class05/002.png: Permission denied" in str(error.value)

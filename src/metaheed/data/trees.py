@@ -5,6 +5,7 @@ there twice, or claims a size out of all proportion.
 """
 
 import contextlib
+import errno
 import os
 import re
 import tarfile
@@ -14,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from metaheed.errors import DataError, MissingDataError, is_systems
+from metaheed.files import read_bounded
 
 LARGEST_FILE = 1 << 29
 """Bytes that a member may claim; the largest published one (CIFAR-100's train part) has 155 million."""
@@ -46,9 +48,10 @@ Content = bytes | Unreadable
 def read_file(path: Path, largest: int = LARGEST_FILE) -> Content:
     """The content of one of many files, or why it cannot be had: the others may be fine."""
     try:
-        size = path.stat().st_size
-        return path.read_bytes() if size <= largest else Unreadable(f"it has {size} bytes, more than any picture")
+        return read_bounded(path, largest)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            return Unreadable(f"it has {path.stat().st_size} bytes, more than any picture")
         return Unreadable(error.strerror or str(error))
 
 
