@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from metaheed.errors import ConfigError, shown, unknown
 from metaheed.trust import Named
@@ -237,6 +237,13 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         _require(bool(self.backbone), "backbone", self.backbone, "it must name a network")
+
+    def from_anywhere(self) -> Self:
+        """The same, its paths absolute, so that a run can be gone on with from any folder."""
+        start, folder = self.init_from, self.backbone_path
+        if ":" in self.backbone:
+            folder = (folder or Path()).expanduser().absolute()
+        return dataclasses.replace(self, backbone_path=folder, init_from=start and start.expanduser().absolute())
 
     def own_settings(self) -> dict[str, Any]:
         """The settings beside the backbone: the keyword arguments of the learner's constructor."""

@@ -143,11 +143,7 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     check_name(config.episodes.data)
-    learner = config.learner
-    if learner.init_from is not None:
-        learner = replace(learner, init_from=learner.init_from.expanduser().absolute())
-    if ":" in learner.backbone:
-        learner = replace(learner, backbone_path=(learner.backbone_path or Path()).expanduser().absolute())
+    learner = config.learner.from_anywhere()
     if trust:
         allow(learner.backbone, learner.backbone_path)
     find_backbone(learner.backbone, learner.backbone_path)

@@ -13,6 +13,7 @@ import copy
 import math
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ Executed = Callable[[Learner, Callable[[Learner, Params, Episode], Any]], Execut
 
 
 def _looped(learner: Learner, function: Callable[[Learner, Params, Episode], Any]) -> Execution[Any]:
-    return map_looped(lambda meta, episode: function(learner, meta, episode))
+    return map_looped(partial(function, learner))
 
 
 def check_gradient(learner: Learner, meta: Params, episode: Episode, executed: Executed = _looped) -> str | None:

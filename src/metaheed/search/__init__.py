@@ -140,11 +140,7 @@ def _inside(out: Path, storage: str) -> str:
 def _anywhere(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, SearchConfig]:
     """The same, named so that it can be gone on with from any folder; the study folder taken out."""
     training = TrainingConfig(**{f.name: getattr(config.training, f.name) for f in fields(TrainingConfig)})
-    learner, root = config.learner, config.episodes.data_root
-    if ":" in learner.backbone:
-        learner = replace(learner, backbone_path=(learner.backbone_path or Path()).expanduser().absolute())
-    if learner.init_from is not None:
-        learner = replace(learner, init_from=learner.init_from.expanduser().absolute())
+    learner, root = config.learner.from_anywhere(), config.episodes.data_root
     storage = settings.storage
     file = sqlite_file(storage)
     if file is not None:
