@@ -269,6 +269,8 @@ class _Session:
     validation: Callable[[Params, Callable[[int], None]], tuple[float, float, float]]
     dataset: Dataset
     device: torch.device
+    drawn: Params
+    """θ as the seed draws it."""
     task_bytes: int | None = None
     """Memory that one task's gradient takes, where it was measured."""
 
@@ -441,8 +443,8 @@ def _set_up(config: RunConfig, dataset: Dataset, folder: RunFolder | None) -> _S
     test_ways, judged = config.episodes.test_shape[0], learner
     if config.learner.any_ways and test_ways != config.episodes.ways:
         judged = build_judged_learner(config, test_ways, dataset.image_shape)
-    theta = learner.init(torch.Generator().manual_seed(seed))
-    check_batch_fits(config, device, dataset.image_shape, sum(p.numel() * p.element_size() for p in theta.values()))
+    drawn = learner.init(torch.Generator().manual_seed(seed))
+    check_batch_fits(config, device, dataset.image_shape, sum(p.numel() * p.element_size() for p in drawn.values()))
     for each in {learner, judged}:
         place_constants(each, device)
     tools = Tools(
@@ -468,7 +470,7 @@ def _set_up(config: RunConfig, dataset: Dataset, folder: RunFolder | None) -> _S
     if folder is not None and isinstance(config.rule, ReplayedConfig):
         logged = _logged_weights(folder, config)
     rule = build_rule(config, torch.Generator().manual_seed(seed + 1), logged)
-    return _Session(config, learner, rule, tools, streams, validation, dataset, device)
+    return _Session(config, learner, rule, tools, streams, validation, dataset, device, drawn)
 
 
 def _on_device(dataset: Dataset, device: torch.device) -> Dataset:
@@ -568,16 +570,14 @@ def _given_start(config: RunConfig, session: _Session, folder: RunFolder, report
         return None
     kept = folder.read_start()
     if kept is None:
-        drawn = session.learner.init(torch.Generator().manual_seed(config.training.seed))
         source = config.learner.init_from
-        kept = start_from(read_weights(source), session.learner, drawn, str(source), reporter.message)
+        kept = start_from(read_weights(source), session.learner, session.drawn, str(source), reporter.message)
         folder.write_start(kept)
     return kept
 
 
 def _fresh(session: _Session, meta: Params | None = None) -> Checkpoint:
-    if meta is None:
-        meta = session.learner.init(torch.Generator().manual_seed(session.config.training.seed))
+    meta = session.drawn if meta is None else meta
     state = OuterState(meta, session.tools.optimizer.init(meta), session.rule.init(meta))
     return Checkpoint(Progress(), state, {}, session.dataset.image_shape, session.pixels, session.config.run_name)
 

@@ -274,6 +274,14 @@ class _ForkSafeLock:
         self._lock.release()
 
 
+def _fill(module: nn.Module, params: Params) -> None:
+    """Write values into a module's parameters."""
+    learned = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, p in params.items():
+            learned[name].copy_(p)
+
+
 class Backbone:
     """A network as a pure function of its parameters, for learners to build on.
 
@@ -385,10 +393,8 @@ class Backbone:
 
     def hold(self, params: Params) -> None:
         """Put these values into the module itself, for those who look inside it; calls do not use them."""
-        with self._lock, torch.no_grad():
-            learned = dict(self.module.named_parameters())
-            for name in self.names:
-                learned[name].copy_(params[name])
+        with self._lock:
+            _fill(self.module, {name: params[name] for name in self.names})
 
     def filled(self, params: Params) -> nn.Module:
         """A copy of the module with these parameters, on their device and in their dtype.
@@ -408,10 +414,7 @@ class Backbone:
             )
         like = next(iter(params.values()))
         module = module.to(like.device, like.dtype)
-        learned = dict(module.named_parameters())
-        with torch.no_grad():
-            for name, p in params.items():
-                learned[name].copy_(p)
+        _fill(module, params)
         return module
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
