@@ -6,7 +6,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -80,14 +80,23 @@ def _linked(file: Path, victim: Path, hard: bool = False) -> bytes:
     return victim.read_bytes()
 
 
+def _refused_at_a_link(
+    copy: Path, file: str, command: Sequence[str], metaheed: Run, hard: bool = False
+) -> tuple[str, Path]:
+    """That a command fails where a link lies in a file's place, and leaves alone what it leads to; what it says, and
+    where the link leads."""
+    victim = copy / "victim"
+    before = _linked(copy / file, victim, hard)
+    os.chdir(copy)
+    status, _, err = metaheed(*command)
+    assert (status, victim.read_bytes()) == (1, before), err
+    return err, victim
+
+
 @posix
 @pytest.mark.parametrize("file", FILES)
 def test_files_of_a_run_are_not_written_through_links(file: str, copy: Path, metaheed: Run) -> None:
-    victim = copy / "victim"
-    before = _linked(copy / "run" / file, victim)
-    os.chdir(copy)
-    status, _, err = metaheed(*FILES[file])
-    assert (status, victim.read_bytes()) == (1, before)
+    err, victim = _refused_at_a_link(copy, f"run/{file}", FILES[file], metaheed)
     assert f"{file} " in err.replace(":", " ")
     assert f"is a link to {victim}" in err
     assert err.count("\n") == 1
@@ -109,11 +118,8 @@ def test_what_is_half_written_is_not_written_through_links(file: str, copy: Path
 @posix
 @pytest.mark.parametrize("file", ["run.lock", "metrics.jsonl", "tasks.jsonl", "timing.jsonl"])
 def test_files_that_are_written_on_have_no_second_name(file: str, copy: Path, metaheed: Run) -> None:
-    victim = copy / "victim"
-    before = _linked(copy / "run" / file, victim, hard=True)
-    os.chdir(copy)
-    status, _, err = metaheed(*RESUME)
-    assert (status, victim.read_bytes(), "hard link" in err) == (1, before, True), err
+    err, _ = _refused_at_a_link(copy, f"run/{file}", RESUME, metaheed, hard=True)
+    assert "hard link" in err
 
 
 @posix
@@ -151,11 +157,7 @@ def test_a_new_run_is_not_written_through_links_that_wait_for_it(copy: Path, met
 @posix
 @pytest.mark.parametrize("file", STUDY)
 def test_files_of_a_study_are_not_written_through_links(file: str, copy: Path, metaheed: Run) -> None:
-    victim = copy / "victim"
-    before = _linked(copy / "study" / file, victim)
-    os.chdir(copy)
-    status, _, err = metaheed(*SEARCH)
-    assert (status, victim.read_bytes()) == (1, before), err
+    err, victim = _refused_at_a_link(copy, f"study/{file}", SEARCH, metaheed)
     assert f"is a link to {victim}" in err
 
 
