@@ -48,7 +48,6 @@ from metaheed.outer import (
     Tools,
     adam,
     attended,
-    equity,
     initial_gradient,
     loss_softmax,
     map_im2col,
@@ -63,7 +62,8 @@ from metaheed.outer import (
     uniform,
     uniform_2b,
 )
-from metaheed.process import float32_products, make_deterministic
+from metaheed.rules.equity import equity
+from metaheed.running.process import float32_products, make_deterministic
 from metaheed.types import Params
 
 PAPER_ITERATIONS = 55_000

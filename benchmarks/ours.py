@@ -24,7 +24,7 @@ from metaheed.outer import (
     plain_gradient,
     task_gradient,
 )
-from metaheed.process import cpu_threads, keep_freed_memory, make_deterministic
+from metaheed.running.process import cpu_threads, keep_freed_memory, make_deterministic
 from metaheed.types import Params
 
 _CPU = torch.device("cpu")

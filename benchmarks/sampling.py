@@ -44,11 +44,13 @@ from benchmarks.settings import SETTINGS, Setting
 from benchmarks.speed import conditions
 from metaheed.config import MAMLConfig, RunConfig, default_config
 from metaheed.data import SPLITS, Ahead, Dataset, Episodes, Split, load_dataset
+from metaheed.data.preparing import prepare
 from metaheed.data.sources import Quiet, Source, SourceSplit, array_stream
-from metaheed.data.store import prepare
-from metaheed.process import cpu_threads, keep_freed_memory, make_deterministic
-from metaheed.runs import RunFolder, write_whole
-from metaheed.training import Silent, train
+from metaheed.files.writing import write_whole
+from metaheed.running.folder import RunFolder
+from metaheed.running.process import cpu_threads, keep_freed_memory, make_deterministic
+from metaheed.running.reporter import Silent
+from metaheed.running.train import train
 from metaheed.types import Episode
 
 WAYS, SHOTS, QUERIES, TASKS, CLASSES = 5, 1, 15, 4, 64
@@ -318,7 +320,7 @@ def _round(setting: Setting, algorithm: str, folder: Path, iterations: int, numb
             return drawn
 
     clock = _Clock()
-    with mock.patch("metaheed.outer.steps.Ahead", Timed):
+    with mock.patch("metaheed.engine.steps.Ahead", Timed):
         path = train(chosen, clock)
     trained = RunFolder(path).read_config()
     dataset = load_dataset(chosen.episodes.data, chosen.episodes.data_root)

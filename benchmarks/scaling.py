@@ -22,7 +22,7 @@ from benchmarks.processes import ROOT, Process
 from benchmarks.settings import SETTINGS, Setting
 from benchmarks.speed import WARM_UP, conditions
 from benchmarks.table import save, spread
-from metaheed.runs import write_whole
+from metaheed.files.writing import write_whole
 
 BASE = replace(SETTINGS["c"], algorithms=("maml",))
 AXES: dict[str, tuple[int, ...]] = {

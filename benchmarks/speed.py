@@ -28,7 +28,7 @@ from benchmarks import limit, table
 from benchmarks.processes import ROOT, Process, WorkerError
 from benchmarks.reference import LARGEST, base_algorithm, difference
 from benchmarks.settings import PEERS, SETTINGS, Setting
-from metaheed.runs import write_whole
+from metaheed.files.writing import write_whole
 from metaheed.types import Params
 
 WARM_UP = 2

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from metaheed.runs import write_whole
+from metaheed.files.writing import write_whole
 
 LABELS = {
     "ours": "metaheed",

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metaheed.learners import kernels
+from metaheed.networks.closed_form import kernels
 
 TASKS, FILTERS = 4, 32
 PRODUCTS = ("ieee", "tf32x3", "tf32")

@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 
 from metaheed.data.images import Dataset, make_split
 from metaheed.data.locate import class_list
-from metaheed.data.omniglot import ARCHIVES
-from metaheed.runs import _digest
+from metaheed.data.sets.omniglot import ARCHIVES
+from metaheed.running.checkpoint import _digest
 from metaheed.types import Episode
 
 ROOT = Path(__file__).parents[1]
@@ -202,7 +202,7 @@ Run = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def metaheed(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> Run:
     """The command line in this process: (exit status, standard output, standard error)."""
-    from metaheed.cli import main
+    from metaheed.cli.entry import main
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()

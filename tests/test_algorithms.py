@@ -19,9 +19,9 @@ from metaheed.config import (
     preset,
     to_dict,
 )
+from metaheed.engine.executions.processes import AVAILABLE
 from metaheed.errors import ConfigError
 from metaheed.outer import pick_execution
-from metaheed.outer.processes import AVAILABLE
 from tests.conftest import Run
 
 TINY = [

@@ -9,27 +9,27 @@ from pathlib import Path
 import pytest
 
 from metaheed import config
-from metaheed.learners import _CLASSES as LEARNER_CLASSES
+from metaheed.learners.build import _CLASSES as LEARNER_CLASSES
 from metaheed.outer import TaskAttention, attended
 from tests.conftest import ROOT
 
 SOURCE = ROOT / "src" / "metaheed"
 LAYERS = (
-    ("errors", "files", "headless", "seals"),
-    ("parsing",),
-    ("trust",),
-    ("types", "config", "paper"),
-    ("data", "learners"),
+    ("types", "errors", "headless"),
+    ("trees",),
+    ("files",),
+    ("config",),
+    ("data", "networks"),
+    ("learners", "rules"),
+    ("engine",),
     ("outer",),
-    ("process", "runs", "recipes"),
-    ("evaluation", "starting"),
-    ("training", "figures"),
-    ("progress", "search"),
-    ("demo", "toy"),
-    ("report",),
-    ("reproduce", "hints"),
+    ("running",),
+    ("studies",),
     ("cli",),
 )
+"""Folders and files of the package; each imports only from those in rows above its own."""
+LINES = 450
+"""Of a file, at most; the CUDA kernels are one program and stay together."""
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
@@ -58,23 +58,39 @@ def test_imports_point_one_way(path: Path) -> None:
             assert other == part or LEVEL[other] < LEVEL[part], f"{path} imports {module}"
 
 
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("*.py")), ids=lambda p: str(p.relative_to(SOURCE)))
+def test_files_are_short(path: Path) -> None:
+    assert path.name == "kernels.py" or len(path.read_text().splitlines()) <= LINES
+
+
+@pytest.mark.parametrize("path", sorted(SOURCE.rglob("__init__.py")), ids=lambda p: str(p.parent.relative_to(SOURCE)))
+def test_packages_only_name_what_is_public(path: Path) -> None:
+    if path.parent == SOURCE:
+        return
+    for node in ast.parse(path.read_text()).body:
+        named = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+        doc = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        assert named or doc or isinstance(node, ast.ImportFrom), ast.unparse(node)
+
+
 def test_every_module_has_a_layer() -> None:
     parts = {_part(path) for path in SOURCE.rglob("*.py")} - {"__init__", "__main__"}
     assert parts == set(LEVEL)
 
 
 def test_attention_needs_torch_and_types_only() -> None:
-    imported = _imports(SOURCE / "outer" / "attention.py")
+    imported = _imports(SOURCE / "rules" / "attention.py")
     assert {name.split(".")[0] for name in imported} <= {"torch", "collections", "metaheed"}
     assert {name for name in imported if name.startswith("metaheed")} == {"metaheed.types"}
 
 
-def test_config_does_not_need_torch() -> None:
-    for name in ("config", "errors", "cli", "__init__"):
-        top_level = ast.parse((SOURCE / f"{name}.py").read_text()).body
+def test_config_and_the_command_line_do_not_need_torch() -> None:
+    paths = [*(SOURCE / "config").glob("*.py"), *(SOURCE / "cli").glob("*.py"), SOURCE / "errors.py"]
+    for path in [*paths, SOURCE / "__init__.py"]:
+        top_level = ast.parse(path.read_text()).body
         modules = [n.module or "" for n in top_level if isinstance(n, ast.ImportFrom)]
         modules += [alias.name for n in top_level if isinstance(n, ast.Import) for alias in n.names]
-        assert not any(m.split(".")[0] in ("torch", "numpy") for m in modules)
+        assert not any(m.split(".")[0] in ("torch", "numpy") for m in modules), path
 
 
 def test_constructors_read_their_defaults_from_config() -> None:
@@ -98,8 +114,7 @@ def test_constructors_read_their_defaults_from_config() -> None:
 
 
 def test_every_config_field_is_explained() -> None:
-    tree = ast.parse((SOURCE / "config.py").read_text())
-    for node in tree.body:
+    for node in [node for path in (SOURCE / "config").glob("*.py") for node in ast.parse(path.read_text()).body]:
         if isinstance(node, ast.ClassDef):
             for field, after in zip(node.body, [*node.body[1:], None], strict=True):
                 if isinstance(field, ast.AnnAssign) and "ClassVar" not in ast.unparse(field.annotation):
@@ -108,8 +123,9 @@ def test_every_config_field_is_explained() -> None:
 
 def test_every_config_field_is_used() -> None:
     """No option is parsed and ignored: each field's name is read somewhere outside the config."""
-    text = "\n".join(p.read_text() for p in SOURCE.rglob("*.py") if p.name != "config.py")
-    text += "\n".join(re.findall(r"self\.\w+", (SOURCE / "config.py").read_text()))
+    text = "\n".join(p.read_text() for p in SOURCE.rglob("*.py") if _part(p) != "config")
+    own = "\n".join(p.read_text() for p in (SOURCE / "config").glob("*.py"))
+    text += "\n".join(re.findall(r"self\.\w+", own))
     for kind in vars(config).values():
         if inspect.isclass(kind) and dataclasses.is_dataclass(kind):
             for field in dataclasses.fields(kind):
@@ -125,16 +141,17 @@ def test_readme_paths_exist() -> None:
         assert (ROOT / path).exists(), path
 
 
-FOLDERS = ("runs", "search", "training", "evaluation", "recipes", "reproduce", "report", "demo", "toy", "figures")
+FOLDERS = ("running", "studies")
 """What reads and writes folders that a stranger may have filled."""
 OPENING = {"open", "write_text", "write_bytes", "touch", "read_text", "read_bytes", "savefig", "safe_load"}
 
 
 def test_files_of_such_folders_are_opened_in_one_place() -> None:
-    """By metaheed.files, which follows no link where it writes and waits for no pipe; and parsed by `parsing`."""
+    """By `files.opening`, which follows no link where it writes and waits for no pipe; parsed by `files.parsing`."""
     allowed = {
         ("page.py", "read_text"),  # the package's own template
         ("figures.py", "savefig"),  # into memory
+        ("process.py", "read_text"),  # what the system says of its memory
     }
     for path in SOURCE.rglob("*.py"):
         if _part(path) not in FOLDERS:
@@ -148,7 +165,7 @@ def test_files_of_such_folders_are_opened_in_one_place() -> None:
 def test_what_a_file_says_becomes_a_config_with_its_mark_in_one_place() -> None:
     """No other module builds a learner's config from values, so that none forgets that a file named its network."""
     for path in SOURCE.rglob("*.py"):
-        if path.name != "config.py":
+        if _part(path) != "config":
             assert "LEARNERS[" not in path.read_text().replace("LEARNERS[config.learner.name]()", ""), path
 
 

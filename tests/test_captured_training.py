@@ -14,11 +14,12 @@ import pytest
 import torch
 import yaml
 
-import metaheed.outer as package_outer
+import metaheed.engine.choose as package_outer
 from metaheed.config import CHUNKED, RunConfig, default_config, from_dict, to_dict
+from metaheed.files.seals import seal_text, unseal_text
 from metaheed.learners import MAML, Learner
-from metaheed.process import float32_products, memory_explained, suggest_chunk
-from metaheed.seals import seal_text, unseal_text
+from metaheed.outer import map_looped, map_together
+from metaheed.running.process import float32_products, memory_explained, suggest_chunk
 from metaheed.types import Episode, Params
 from tests.conftest import Run
 from tests.networks import Tiny
@@ -35,7 +36,7 @@ def results(run: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def single(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Runs of ten iterations, step by step."""
-    from metaheed.cli import main
+    from metaheed.cli.entry import main
 
     folder, runs = tmp_path_factory.mktemp("single"), dict[tuple[str, ...], Path]()
 
@@ -123,7 +124,7 @@ def test_numbers_not_finite_are_found_within_a_block(metaheed: Run, tmp_path: Pa
 
 def scarce(most: int) -> Callable[..., Any]:
     """An execution of tasks at once that has memory for `most`."""
-    original = package_outer.map_together
+    original = map_together
 
     def make(learner: Learner, function: Callable[..., Any], chunk_size: int | None = None) -> Any:
         run = original(learner, function, chunk_size)
@@ -210,7 +211,7 @@ def test_float32_is_multiplied_as_asked_for_and_only_in_the_run(
     tf32: bool, metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, inside = switches(), list[object]()
-    original = package_outer.map_looped
+    original = map_looped
 
     def noting(per_task: Callable[..., Any]) -> Any:
         run = original(per_task)

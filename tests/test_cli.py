@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from metaheed.demo import demo
+from metaheed.studies.demo import demo
 from tests.conftest import ROOT, Run
 from tests.test_training import SMALL, environment
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from metaheed.engine.executions.processes import AVAILABLE, Workers
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD, ProtoNet
 from metaheed.outer import (
     Execution,
@@ -24,7 +25,6 @@ from metaheed.outer import (
     adapted_outcome,
     attended,
     clipped,
-    equity,
     initial_gradient,
     initial_outcome,
     looped,
@@ -41,8 +41,9 @@ from metaheed.outer import (
     vectorized,
     weighted_sum,
 )
-from metaheed.outer.processes import AVAILABLE, Workers
-from metaheed.runs import Checkpoint, Progress, RunFolder
+from metaheed.rules.equity import equity
+from metaheed.running.checkpoint import Checkpoint, Progress
+from metaheed.running.folder import RunFolder
 from metaheed.types import Episode, Params, TaskInfo
 from tests.conftest import make_batch, task
 from tests.networks import Tiny

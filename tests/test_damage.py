@@ -20,18 +20,20 @@ import pytest
 import torch
 from tools.flip_bits import flip, make_runs, readers
 
-import metaheed.process
-from metaheed import files, seals
+import metaheed.running.process
 from metaheed.config import RunConfig, default_config
 from metaheed.data import Ahead, Dataset, Episodes
+from metaheed.engine.steps import OneByOne
 from metaheed.errors import ConfigError, Interrupted, OutOfMemoryError, RunError
+from metaheed.files import opening as files
+from metaheed.files import seals
 from metaheed.learners import MAML
 from metaheed.outer import TaskAttention
-from metaheed.outer.steps import OneByOne
-from metaheed.process import Signals, StopRequested, check_batch_fits, is_out_of_memory, memory_explained
-from metaheed.report.reading import read_run
-from metaheed.runs import RunFolder
-from metaheed.training import Silent, resume, train
+from metaheed.running.folder import RunFolder
+from metaheed.running.process import Signals, StopRequested, check_batch_fits, is_out_of_memory, memory_explained
+from metaheed.running.reporter import Silent
+from metaheed.running.train import resume, train
+from metaheed.studies.report.reading import read_run
 from tests.conftest import ROOT, Run, as_format_1
 from tests.networks import Tiny
 
@@ -298,14 +300,14 @@ class TestSignals:
     def test_nohup(self, monkeypatch: pytest.MonkeyPatch) -> None:
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
-            with metaheed.process.signals_received() as received:
+            with metaheed.running.process.signals_received() as received:
                 signal.raise_signal(signal.SIGHUP)
                 assert received == []
         finally:
             signal.signal(signal.SIGHUP, before)
 
     def test_a_second_one_interrupts_and_one_before_stops_at_once(self) -> None:
-        with metaheed.process.signals_received() as received:
+        with metaheed.running.process.signals_received() as received:
             signal.raise_signal(signal.SIGTERM)
             with pytest.raises(StopRequested), received.interrupting():
                 raise AssertionError("not begun")
@@ -359,16 +361,16 @@ class TestMemory:
         config, cpu = small(tmp_path), torch.device("cpu")
         # Two tasks of four images of 100 float32, their rows, and a gradient of 40 bytes.
         need = 2 * (4 * 100 * 4 + 4 * 8 + 40)
-        monkeypatch.setattr(metaheed.process, "memory_of", lambda device: need)
+        monkeypatch.setattr(metaheed.running.process, "memory_of", lambda device: need)
         check_batch_fits(config, cpu, (1, 10, 10), 40)
-        monkeypatch.setattr(metaheed.process, "memory_of", lambda device: need - 1)
+        monkeypatch.setattr(metaheed.running.process, "memory_of", lambda device: need - 1)
         with pytest.raises(ConfigError, match="--meta-batch-size is 2"):
             check_batch_fits(config, cpu, (1, 10, 10), 40)
-        monkeypatch.setattr(metaheed.process, "memory_of", lambda device: None)
+        monkeypatch.setattr(metaheed.running.process, "memory_of", lambda device: None)
         check_batch_fits(config, cpu, (1, 10, 10), 40)
 
     def test_what_this_machine_has(self) -> None:
-        left = metaheed.process.memory_of(torch.device("cpu"))
+        left = metaheed.running.process.memory_of(torch.device("cpu"))
         assert left is None or left > 2**27
 
     @pytest.mark.parametrize(
@@ -391,7 +393,7 @@ class TestMemory:
         def fail(*_: Any) -> None:
             raise error
 
-        monkeypatch.setattr("metaheed.evaluation.compare", fail)
+        monkeypatch.setattr("metaheed.running.compare.compare", fail)
         status, _, err = metaheed("compare", "a", "--against", "b")
         assert (status, err.count("\n")) == (1, 1)
         assert "set a smaller --meta-batch-size" in err

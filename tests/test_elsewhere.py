@@ -18,7 +18,8 @@ from metaheed.data import Dataset, Episodes, load_dataset
 from metaheed.data.convert import convert
 from metaheed.data.frozen import freeze, write_episodes
 from metaheed.data.images import make_split
-from metaheed.runs import RunFolder, recorded_pixels
+from metaheed.running.checkpoint import recorded_pixels
+from metaheed.running.folder import RunFolder
 from tests.conftest import ROOT, Run, as_format_1, edit
 from tests.data.making import pictures
 from tests.documented import assert_each_has_a_case, assert_seen, rows
@@ -30,7 +31,7 @@ Runs = dict[str, Path]
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, cifar_folder: Path) -> Runs:
     """Two seeds of MAML and one of ProtoNet on glyphs, MAML on CIFAR-FS; none evaluated."""
-    from metaheed.cli import main
+    from metaheed.cli.entry import main
 
     folder = tmp_path_factory.mktemp("runs")
     runs = {}

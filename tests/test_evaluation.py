@@ -12,10 +12,12 @@ import torch
 
 import metaheed as package
 from metaheed.data import Dataset, Episodes, load_dataset
-from metaheed.evaluation import ONE_SEED, compare, evaluate, interval, t_interval, t_quantile
+from metaheed.files.seals import unseal_values
 from metaheed.learners import MAML
 from metaheed.outer import adapted_outcome, map_looped
-from metaheed.seals import unseal_values
+from metaheed.running.compare import ONE_SEED, compare
+from metaheed.running.evaluate import evaluate
+from metaheed.running.statistics import interval, t_interval, t_quantile
 from tests.conftest import Run
 from tests.networks import Tiny
 from tests.test_training import SMALL, environment
@@ -24,7 +26,7 @@ from tests.test_training import SMALL, environment
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], Path]:
     """MAML and TA-MAML with two seeds each, evaluated."""
-    from metaheed.cli import main
+    from metaheed.cli.entry import main
 
     folder = tmp_path_factory.mktemp("runs")
     made = {}
@@ -225,7 +227,7 @@ MEMORY = """
 import resource, sys, torch
 from functools import partial
 from metaheed.data import Episodes, load_dataset
-from metaheed.evaluation import evaluate
+from metaheed.running.evaluate import evaluate
 from metaheed.learners import MAML, Conv4
 from metaheed.outer import adapted_outcome, map_looped
 torch.set_num_threads(1)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from metaheed.cli.hints import OTHER_WORDS, options
 from metaheed.config import ALGORITHMS, EvaluationConfig, default_config
-from metaheed.hints import OTHER_WORDS, options
 from tests.conftest import Run
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from metaheed.data.images import Dataset
+from metaheed.engine.batching import takes_batches
 from metaheed.learners import MAML, Conv4
-from metaheed.learners.base import takes_batches
 from metaheed.outer import (
     OuterState,
     map_im2col,
@@ -21,7 +21,7 @@ from metaheed.outer import (
     map_vectorized,
     task_gradient,
 )
-from metaheed.process import float32_products
+from metaheed.running.process import float32_products
 from metaheed.types import Episode
 from tests.conftest import Run, make_batch
 from tests.outer.test_steps import RULES, SHAPE, WAYS, Training, advance, streams_of
@@ -60,7 +60,7 @@ def test_gradients_are_the_cpus(execution: str, rng: torch.Generator) -> None:
     ids=["84 px", "64 filters", "many tasks", "odd"],
 )
 def test_kernels_are_autograd_in_float64(shape: tuple[int, int, int], hidden: int, ways: int, tasks: int) -> None:
-    from metaheed.learners.kernels import precision  # needs Triton
+    from metaheed.networks.closed_form.kernels import precision  # needs Triton
 
     learner = MAML(Conv4(ways, shape, hidden=hidden), adaptation_steps=2, fast_lr=0.05)
     meta = {n: p.cuda() for n, p in learner.init(torch.Generator().manual_seed(0)).items()}

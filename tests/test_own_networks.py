@@ -13,19 +13,22 @@ from torch import nn
 import metaheed as package
 from metaheed.config import AttendedConfig, EvaluationConfig, MetaLSTMConfig, RunConfig, default_config
 from metaheed.data import Episodes, find_shape, find_source, load_dataset, survey
-from metaheed.data.download import download
 from metaheed.data.frozen import freeze, read_episodes, write_episodes
+from metaheed.data.preparing import verify
+from metaheed.data.reading.download import download
 from metaheed.data.sources import Request
-from metaheed.data.store import open_store, stores_under, verify
+from metaheed.data.store import open_store, stores_under
 from metaheed.errors import ConfigError, MetaheedError, MissingDataError
-from metaheed.evaluation import compare, evaluate_run, read_result
 from metaheed.learners import MAML, Conv4, MetaSGD, NetworkLearner
-from metaheed.recipes import Recipe, read, read_folder, write
-from metaheed.report import report
-from metaheed.runs import RunFolder
-from metaheed.search import read_search
-from metaheed.starting import read_weights
-from metaheed.training import resume
+from metaheed.running.compare import compare
+from metaheed.running.evaluate import evaluate_run
+from metaheed.running.folder import RunFolder
+from metaheed.running.results import read_result
+from metaheed.running.starting import read_weights
+from metaheed.running.train import resume
+from metaheed.studies.recipes import Recipe, read, read_folder, write
+from metaheed.studies.report import report
+from metaheed.studies.search import read_search
 from tests.conftest import Run
 from tests.networks import Tiny
 from tests.test_training import SMALL
@@ -99,7 +102,7 @@ def test_weights_that_a_network_was_built_with_are_kept(metaheed: Run, tmp_path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of MAML on Conv4 with 32 filters."""
-    from metaheed.cli import main
+    from metaheed.cli.entry import main
 
     run = tmp_path_factory.mktemp("trained") / "run"
     options = [*OURS, "--iterations", 2, "--out", run]

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from metaheed import paper
 from metaheed.config import ALGORITHMS, PRESETS
 from metaheed.errors import ConfigError
-from metaheed.paper import Cell
+from metaheed.studies import paper
+from metaheed.studies.paper import Cell
 from tests.conftest import ROOT
 
 SCIENCE = ROOT.parent / "shared" / "science.md"

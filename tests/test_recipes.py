@@ -9,12 +9,12 @@ from types import ModuleType
 import pytest
 import yaml
 
-from metaheed import recipes
 from metaheed.config import ALGORITHMS, default_config, preset
 from metaheed.errors import ConfigError
-from metaheed.paper import Cell, all_cells
-from metaheed.recipes import Recipe
-from metaheed.runs import RunFolder
+from metaheed.running.folder import RunFolder
+from metaheed.studies import recipes
+from metaheed.studies.paper import Cell, all_cells
+from metaheed.studies.recipes import Recipe
 from tests.conftest import ROOT, Run
 
 UNTUNED = {"kind": "untuned"}
@@ -164,7 +164,7 @@ def test_every_cell_has_a_recipe_of_the_papers_setting(tool: ModuleType) -> None
 def test_what_a_study_found_becomes_its_cells_recipe_and_stays_it(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipes, "SHIPPED", tmp_path / "searched")
+    monkeypatch.setattr(recipes.recipe, "SHIPPED", tmp_path / "searched")
     cell = Cell("cifar-fs", 5, 1, "ta-maml")
     config = recipes.untuned(cell).config
     best = replace(

@@ -15,18 +15,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from metaheed import recipes
 from metaheed.config import ReproduceConfig, default_config
 from metaheed.errors import ConfigError
-from metaheed.figures import read_lines
-from metaheed.paper import TABLES
-from metaheed.progress import BoardLines
-from metaheed.recipes import Recipe
-from metaheed.reproduce import make_places
-from metaheed.reproduce.crew import Follower, Log, lock
-from metaheed.reproduce.estimate import cost_key, spread_over
-from metaheed.reproduce.plan import Place, Run, ToyJob, make_jobs
-from metaheed.runs import RunFolder
+from metaheed.running.folder import RunFolder
+from metaheed.running.progress import BoardLines
+from metaheed.studies import recipes
+from metaheed.studies.figures import read_lines
+from metaheed.studies.paper import TABLES
+from metaheed.studies.recipes import Recipe
+from metaheed.studies.reproduce import make_places
+from metaheed.studies.reproduce.crew import Follower, Log, lock
+from metaheed.studies.reproduce.estimate import cost_key, spread_over
+from metaheed.studies.reproduce.plan import Place, Run, ToyJob, make_jobs
 from tests.conftest import ROOT
 from tests.conftest import Run as Metaheed
 from tests.report.making import make_run

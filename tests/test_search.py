@@ -22,11 +22,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from metaheed import recipes
 from metaheed.config import SearchConfig, default_config, default_pair
 from metaheed.errors import RunError
-from metaheed.search.database import sqlite_url
-from metaheed.search.draws import configured, used
+from metaheed.studies import recipes
+from metaheed.studies.search.database import sqlite_url
+from metaheed.studies.search.draws import configured, used
 from tests.conftest import Run
 from tests.test_training import SMALL, command, environment
 
@@ -53,7 +53,7 @@ def steps(run: Path) -> int:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished search of ten trials."""
-    from metaheed.cli import main
+    from metaheed.cli.entry import main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAHEED_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -209,7 +209,7 @@ LONG = [*SMALL, "--val-every", "30", "--checkpoint-every", "5", "--iterations", 
 @pytest.fixture(scope="module")
 def long(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two longer trials, uninterrupted."""
-    from metaheed.cli import main
+    from metaheed.cli.entry import main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAHEED_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
@@ -519,7 +519,7 @@ def test_successive_halving_stops_trials_early(metaheed: Run, tmp_path: Path) ->
 def test_tpe_goes_on_as_if_it_had_not_been_stopped(
     metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, study: Path
 ) -> None:
-    monkeypatch.setattr("metaheed.search.results.parallel_figure", lambda *_: None)  # for speed
+    monkeypatch.setattr("metaheed.studies.search.results.parallel_figure", lambda *_: None)  # for speed
     tpe = ["search", "maml", *SMALL, "--sampler", "tpe", "--iterations", 1]
     assert metaheed(*tpe, "--trials", 12, "--out", tmp_path / "straight")[0] == 0
     assert metaheed(*tpe, "--trials", 5, "--out", tmp_path / "parts")[0] == 0

@@ -13,13 +13,16 @@ import pytest
 import yaml
 
 from metaheed.errors import ConfigError, RunError, brief, shown
-from metaheed.evaluation import compare, read_result
-from metaheed.files import YAML_BYTES, open_in_place, read_bounded
-from metaheed.parsing import from_json, from_yaml
-from metaheed.report.figures import read_toy
-from metaheed.report.measures import attention_log
-from metaheed.report.reading import find
-from metaheed.runs import RunFolder, load, stream_lines
+from metaheed.files.opening import YAML_BYTES, open_in_place, read_bounded
+from metaheed.files.parsing import from_json, from_yaml
+from metaheed.running.compare import compare
+from metaheed.running.folder import RunFolder
+from metaheed.running.load import load
+from metaheed.running.log import stream_lines
+from metaheed.running.results import read_result
+from metaheed.studies.report.figures import read_toy
+from metaheed.studies.report.measures import attention_log
+from metaheed.studies.report.reading import find
 from tests.conftest import Run
 from tests.report.making import TASKS, make_run
 from tests.test_training import SMALL
@@ -30,7 +33,7 @@ posix = pytest.mark.skipif(os.name == "nt", reason="links need a privilege there
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that is half done, judged; and a study."""
-    from metaheed.cli import main
+    from metaheed.cli.entry import main
 
     folder = tmp_path_factory.mktemp("theirs")
     small = [*SMALL[2:], "--backbone", "tests.networks:Tiny", "--test-queries", "3"]
@@ -474,7 +477,8 @@ def test_an_alias_bomb_takes_no_memory(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "config.yaml").write_text(BOMB + "algorithm: *n\n")
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30)); " + (
-        "from metaheed.runs import RunFolder; from pathlib import Path; RunFolder(Path(sys.argv[1])).read_config()"
+        "from metaheed.running.folder import RunFolder; from pathlib import Path; "
+        "RunFolder(Path(sys.argv[1])).read_config()"
     )
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=False)
     assert "anchors and aliases are not read" in done.stderr.splitlines()[-1]

@@ -22,14 +22,15 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import metaheed as package
-import metaheed.outer as package_outer
-from metaheed import training
+import metaheed.engine.estimate as estimate
 from metaheed.config import MAMLConfig, default_config, from_dict, to_dict
 from metaheed.data import Dataset, load_dataset
-from metaheed.outer import processes
-from metaheed.outer.processes import AVAILABLE
-from metaheed.runs import RunFolder
-from metaheed.training import Silent
+from metaheed.engine.executions import processes
+from metaheed.engine.executions.processes import AVAILABLE
+from metaheed.running import session as training
+from metaheed.running.folder import RunFolder
+from metaheed.running.reporter import Silent
+from metaheed.running.train import train
 from tests.conftest import ROOT, Run, edit
 
 SMALL = [
@@ -61,7 +62,7 @@ def content(run: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Uninterrupted runs of ten iterations."""
-    from metaheed.cli import main
+    from metaheed.cli.entry import main
 
     folder = tmp_path_factory.mktemp("whole")
     runs = {}
@@ -118,7 +119,7 @@ def test_both_rules_see_the_same_training_batches_from_the_same_start(whole: dic
 KILLER = """
 import os, signal, sys
 from pathlib import Path
-import metaheed.runs as runs
+import metaheed.running.folder as runs
 count = 0
 def dying(original):
     def call(*arguments, **options):
@@ -131,7 +132,7 @@ def dying(original):
 os.fsync = dying(os.fsync)
 Path.replace = dying(Path.replace)
 runs.JsonLines.write = dying(runs.JsonLines.write)
-from metaheed.cli import main
+from metaheed.cli.entry import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -394,13 +395,13 @@ def test_networks_that_cannot_be_meta_learned_are_refused(
 
 
 def test_a_non_finite_validation_stops_too(metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = package_outer.adapted_outcome
+    original = estimate.adapted_outcome
 
     def poisoned(learner: object, meta: object, episode: object) -> tuple[torch.Tensor, torch.Tensor]:
         loss, accuracy = original(learner, meta, episode)  # type: ignore[arg-type]
         return loss * float("nan"), accuracy
 
-    monkeypatch.setattr("metaheed.training.adapted_outcome", poisoned)
+    monkeypatch.setattr("metaheed.running.session.adapted_outcome", poisoned)
     status, _, err = metaheed("train", "maml", *SMALL, "--iterations", 10, "--out", tmp_path / "run")
     assert (status, "validation after iteration 4: the loss of task 1 of the val tasks is not finite" in err) == (
         1,
@@ -658,6 +659,6 @@ def test_memory_stays_flat(
         training=replace(config.training, iterations=iterations, out=tmp_path / "run", **options),
     )
     resident = Resident()
-    training.train(config, resident)
+    train(config, resident)
     assert len(resident.bytes) == iterations
     assert max(resident.bytes[150:]) - max(resident.bytes[50:150]) < 4e6

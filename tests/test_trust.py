@@ -16,14 +16,15 @@ import pytest
 import yaml
 
 import metaheed as package
-from metaheed import recipes, trust
 from metaheed.config import EvaluationConfig, from_dict, to_dict
 from metaheed.errors import ConfigError, MetaheedError
-from metaheed.evaluation import evaluate_run
+from metaheed.files import trust
+from metaheed.files.seals import seal_text, unseal_text
 from metaheed.learners import find_backbone
-from metaheed.runs import RunFolder
-from metaheed.seals import seal_text, unseal_text
-from metaheed.training import resume, train
+from metaheed.running.evaluate import evaluate_run
+from metaheed.running.folder import RunFolder
+from metaheed.running.train import resume, train
+from metaheed.studies import recipes
 from tests.conftest import Run
 from tests.test_training import SMALL
 
@@ -64,7 +65,7 @@ class Stranger:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a stranger made on his machine."""
-    from metaheed.cli import main
+    from metaheed.cli.entry import main
 
     folder = tmp_path_factory.mktemp("theirs")
     theirs = Stranger(folder)

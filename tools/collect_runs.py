@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from metaheed.runs import STUDY_FILE, RunFolder
+from metaheed.running.folder import STUDY_FILE, RunFolder
 
 OF_SEARCH = ("best.yaml", "trials.csv", "parallel_coordinate.png", "importances.png")
 

@@ -32,10 +32,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the network is of the test
 from metaheed.config import EvaluationConfig, SearchConfig, default_config
 from metaheed.data import Dataset, load_dataset
 from metaheed.errors import MetaheedError
-from metaheed.evaluation import evaluate_run, read_result
-from metaheed.runs import STUDY_FILE, RunFolder
-from metaheed.search import read_search, search
-from metaheed.training import train
+from metaheed.running.evaluate import evaluate_run
+from metaheed.running.folder import STUDY_FILE, RunFolder
+from metaheed.running.results import read_result
+from metaheed.running.train import train
+from metaheed.studies.search import read_search, search
 
 Reader = Callable[[], Any]
 """Reads a file as the program does; raises MetaheedError, or returns what it found."""

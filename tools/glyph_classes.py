@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metaheed.data.glyphs import FACES, Font
+from metaheed.data.sets.glyphs import FACES, Font
 
 SCRIPTS = {
     "val": ("GEORGIAN", "ARMENIAN", "HEBREW", "LAO"),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from metaheed.data.omniglot import _MEMBER, ARCHIVES
+from metaheed.data.sets.omniglot import _MEMBER, ARCHIVES
 
 names = set()
 for archive in ARCHIVES:

@@ -3,16 +3,16 @@
     python tools/recipes.py
     python tools/recipes.py --searched STUDY/best.yaml ...
 
-A cell whose values were searched keeps them: they lie in src/metaheed/recipes/searched/, where --searched puts what a
-study found. Every other one is made of the presets of metaheed.config, and marked untuned.
+A cell whose values were searched keeps them: they lie in src/metaheed/studies/recipes/searched/, where --searched puts
+what a study found. Every other one is made of the presets of metaheed.config, and marked untuned.
 """
 
 import argparse
 from pathlib import Path
 
-from metaheed import recipes
 from metaheed.errors import ConfigError
-from metaheed.paper import all_cells
+from metaheed.studies import recipes
+from metaheed.studies.paper import all_cells
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "experiments" / "recipes"

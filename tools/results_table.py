@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.table import LABELS, fastest_peer, spread
 
 from metaheed.config import ALGORITHMS
-from metaheed.evaluation import compare, read_result
-from metaheed.figures import read_lines
-from metaheed.report.arms import (
+from metaheed.running.compare import compare
+from metaheed.running.folder import RunFolder
+from metaheed.running.results import read_result
+from metaheed.studies.figures import read_lines
+from metaheed.studies.report.arms import (
     Arm,
     Comparison,
     attention_pairs,
@@ -29,11 +31,11 @@ from metaheed.report.arms import (
     mismatches,
     protocol_mismatches,
 )
-from metaheed.report.measures import INPUTS, AttentionLog, attention_log, holm
-from metaheed.report.page import markdown_table
-from metaheed.report.reading import find
-from metaheed.report.tables import correlation_table, mean_accuracy, p_text, percent, points, weights_table
-from metaheed.runs import RunFolder
+from metaheed.studies.report.measures import INPUTS, AttentionLog, attention_log, holm
+from metaheed.studies.report.page import markdown_table
+from metaheed.studies.report.reading import find
+from metaheed.studies.report.record_tables import correlation_table, weights_table
+from metaheed.studies.report.table import mean_accuracy, p_text, percent, points
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: python tools/results_table.py -->\n", "<!-- end of results -->\n"

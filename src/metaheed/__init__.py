@@ -32,6 +32,6 @@ def load(
         RunError: not a run, no such checkpoint, or one whose parameters are not those of the run's network.
         ConfigError: more ways than the learner allows; or the network's code would run and is not allowed.
     """
-    from metaheed.runs import load as load_run  # here, so that importing metaheed does not import torch
+    from metaheed.running.load import load as load_run  # here, so that importing metaheed does not import torch
 
     return load_run(run, checkpoint, ways, trust)

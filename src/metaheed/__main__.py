@@ -2,6 +2,6 @@
 
 import sys
 
-from metaheed.cli import main
+from metaheed.cli.entry import main
 
 sys.exit(main())

@@ -23,8 +23,10 @@ import numpy as np
 import pytest
 
 from metaheed.config import PRESETS
-from metaheed.data import download, load_dataset
-from metaheed.data.download import PUBLISHED, Published
+from metaheed.data import load_dataset
+from metaheed.data.reading import download, transfer
+from metaheed.data.reading.download import PUBLISHED
+from metaheed.data.reading.transfer import Published
 from tests.conftest import Run
 from tests.documented import assert_each_has_a_case, assert_seen, rows
 from tests.test_training import environment
@@ -158,8 +160,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(download, "_WAIT", 0.001)
-    monkeypatch.setattr(download, "_TIMEOUT", 1.0)
+    monkeypatch.setattr(transfer, "_WAIT", 0.001)
+    monkeypatch.setattr(transfer, "_TIMEOUT", 1.0)
     server = Server()
     yield server
     server.release.set()
@@ -298,8 +300,8 @@ def test_failure_keeps_what_has_come(fetch: Fetch, in_folder: Path) -> None:
 
 SCRIPT = """
 import sys
-from metaheed.cli import main
-from metaheed.data import download
+from metaheed.cli.entry import main
+from metaheed.data.reading import download
 download.PUBLISHED["omniglot"] = (download.Published("sub/file.bin", sys.argv[1], tuple(sys.argv[2:])),)
 sys.exit(main(["data", "download", "omniglot", "--data-root", "data"]))
 """
@@ -445,7 +447,7 @@ def _no_network(t: SimpleNamespace) -> str:
 
 
 def _endless(t: SimpleNamespace) -> str:
-    t.monkeypatch.setattr(download, "_LARGEST", 1_000_000)
+    t.monkeypatch.setattr(transfer, "_LARGEST", 1_000_000)
     return str(t.fetch("good")[2])
 
 
@@ -484,7 +486,7 @@ def _https(message: str) -> Callable[[SimpleNamespace], str]:
 
         def refuse(*arguments: object) -> None:
             if message == "redirect":
-                handler = download._Redirects()
+                handler = transfer._Redirects()
                 request = urllib.request.Request("https://a.invalid/file.bin")
                 handler.redirect_request(request, None, 302, "Found", {}, "http://b.invalid/file.bin")
             error = ssl.SSLCertVerificationError(1, "certificate verify failed")

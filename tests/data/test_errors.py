@@ -17,7 +17,7 @@ from PIL import Image
 from metaheed.data import SPLITS, Request, find_source
 from metaheed.data import store as store_module
 from metaheed.data.locate import class_list
-from metaheed.data.store import prepare
+from metaheed.data.preparing import prepare
 from tests.conftest import ROOT, Run, python2_pickle
 from tests.data.making import divided, mini_lists, mini_pickles, pictures, png, tiered_arrays, tiered_pickles
 from tests.data.test_folder import NOISE, bomb, encoded

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from metaheed.data import SPLITS, load_dataset, trees
-from metaheed.data.decode import rgb
-from metaheed.data.folder import split_classes
-from metaheed.data.trees import open_tree
+from metaheed.data import SPLITS, load_dataset
+from metaheed.data.reading import trees
+from metaheed.data.reading.decode import rgb
+from metaheed.data.reading.trees import open_tree
+from metaheed.data.sets.folder import split_classes
 from metaheed.errors import DataError
-from metaheed.files import read_bounded
+from metaheed.files.opening import read_bounded
 from tests.conftest import Run
 from tests.data.making import divided, picture, pictures, png, zipped
 from tests.test_training import SMALL
@@ -358,7 +359,7 @@ class TestArchives:
             file.writestr("a/x.png", bytes(70 << 20))
         with pytest.raises(DataError, match=r"'a/x.png' claims 73400320 bytes"):
             open_tree(tmp_path / "x.zip")
-        monkeypatch.setattr("metaheed.data.trees._SMALL", 1 << 20)
+        monkeypatch.setattr("metaheed.data.reading.trees._SMALL", 1 << 20)
         with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
             for k in range(3):
                 member = tarfile.TarInfo(f"a/{k}.png")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from metaheed.data import SPLITS, load_dataset
-from metaheed.data.glyphs import FACES, INSTANCES, Font, _distort, build, character_of
 from metaheed.data.locate import class_list
+from metaheed.data.sets.glyphs import FACES, INSTANCES, Font, _distort, build, character_of
 
 RECORDED = "e385357edb159a9386fe4c57c60338c91cbc0810ed2da595b9ffcc5eaa24dc25"
 
@@ -66,15 +66,15 @@ def test_the_distortion_has_the_same_bits_everywhere() -> None:
 
 def test_built_once_and_read_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"glyphs_train": ["U+0041 A"], "glyphs_val": ["U+10D0 AN"], "glyphs_test": ["U+1401 E"]}
-    monkeypatch.setattr("metaheed.data.glyphs.class_list", small.__getitem__)
+    monkeypatch.setattr("metaheed.data.sets.glyphs.class_list", small.__getitem__)
     monkeypatch.setenv("METAHEED_CACHE", str(tmp_path / "c"))
     first = load_dataset("glyphs")
     (cached,) = (tmp_path / "c").iterdir()
-    monkeypatch.setattr("metaheed.data.glyphs.build", lambda names: pytest.fail("built twice"))
+    monkeypatch.setattr("metaheed.data.sets.glyphs.build", lambda names: pytest.fail("built twice"))
     again = load_dataset("glyphs")
     assert all(first.split(s).fingerprint == again.split(s).fingerprint for s in SPLITS)
 
-    monkeypatch.setattr("metaheed.data.glyphs.build", build)
+    monkeypatch.setattr("metaheed.data.sets.glyphs.build", build)
     cached.write_bytes(cached.read_bytes()[:100])
     assert load_dataset("glyphs").split("test").fingerprint == first.split("test").fingerprint
 
@@ -83,7 +83,7 @@ def test_an_unwritable_cache_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = {"glyphs_train": ["U+0041 A"], "glyphs_val": ["U+10D0 AN"], "glyphs_test": ["U+1401 E"]}
-    monkeypatch.setattr("metaheed.data.glyphs.class_list", small.__getitem__)
+    monkeypatch.setattr("metaheed.data.sets.glyphs.class_list", small.__getitem__)
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("METAHEED_CACHE", str(tmp_path / "file" / "below"))
     assert len(load_dataset("glyphs").split("train").classes) == 1

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from metaheed.data import SPLITS, Dataset, Request, find_source, load_dataset
-from metaheed.data.labels import read_labels
 from metaheed.data.locate import class_list, class_table
-from metaheed.data.safe_pickle import load_arrays
+from metaheed.data.reading.labels import read_labels
+from metaheed.data.reading.safe_pickle import load_arrays
 from metaheed.errors import DataError
 from tests.conftest import SHARED, Run
 from tests.data.making import divided, mini_lists, mini_pickles, mini_split, picture, pictures, png, tiered_labels

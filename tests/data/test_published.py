@@ -14,7 +14,7 @@ import torch
 
 from metaheed.data import SPLITS, Dataset, load_dataset
 from metaheed.data.locate import class_list, class_table
-from metaheed.data.safe_pickle import load_arrays
+from metaheed.data.reading.safe_pickle import load_arrays
 from metaheed.errors import DataError
 from tests.conftest import python2_pickle
 from tests.data.making import picture, png

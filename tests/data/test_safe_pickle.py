@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metaheed.data.safe_pickle import Stored, StoredArray, load_arrays
+from metaheed.data.reading.pickle_stream import Stored, StoredArray
+from metaheed.data.reading.safe_pickle import load_arrays
 from metaheed.errors import DataError
 from tests.conftest import python2_pickle
 
@@ -83,7 +84,7 @@ def test_a_list_of_arrays_takes_little_memory(tmp_path: Path) -> None:
     code = f"""
 import resource
 from pathlib import Path
-from metaheed.data.safe_pickle import load_arrays
+from metaheed.data.reading.safe_pickle import load_arrays
 data = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024
 resource.setrlimit(resource.RLIMIT_DATA, (data + (6 << 20), data + (6 << 20)))
 arrays = load_arrays(Path({str(path)!r}), "x", "there", 512)
@@ -129,7 +130,7 @@ def test_damaged_and_hostile(content: bytes, message: str, tmp_path: Path) -> No
 
 
 def test_a_pickle_of_containers_cannot_fill_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metaheed.data.safe_pickle._MOST_OPERATIONS", 1000)
+    monkeypatch.setattr("metaheed.data.reading.pickle_stream._MOST_OPERATIONS", 1000)
     path = tmp_path / "x.pkl"
     path.write_bytes(b"(" + b"}" * 2000 + b"l.")
     with pytest.raises(DataError, match="more than 1000 operations"):

@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from metaheed.data import SPLITS, Episodes, Request, find_source, load_dataset
-from metaheed.data import store as module
+from metaheed.data import preparing as module
+from metaheed.data.preparing import prepare, stores_in, verify
 from metaheed.data.sources import Chunk, Quiet, Source
-from metaheed.data.store import is_store, open_store, prepare, stores_in, verify
+from metaheed.data.store import is_store, open_store
 from metaheed.errors import DataError
 from tests.conftest import Run, python2_pickle
 from tests.data.making import (
@@ -112,7 +113,7 @@ class Stops(Quiet):
 @pytest.fixture
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_EVERY", 0.0)
-    monkeypatch.setattr("metaheed.data.decode._GROUP", 7)
+    monkeypatch.setattr("metaheed.data.reading.decode._GROUP", 7)
 
 
 class TestInterruptions:
@@ -146,9 +147,9 @@ class TestInterruptions:
         whole = content(prepare(find_source("folder", Request(root)), tmp_path / "whole"))
         code = (
             "import sys; from pathlib import Path; from metaheed.data import *;"
-            "from metaheed.data import store, decode;"
-            "store._EVERY = 0.0; decode._GROUP = 5; print('ready', flush=True);"
-            "store.prepare(find_source('folder', Request(Path(sys.argv[1]))), Path(sys.argv[2]))"
+            "from metaheed.data import preparing; from metaheed.data.reading import decode;"
+            "preparing._EVERY = 0.0; decode._GROUP = 5; print('ready', flush=True);"
+            "preparing.prepare(find_source('folder', Request(Path(sys.argv[1]))), Path(sys.argv[2]))"
         )
         command = [sys.executable, "-c", code, str(root), str(tmp_path / "killed")]
         killed = 0
@@ -264,7 +265,7 @@ import resource, sys, threading
 from pathlib import Path
 from typing import IO
 from metaheed.data import Request, find_source
-from metaheed.data.store import prepare
+from metaheed.data.preparing import prepare
 threading.stack_size(1 << 19)
 name, root, out, allowed = sys.argv[1:]
 data = int(next(l for l in open("/proc/self/status") if l.startswith("VmData")).split()[1]) * 1024

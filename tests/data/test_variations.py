@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from metaheed.data import SPLITS, find_shape, load_dataset, survey
-from metaheed.data.labels import read_labels
 from metaheed.data.locate import folders
-from metaheed.data.safe_pickle import load_arrays
+from metaheed.data.reading.labels import read_labels
+from metaheed.data.reading.safe_pickle import load_arrays
 from metaheed.errors import DataError
 from tests.conftest import Run
 from tests.data.making import divided, mini_lists, mini_pickles, mini_split, picture, pictures

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
 from metaheed.data import Episodes, load_dataset
+from metaheed.engine.batching import takes_batches
 from metaheed.errors import ConfigError
-from metaheed.learners import MAML, Conv4, MetaSGD, closed_form
-from metaheed.learners.base import takes_batches
+from metaheed.learners import MAML, Conv4, MetaSGD
+from metaheed.networks.closed_form import block
+from metaheed.networks.closed_form.cpu import ClosedForm, closed_form
 from metaheed.outer import looped, task_gradient, vectorized
 from metaheed.types import Episode, Params
 from tests.conftest import make_batch
@@ -26,8 +28,8 @@ NETWORKS: dict[str, Callable[[tuple[int, int, int]], Conv4]] = {
 }
 
 
-def known(network: Conv4) -> closed_form.ClosedForm:
-    form = closed_form.closed_form(network)
+def known(network: Conv4) -> ClosedForm:
+    form = closed_form(network)
     assert form is not None
     return form
 
@@ -63,7 +65,7 @@ def autograd(network: nn.Module, params: Params, x: Tensor, y: Tensor, direction
 def test_gradient_and_hessian_product_are_autograds(
     network: str, shape: str, slice_bytes: int, tasks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(closed_form, "_SLICE_BYTES", slice_bytes)
+    monkeypatch.setattr(block, "_SLICE_BYTES", slice_bytes)
     net = NETWORKS[network](SHAPES[shape])
     form, params, direction = known(net), drawn(net, tasks), drawn(net, 2 * tasks)
     direction = {name: d[tasks:] for name, d in direction.items()}
@@ -336,7 +338,7 @@ def test_a_norm_over_one_place_is_refused_as_everywhere() -> None:
 def test_sums_of_planes_lose_nothing_whatever_their_size(shape: tuple[int, ...]) -> None:
     y = torch.full(shape, 0.1234567).to(memory_format=torch.channels_last)
     y[0, :, 0] += torch.arange(shape[1])[:, None] % 7
-    total, square = closed_form._moments(y)
+    total, square = block._moments(y)
     exact = y.double()
     np.testing.assert_allclose(total, exact.sum((0, 2, 3)).numpy(), rtol=5e-6)
     np.testing.assert_allclose(square, exact.square().sum((0, 2, 3)).numpy(), rtol=5e-6)
@@ -397,7 +399,7 @@ def test_under_transforms_of_torch_func() -> None:
 
 def test_planes_are_freed_without_the_garbage_collector(monkeypatch: pytest.MonkeyPatch) -> None:
     tapes: list[weakref.ref[Any]] = []
-    original = closed_form.ClosedForm.gradient
+    original = ClosedForm.gradient
 
     def noted(self: Any, *arguments: Any, **options: Any) -> Any:
         result = original(self, *arguments, **options)
@@ -405,7 +407,7 @@ def test_planes_are_freed_without_the_garbage_collector(monkeypatch: pytest.Monk
             tapes.extend(weakref.ref(block.z) for block in result[3].blocks)
         return result
 
-    monkeypatch.setattr(closed_form.ClosedForm, "gradient", noted)
+    monkeypatch.setattr(ClosedForm, "gradient", noted)
     learner = MAML(Conv4(WAYS, (1, 16, 16), hidden=4), adaptation_steps=2)
     meta = learner.init(torch.Generator().manual_seed(0))
     batch = make_batch(1, WAYS, 1, 2, (1, 16, 16))

@@ -17,11 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from metaheed.engine.batching import takes_batches
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD
-from metaheed.learners import closed_form_cuda as module
-from metaheed.learners.base import loss_gradient, takes_batches
-from metaheed.learners.closed_form import closed_form
-from metaheed.learners.closed_form_cuda import ClosedFormCUDA
+from metaheed.networks.closed_form import cuda as module
+from metaheed.networks.closed_form.cpu import closed_form
+from metaheed.networks.closed_form.cuda import ClosedFormCUDA
 from metaheed.outer import looped, map_together, task_gradient
 from metaheed.types import Params
 from tests.conftest import ROOT, make_batch
@@ -37,7 +37,7 @@ WAYS = 3
 @pytest.fixture(scope="module")
 def kernels() -> ModuleType:
     """Interpreted: tests/conftest.py sees to it before anything imports Triton."""
-    from metaheed.learners import kernels
+    from metaheed.networks.closed_form import kernels
 
     return kernels
 
@@ -239,7 +239,7 @@ def test_without_triton_networks_are_made_all_the_same() -> None:
         sys.modules["triton"] = types.ModuleType("triton")
         import torch
         from metaheed.learners import MAML, Conv4
-        from metaheed.learners.closed_form_cuda import works_on
+        from metaheed.networks.closed_form.cuda import works_on
         MAML(Conv4(3, (1, 16, 16)))
         warnings.simplefilter("error")
         try:
@@ -288,7 +288,7 @@ def test_a_gradient_that_is_changed_changes_no_derivative() -> None:
     for factor in (1, 100):
         start = module.copies(learner.init(torch.Generator().manual_seed(0)), 2)
         at = {n: p.requires_grad_() for n, p in start.items()}
-        gradient, _, _ = loss_gradient(learner, at, batch.support_x, batch.support_y)
+        gradient, _, _ = learner.loss_gradient(at, batch.support_x, batch.support_y)
         total = torch.stack([g.sum() for g in gradient.values()]).sum()
         with torch.no_grad():
             for g in gradient.values():
@@ -302,9 +302,10 @@ import sys
 import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from metaheed.learners import Conv4, kernels
-from metaheed.learners.closed_form import closed_form
-from metaheed.learners.closed_form_cuda import ClosedFormCUDA
+from metaheed.learners import Conv4
+from metaheed.networks.closed_form import kernels
+from metaheed.networks.closed_form.cpu import closed_form
+from metaheed.networks.closed_form.cuda import ClosedFormCUDA
 
 KINDS = {torch.float32: "*fp32", torch.int8: "*i8", torch.int64: "*i64"}
 built = {}

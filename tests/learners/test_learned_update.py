@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metaheed.learners import Conv4, MetaLSTM, learned_update
-from metaheed.learners.learned_update import State, by_formula, in_closed_form
+from metaheed.learners import Conv4, MetaLSTM
+from metaheed.learners import meta_lstm_update as learned_update
+from metaheed.learners.meta_lstm_update import State, by_formula, in_closed_form
 from metaheed.outer import task_gradient, vectorized
 from metaheed.types import Params
 from tests.conftest import make_batch, task

@@ -10,7 +10,7 @@ from torch.nn.utils.parametrizations import weight_norm
 
 from metaheed.errors import ConfigError
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD, ProtoNet
-from metaheed.learners.learned_update import preprocess
+from metaheed.learners.meta_lstm_update import preprocess
 from metaheed.outer import initial_gradient, initial_outcome, looped, task_gradient, vectorized
 from tests.conftest import make_batch, task
 from tests.networks import Tiny

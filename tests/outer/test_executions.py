@@ -13,8 +13,9 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, vmap
 
 from metaheed.config import TASKS_AT_ONCE, TrainingConfig
+from metaheed.engine.executions import im2col as module
 from metaheed.learners import MAML, Conv4
-from metaheed.learners.closed_form import ClosedForm
+from metaheed.networks.closed_form.cpu import ClosedForm
 from metaheed.outer import (
     describe_execution,
     looped,
@@ -26,7 +27,6 @@ from metaheed.outer import (
     tasks_at_once,
     vectorized,
 )
-from metaheed.outer import executions as module
 from tests.conftest import Run, make_batch
 from tests.networks import Tiny
 from tests.reference import assert_close

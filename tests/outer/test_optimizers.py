@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from metaheed.errors import ConfigError
-from metaheed.learners.derivatives import value_and_pullback
+from metaheed.networks.derivatives import value_and_pullback
 from metaheed.outer import adam, clipped, sgd
 from metaheed.types import Params
 

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from metaheed.config import default_config
+from metaheed.engine.executions.processes import AVAILABLE, Workers
 from metaheed.errors import ConfigError, WorkerError
 from metaheed.learners import MAML, Conv4, Learner, MetaLSTM
 from metaheed.outer import adapted_outcome, task_gradient, vectorized
-from metaheed.outer.processes import AVAILABLE, Workers
-from metaheed.process import memory_explained
+from metaheed.running.process import memory_explained
 from metaheed.types import Episode, Params
 from tests.conftest import ROOT, make_batch
 

@@ -16,13 +16,13 @@ from metaheed.outer import (
     adam,
     attended,
     clipped,
-    equity,
     loss_softmax,
     replayed,
     sequential,
     sgd,
     uniform,
 )
+from metaheed.rules.equity import equity
 from metaheed.types import Episode, Params, TaskInfo
 
 

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 from metaheed.config import TrainingConfig
 from metaheed.data import Episodes
 from metaheed.data.images import Dataset
+from metaheed.engine import captured as module
 from metaheed.errors import NonFiniteError
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD, ProtoNet
 from metaheed.outer import (
@@ -39,7 +40,6 @@ from metaheed.outer import (
     attended,
     build_steps,
     clipped,
-    equity,
     initial_gradient,
     loss_softmax,
     map_im2col,
@@ -52,7 +52,7 @@ from metaheed.outer import (
     uniform,
     uniform_2b,
 )
-from metaheed.outer import steps as module
+from metaheed.rules.equity import equity
 from metaheed.types import Episode, Params, TaskInfo
 from tests.networks import Tiny
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from metaheed.config import ALGORITHMS, RULES, RunConfig, default_config, default_pair
-from metaheed.runs import RunFolder
+from metaheed.running.folder import RunFolder
 
 TASKS = (0.2, 0.4, 0.6, 0.8)
 """Accuracies on four test tasks, mean 0.5."""

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from metaheed.errors import RunError
-from metaheed.report.arms import Arm, attention_pairs, control_pairs, group, metalstm_pairs
-from metaheed.report.reading import Found, find
+from metaheed.studies.report.arms import Arm, attention_pairs, control_pairs, group, metalstm_pairs
+from metaheed.studies.report.reading import Found, find
 from tests.report.making import TASKS, make_run, shifted
 
 

@@ -8,9 +8,17 @@ import numpy as np
 import pytest
 
 from metaheed.errors import RunError
-from metaheed.evaluation import t_test
-from metaheed.report.measures import attention_log, band, batch_correlations, first_reaching, holm, mean_curve, ranks
-from metaheed.report.reading import Validation
+from metaheed.running.statistics import t_test
+from metaheed.studies.report.measures import (
+    attention_log,
+    band,
+    batch_correlations,
+    first_reaching,
+    holm,
+    mean_curve,
+    ranks,
+)
+from metaheed.studies.report.reading import Validation
 from tests.report.making import batch, write_lines
 
 

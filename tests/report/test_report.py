@@ -13,10 +13,10 @@ import pytest
 import yaml
 from PIL import Image
 
-import metaheed.report as package
+import metaheed.studies.report.write as package
 from metaheed.config import ReportConfig, ToyConfig
 from metaheed.errors import RunError
-from metaheed.report import report
+from metaheed.studies.report import report
 from tests.conftest import ROOT, Run
 from tests.report.making import batch, make_run, shifted, write_lines
 from tests.test_training import SMALL
@@ -532,7 +532,7 @@ def test_lines_of_tasks_are_not_kept(tmp_path: Path) -> None:
     """A log is read a thousand batches at a time: memory does not grow with it."""
     import tracemalloc
 
-    from metaheed.report.measures import attention_log
+    from metaheed.studies.report.measures import attention_log
 
     write_lines(tmp_path / "t", [batch(i, [1.0, 2.0] * 8, [1 / 16] * 16) for i in range(1, 8001)])
     tracemalloc.start()

@@ -32,9 +32,9 @@ from torch import Tensor
 
 from metaheed.data.episodes import Episodes, fingerprint
 from metaheed.data.images import SPLITS, Dataset, Split
-from metaheed.data.names import check_out, composed
+from metaheed.data.reading.names import check_out, composed
 from metaheed.errors import DataError, brief, shown
-from metaheed.files import put_in_place
+from metaheed.files.opening import put_in_place
 
 _FORMAT = 1
 _LARGEST = 1 << 33  # bytes of the arrays: 600 tasks of 84×84 RGB images use one eighth of it

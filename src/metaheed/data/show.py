@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from metaheed.data.episodes import Episodes
-from metaheed.data.glyphs import font_file
 from metaheed.data.images import Dataset
-from metaheed.data.names import check_out
+from metaheed.data.reading.names import check_out
+from metaheed.data.sets.glyphs import font_file
 from metaheed.errors import ConfigError, DataError, shown
-from metaheed.files import put_in_place, write_synced
+from metaheed.files.opening import put_in_place, write_synced
 
 _TILE = 64  # pixels of an image at least, whole multiples of its own
 _GAP, _LINE, _NAME = 4, 18, 190

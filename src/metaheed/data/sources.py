@@ -18,8 +18,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from metaheed.data.decode import Decoded, Decoder, Encoded, decode_all
 from metaheed.data.images import SPLITS, Dataset, Histogram, Split
+from metaheed.data.reading.decode import Decoded, Decoder, Encoded, decode_all
 from metaheed.errors import DataError
 
 MOST_IN_MEMORY = 4 << 30

@@ -8,46 +8,36 @@ source are safely written. It gets its name at the very end, so that a store is 
 interruption, it is gone on with and ends in the same bytes.
 """
 
-import contextlib
 import json
-import os
-import shutil
-import time
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from metaheed.data.images import SPLITS, Dataset, Histogram, Split, fingerprint_head
-from metaheed.data.names import composed
+from metaheed.data.images import SPLITS, Dataset, Split
+from metaheed.data.reading.names import composed
+from metaheed.data.reading.trees import Unreadable, read_file
 from metaheed.data.sources import (
-    UNSCALED,
-    Digests,
-    Quiet,
     Request,
-    Source,
-    SourceSplit,
-    Watcher,
-    describe_duplicates,
-    gigabytes,
-    refuse,
 )
-from metaheed.data.trees import Unreadable, read_file
-from metaheed.errors import DataError, MetaheedError, MissingDataError, brief, shown
-from metaheed.files import put_in_place, try_lock, write_synced
+from metaheed.errors import DataError, brief, shown
 
 SUFFIX = ".metaheed"
-_FORMAT = 1
-_EVERY = 5.0  # seconds between records of the progress
-_AT_ONCE = 1 << 22  # bytes read at once when the finished files are gone through
+
+
+FORMAT = 1
+
+
 _LARGEST_MANIFEST = 1 << 28  # bytes; the names of a million classes
-_SPARE = 1 << 26  # bytes of disk that stay free
+
+
 _UNSCALED = ((0.0,), (1.0,))  # mean and standard deviation of a grey set whose pixels stay in [0, 1]
+
+
 _FIELDS: dict[str, type] = {
     **{"format": int, "name": str, "layout": str, "stamp": str, "image_shape": list, "mean": list, "std": list},
     **{"splits": dict, "settings": dict},
@@ -92,15 +82,14 @@ class Manifest:
         try:
             images: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # numpy raises many kinds on a damaged header; all mean the same here
-            raise _broken(self.path, f"{file.name} cannot be read: {error}") from error
+            raise broken(self.path, f"{file.name} cannot be read: {error}") from error
         if images.shape != expected or images.dtype != np.uint8:
-            raise _broken(
-                self.path, f"{file.name} holds {images.shape} of {images.dtype}, the manifest says {expected}"
-            )
+            raise broken(self.path, f"{file.name} holds {images.shape} of {images.dtype}, the manifest says {expected}")
         return images
 
 
-def _broken(path: Path, what: str) -> DataError:
+def broken(path: Path, what: str) -> DataError:
+    """The error that a store is damaged."""
     return DataError(
         f"the store {path} is damaged ({what}): delete it and prepare it anew with 'metaheed data prepare'"
     )
@@ -123,8 +112,8 @@ def read_manifest(path: str | Path) -> Manifest:
         for name, kind in _FIELDS.items():
             if not isinstance(values.get(name), kind):
                 raise ValueError(f"its {name} is {shown(values.get(name))}")
-        if values["format"] != _FORMAT:
-            raise ValueError(f"it has format {shown(values['format'])}, but this program reads {_FORMAT}")
+        if values["format"] != FORMAT:
+            raise ValueError(f"it has format {shown(values['format'])}, but this program reads {FORMAT}")
         shape = values["image_shape"]
         if len(shape) != 3 or not all(type(side) is int and 0 < side < 1 << 16 for side in shape):
             raise ValueError(f"its image_shape is {shown(shape)}")
@@ -137,7 +126,7 @@ def read_manifest(path: str | Path) -> Manifest:
         if any(type(number) is not int for number in values["settings"].values()):
             raise ValueError(f"its settings are {shown(values['settings'])}")
     except (ValueError, RecursionError) as error:
-        raise _broken(path, f"manifest.json cannot be read: {brief(str(error), 200)}") from error
+        raise broken(path, f"manifest.json cannot be read: {brief(str(error), 200)}") from error
     return Manifest(
         path,
         values["name"],
@@ -234,300 +223,7 @@ def open_store(path: str | Path, request: Request = Request()) -> Dataset:  # no
     )
 
 
-def prepare(source: Source, folder: str | Path, watcher: Watcher | None = None) -> Path:
-    """Convert a source into a store in `folder`; goes on where an interrupted one stopped.
-
-    Returns:
-        The store.
-
-    Raises:
-        DataError: the source is damaged (all unreadable images are named at once), the disk is too small, another
-            process is at it, or a store of something else is there. Nothing half-written is left behind then.
-            Or it cannot be written; then what is written is kept, and gone on with next time.
-    """
-    watcher = watcher or Quiet()
-    settings = dict(source.settings)
-    folder = Path(folder)
-    path = folder / store_name(source.name, settings)
-    part = path.with_name(path.name + ".part")
-    for notice in source.notices:
-        watcher.message(f"{source.name}: {notice}")
-    with _system_errors_explained(path):
-        folder.mkdir(parents=True, exist_ok=True)
-    with _system_errors_explained(path), _locked(path.with_name(path.name + ".lock"), path):
-        if path.exists():
-            if is_store(path) and read_manifest(path).stamp == source.stamp:
-                watcher.message(f"{path} is prepared already")
-                return path
-            raise DataError(
-                f"{path} is there already, and was made from something else: delete it, or choose another --to"
-            )
-        try:
-            _fill(source, part, watcher)
-            manifest = _finish(source, part, watcher)
-        except MetaheedError:
-            # The source must change before it can be tried again, and then this is of no use.
-            shutil.rmtree(part, ignore_errors=True)
-            raise
-        # In ASCII: the name of a folder, and so of a class, need not be text that UTF-8 has.
-        write_synced(part / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
-        (part / "progress.json").unlink()
-        put_in_place(part, path)
-    return path
-
-
-@contextlib.contextmanager
-def _system_errors_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        raise DataError(
-            f"preparing {path} stopped ({error.strerror or error}{where}): make room or grant permission there, or "
-            "choose another --to; the same command goes on where it stood"
-        ) from error
-
-
-@contextlib.contextmanager
-def _locked(lock: Path, path: Path) -> Iterator[None]:
-    while True:
-        file: IO[str] = lock.open("a")
-        if not try_lock(file):
-            file.close()
-            raise DataError(f"{path} is being prepared by another process: wait for it, or stop it")
-        with contextlib.suppress(OSError):
-            if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
-                break
-        file.close()  # its last holder deleted it just before we had it
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # some systems do not delete what is open
-            lock.unlink()
-        file.close()
-
-
-def _fill(source: Source, part: Path, watcher: Watcher) -> None:
-    """Write all images of the source to their rows."""
-    part.mkdir(exist_ok=True)
-    record = part / "progress.json"
-    done, problems = _read_progress(record, source)
-    present = sum(getattr(p.stat(), "st_blocks", 0) * 512 for p in part.iterdir())
-    needed = sum(split.bytes for split in source.splits.values()) - present + _SPARE
-    free = shutil.disk_usage(part).free
-    if needed > free:
-        raise DataError(
-            f"{part.parent} has {gigabytes(free)} free, but {source.name} needs {gigabytes(needed)}: make room, or "
-            "choose another --to"
-        )
-    if not record.exists():
-        for split in SPLITS:
-            _create(part / f"images_{split}.npy", source.splits[split])
-    items = sum(split.items for split in source.splits.values())
-    watcher.start(f"converting {source.name}", items, sum(done.values()))
-    try:
-        for split in SPLITS:
-            with (part / f"images_{split}.npy").open("r+b", buffering=0) as file:
-                _fill_split(source, split, file, record, done, problems, watcher)
-    finally:
-        watcher.stop()
-    refuse(problems, source)
-
-
-def _fill_split(
-    source: Source,
-    name: str,
-    file: IO[bytes],
-    record: Path,
-    done: dict[str, int],
-    problems: list[str],
-    watcher: Watcher,
-) -> None:
-    split = source.splits[name]
-    entry = int(np.prod(split.shape))
-    np.lib.format.read_magic(file)
-    np.lib.format.read_array_header_1_0(file)
-    offset, saved = file.tell(), time.monotonic()
-    if done[name] == split.items:
-        return
-
-    def save() -> None:
-        os.fsync(file.fileno())
-        values = {"stamp": source.stamp, "done": done, "problems": problems}
-        write_synced(record.with_suffix(".new"), json.dumps(values).encode())
-        put_in_place(record.with_suffix(".new"), record)
-
-    for chunk in split.read(done[name]):
-        # Neighbouring rows in one go.
-        for run in np.split(np.arange(len(chunk.rows)), np.flatnonzero(np.diff(chunk.rows) != 1) + 1):
-            if len(run):
-                file.seek(offset + int(chunk.rows[run[0]]) * entry)
-                _write_all(file, np.ascontiguousarray(chunk.images[run]))
-        problems += chunk.problems
-        done[name] += chunk.items
-        watcher.advance(chunk.items)
-        if time.monotonic() - saved > _EVERY:
-            save()
-            saved = time.monotonic()
-    if done[name] != split.items:
-        raise DataError(f"{source.layout} has {done[name]} images for {name}, not {split.items}, as its labels say")
-    save()
-
-
-def _write_all(file: IO[bytes], images: np.ndarray) -> None:
-    left = memoryview(images.data).cast("B")
-    while left:
-        left = left[file.write(left) :]
-
-
-def _create(path: Path, split: SourceSplit) -> None:
-    with path.open("wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (sum(split.counts), *split.shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + split.bytes)
-
-
-def _read_progress(record: Path, source: Source) -> tuple[dict[str, int], list[str]]:
-    try:
-        values: Any = json.loads(record.read_text(encoding="utf-8"))
-        if values["stamp"] == source.stamp:
-            return {split: int(values["done"][split]) for split in SPLITS}, list(values["problems"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # none, or none that is whole: from the beginning
-    for file in record.parent.iterdir():
-        file.unlink()
-    return dict.fromkeys(SPLITS, 0), []
-
-
-def _finish(source: Source, part: Path, watcher: Watcher) -> dict[str, Any]:
-    """The manifest of the filled files, which are gone through once; images in two classes are reported."""
-    total = sum(sum(split.counts) for split in source.splits.values())
-    histogram = Histogram(source.splits["train"].shape[0])
-    digests, splits, images = {}, {}, {}
-    watcher.start("checksums", total, 0)
-    try:
-        for name in SPLITS:
-            split = source.splits[name]
-            images[name] = np.load(part / f"images_{name}.npy", mmap_mode="r")
-            fingerprint, digests[name] = scan(
-                part / f"images_{name}.npy",
-                split.classes,
-                split.counts,
-                watcher,
-                histogram if name == "train" else None,
-            )
-            splits[name] = {"classes": split.classes, "counts": split.counts, "sha256": fingerprint}
-    finally:
-        watcher.stop()
-    for line in describe_duplicates(images, source.splits, digests, listed=0 if source.published else 20):
-        watcher.message(f"{source.name}: {line}")
-    mean, std = histogram.statistics() if source.standardize else _UNSCALED
-    return {
-        "format": _FORMAT,
-        "name": source.name,
-        "layout": source.layout,
-        "stamp": source.stamp,
-        "settings": dict(source.settings),
-        "image_shape": source.splits["train"].shape,
-        "mean": mean,
-        "std": std,
-        "splits": splits,
-    }
-
-
-def scan(
-    path: Path,
-    classes: tuple[str, ...],
-    counts: tuple[int, ...],
-    watcher: Watcher,
-    histogram: Histogram | None = None,
-) -> tuple[str, np.ndarray]:
-    """The fingerprint of a split and a digest of each of its images, from its file in one pass and little memory."""
-    with path.open("rb") as file:
-        np.lib.format.read_magic(file)
-        shape, _, _ = np.lib.format.read_array_header_1_0(file)
-        entry = int(np.prod(shape[1:]))
-        digest = fingerprint_head(classes, counts, shape)
-        digests = Digests(shape[0])
-        at_once = max(1, _AT_ONCE // entry)
-        for first in range(0, shape[0], at_once):
-            count = min(at_once, shape[0] - first)
-            data = file.read(count * entry)
-            if len(data) != count * entry:
-                raise _broken(path.parent, f"{path.name} ends too early")
-            digest.update(data)
-            images = np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
-            digests.add(images)
-            if histogram is not None:
-                histogram.add(images)
-            watcher.advance(count)
-    return digest.hexdigest(), digests.values
-
-
-def verify(path: str | Path, watcher: Watcher | None = None) -> tuple[Manifest, list[str]]:
-    """Go through a whole store.
-
-    Returns:
-        What it says of itself, and a line on each image that is in two classes.
-
-    Raises:
-        DataError: a count, a checksum, a mean or a standard deviation is not what the manifest says.
-    """
-    watcher, path = watcher or Quiet(), Path(path)
-    manifest = read_manifest(path)
-    images = {split: manifest.images(split) for split in SPLITS}
-    digests = {}
-    histogram = Histogram(manifest.shape[0])
-    watcher.start(f"verifying {path}", sum(len(i) for i in images.values()), 0)
-    try:
-        for split, (classes, counts, recorded) in manifest.splits.items():
-            counted = histogram if split == "train" else None
-            fingerprint, digests[split] = scan(path / f"images_{split}.npy", classes, counts, watcher, counted)
-            if fingerprint != recorded:
-                raise _broken(path, f"images_{split}.npy has the checksum {fingerprint}, the manifest says {recorded}")
-    finally:
-        watcher.stop()
-    _check_statistics(manifest, histogram)
-    shapes = {
-        split: SourceSplit(classes, counts, manifest.shape, sum(counts), lambda start: iter(()))
-        for split, (classes, counts, _) in manifest.splits.items()
-    }
-    return manifest, describe_duplicates(images, shapes, digests)
-
-
-def _check_statistics(manifest: Manifest, histogram: Histogram) -> None:
-    """Whether a store's mean and standard deviation are those of its training images; grey sets have none."""
-    for found, recorded, what in zip(
-        histogram.statistics(), (manifest.mean, manifest.std), ("mean", "std"), strict=True
-    ):
-        if manifest.name in UNSCALED:
-            found = _UNSCALED[what == "std"]
-        if not np.allclose(found, recorded, rtol=1e-9, atol=1e-12):
-            raise _broken(
-                manifest.path, f"the manifest's {what} is {recorded}, and that of its training images is {found}"
-            )
-
-
 def stores_under(path: str | Path) -> list[Path]:
     """The path itself if it is a store, else the stores directly in it."""
     path = Path(path)
     return [path] if is_store(path) else sorted(p for p in path.glob(f"*{SUFFIX}") if is_store(p))
-
-
-def stores_in(paths: Iterable[Path]) -> list[Path]:
-    """The stores among the paths and directly in them.
-
-    Raises:
-        MissingDataError: a path neither is one nor holds any.
-    """
-    found = []
-    for path in paths:
-        here = stores_under(path)
-        if not here:
-            unfinished = " (an unfinished one is there: run its 'metaheed data prepare' again)"
-            raise MissingDataError(
-                f"{path} is no store, and holds none{unfinished if [*path.glob(f'*{SUFFIX}.part')] else ''}: make one "
-                "with 'metaheed data prepare'"
-            )
-        found += here
-    return found

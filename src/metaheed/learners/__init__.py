@@ -1,22 +1,14 @@
 """Learners: how one task is adapted."""
 
-from metaheed.config import (
-    ANILConfig,
-    BOILConfig,
-    LearnerConfig,
-    MAMLConfig,
-    MetaLSTMConfig,
-    MetaSGDConfig,
-    ProtoNetConfig,
-)
-from metaheed.errors import ConfigError
-from metaheed.learners.backbones import BACKBONES, Conv4, ImageShape, build_backbone, find_backbone
-from metaheed.learners.base import Backbone, Learner, NetworkLearner, place_constants, task_loss
+from metaheed.learners.anil_boil import ANIL, BOIL
+from metaheed.learners.build import build_learner
+from metaheed.learners.learner import Learner, NetworkLearner, place_constants, task_loss
 from metaheed.learners.maml import MAML
 from metaheed.learners.meta_lstm import MetaLSTM
 from metaheed.learners.meta_sgd import MetaSGD
-from metaheed.learners.partial import ANIL, BOIL
 from metaheed.learners.protonet import ProtoNet
+from metaheed.networks.conv4 import BACKBONES, Conv4, build_backbone, find_backbone
+from metaheed.networks.functional import Backbone
 
 __all__ = [
     "ANIL",
@@ -36,26 +28,3 @@ __all__ = [
     "place_constants",
     "task_loss",
 ]
-
-_CLASSES = {
-    MAMLConfig: MAML,
-    ANILConfig: ANIL,
-    BOILConfig: BOIL,
-    MetaSGDConfig: MetaSGD,
-    MetaLSTMConfig: MetaLSTM,
-    ProtoNetConfig: ProtoNet,
-}
-
-
-def build_learner(config: LearnerConfig, ways: int, image_shape: ImageShape, seed: int) -> Learner:
-    """The learner that a config describes, on a backbone for this many ways and this shape of images.
-
-    Raises:
-        ConfigError: the backbone cannot be built or adapted.
-    """
-    backbone = build_backbone(config.backbone, ways, image_shape, seed, config.backbone_path)
-    if type(config) not in _CLASSES:
-        raise ConfigError(f"no learner is built from {type(config).__name__}")
-    # A config's own fields are its learner's keyword arguments: a test holds the two together.
-    learner: Learner = _CLASSES[type(config)](backbone, **config.own_settings())
-    return learner

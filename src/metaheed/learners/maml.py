@@ -13,7 +13,7 @@ With `first_order` the gradients of step 2 count as constants in step 3 (FOMAML,
 from torch import Tensor, nn
 
 from metaheed.config import MAMLConfig
-from metaheed.learners.base import NetworkLearner, descend
+from metaheed.learners.learner import NetworkLearner
 from metaheed.types import Params
 
 
@@ -60,4 +60,4 @@ class MAML(NetworkLearner):
         return self.steps(self._step, meta, self.initial(meta), support_x, support_y)
 
     def _step(self, meta: Params, adapted: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        return descend(self, adapted, self.fast_lr, support_x, support_y, self.moving, self.first_order)
+        return self.descend(adapted, self.fast_lr, support_x, support_y, self.moving, self.first_order)

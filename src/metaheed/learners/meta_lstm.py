@@ -24,8 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from metaheed.config import MetaLSTMConfig
-from metaheed.learners.base import NetworkLearner, below, loss_gradient, ordinary_on_cpu
-from metaheed.learners.learned_update import State, by_formula, in_closed_form
+from metaheed.learners.learner import NetworkLearner
+from metaheed.learners.meta_lstm_update import State, by_formula, in_closed_form
+from metaheed.networks.functional import ordinary_on_cpu
+from metaheed.trees import below
 from metaheed.types import Params
 
 
@@ -113,7 +115,7 @@ class MetaLSTM(NetworkLearner):
 
     def _step(self, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
         at = _unflat(state["c"].detach(), self.initial(meta))
-        gradient, loss, _ = loss_gradient(self, at, support_x, support_y)
+        gradient, loss, _ = self.loss_gradient(at, support_x, support_y)
         g, loss = _flat(gradient, support_y).detach(), loss.detach()[..., None, None]
         update = in_closed_form if ordinary_on_cpu([g, loss, *meta.values(), *state.values()]) else by_formula
         return update(meta, loss, g, State(**state))._asdict()

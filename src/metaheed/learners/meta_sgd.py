@@ -12,9 +12,9 @@ With `first_order` the gradients of step 2 count as constants in step 3; α is l
 import torch
 from torch import Tensor
 
-from metaheed.learners.base import below, loss_gradient
-from metaheed.learners.derivatives import detached
 from metaheed.learners.maml import MAML
+from metaheed.networks.derivatives import detached
+from metaheed.trees import below
 from metaheed.types import Params
 
 
@@ -51,5 +51,5 @@ class MetaSGD(MAML):
     def _step(self, meta: Params, adapted: Params, support_x: Tensor, support_y: Tensor) -> Params:
         rates = below("fast_lr.", meta)
         at = detached(adapted) if self.first_order else adapted
-        gradient, _, _ = loss_gradient(self, at, support_x, support_y)
+        gradient, _, _ = self.loss_gradient(at, support_x, support_y)
         return {name: p - rates[name] * gradient[name] for name, p in adapted.items()}

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from metaheed.config import ProtoNetConfig
 from metaheed.errors import ConfigError
-from metaheed.learners.base import Backbone, NetworkLearner
-from metaheed.learners.derivatives import transformed
+from metaheed.learners.learner import NetworkLearner
+from metaheed.networks.derivatives import transformed
+from metaheed.networks.functional import Backbone
 from metaheed.types import Params
 
 

@@ -1,0 +1,144 @@
+"""Settings of the learners, one class a learner, and the table of them all."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from metaheed.config.checks import at_least, check_types, positive, require
+from metaheed.config.presets import USUAL
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnerConfig:
+    """How one task is adapted: what all learners share."""
+
+    name: ClassVar[str]
+    clip_norm: ClassVar[float | None] = None
+    """What --clip-norm is unless it is given."""
+    has_start: ClassVar[bool] = True
+    """Whether the loss before adaptation tells tasks apart."""
+    has_closed_form: ClassVar[bool] = True
+    """Whether it can be computed in closed form with one of our own networks."""
+    any_ways: ClassVar[bool] = False
+    """Whether θ serves tasks of any number of ways; else the network's head has one output for each training class."""
+    backbone: str = "conv4-32"
+    """Network: conv4-32, conv4-64, conv4-64-strided (Finn et al.'s for Omniglot), or module:Class, called as
+    Class(ways, image_shape) with image_shape = (channels, height, width)."""
+    backbone_path: Path | None = None
+    """Folder in which the module of module:Class is looked for first; none: the current one. Recorded, so that the
+    run can be continued from anywhere."""
+    init_from: Path | None = None
+    """Start from these weights instead of drawn ones: a .safetensors file, or a run folder (its best checkpoint). A
+    head of another number of classes is drawn anew. The weights are copied into the run folder."""
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        require(bool(self.backbone), "backbone", self.backbone, "it must name a network")
+
+    def from_anywhere(self) -> Self:
+        """The same, its paths absolute, so that a run can be gone on with from any folder."""
+        start, folder = self.init_from, self.backbone_path
+        if ":" in self.backbone:
+            folder = (folder or Path()).expanduser().absolute()
+        return dataclasses.replace(self, backbone_path=folder, init_from=start and start.expanduser().absolute())
+
+    def own_settings(self) -> dict[str, Any]:
+        """The settings beside the backbone: the keyword arguments of the learner's constructor."""
+        shared = {f.name for f in dataclasses.fields(LearnerConfig)}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in shared}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MAMLConfig(LearnerConfig):
+    """MAML's settings."""
+
+    name: ClassVar[str] = "maml"
+    adaptation_steps: int = USUAL.adaptation_steps
+    """T, gradient steps on the support set, the same in training and test."""
+    fast_lr: float = 0.1
+    """α, the rate of those steps."""
+    first_order: bool = False
+    """Drop the second derivatives (FOMAML)."""
+    recompute: bool = False
+    """Compute each adaptation step again in the reverse pass instead of keeping it: memory does not grow with T. The
+    results are the same; it takes one more gradient a step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "adaptation_steps")
+        positive(self, "fast_lr")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ANILConfig(MAMLConfig):
+    """ANIL's settings: MAML's, adapting the head only."""
+
+    name: ClassVar[str] = "anil"
+    head: str | None = None
+    """Name of the head's module in the network; none: the last one registered that has parameters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BOILConfig(ANILConfig):
+    """BOIL's settings: MAML's, adapting everything but the head."""
+
+    name: ClassVar[str] = "boil"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaSGDConfig(MAMLConfig):
+    """MetaSGD's settings: MAML's, every parameter at a learned rate of its own."""
+
+    name: ClassVar[str] = "metasgd"
+    fast_lr: float = MAMLConfig.fast_lr
+    """Where the learned rate of every parameter starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetaLSTMConfig(LearnerConfig):
+    """MetaLSTM's settings. `default_config` and the command line clip the outer gradient with it (--clip-norm 0.25)."""
+
+    name: ClassVar[str] = "metalstm"
+    clip_norm: ClassVar[float | None] = 0.25
+    adaptation_steps: int = USUAL.adaptation_steps
+    """T, steps of the learned optimiser on the support set, the same in training and test."""
+    hidden_size: int = 20
+    """H, hidden units of the lower LSTM."""
+    forget_bias: tuple[float, float] = (4.0, 5.0)
+    """Bounds between which the forget gate's bias is drawn."""
+    input_bias: tuple[float, float] = (-5.0, -4.0)
+    """Bounds between which the input gate's bias is drawn."""
+    recompute: bool = False
+    """Compute each adaptation step again in the reverse pass instead of keeping it: memory does not grow with T. The
+    results are the same."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "adaptation_steps", "hidden_size")
+        for name in ("forget_bias", "input_bias"):
+            low, high = getattr(self, name)
+            require(
+                math.isfinite(low) and math.isfinite(high) and low <= high,
+                name,
+                (low, high),
+                "it must be two finite numbers, the lower one first",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtoNetConfig(LearnerConfig):
+    """ProtoNet's settings: nothing to set but which layer is replaced."""
+
+    name: ClassVar[str] = "protonet"
+    has_start: ClassVar[bool] = False
+    has_closed_form: ClassVar[bool] = False
+    any_ways: ClassVar[bool] = True
+    head: str | None = None
+    """Name of the head's module in the network; none: the last one registered that has parameters."""
+
+
+LEARNERS: dict[str, type[LearnerConfig]] = {
+    c.name: c for c in (MAMLConfig, ANILConfig, BOILConfig, MetaSGDConfig, MetaLSTMConfig, ProtoNetConfig)
+}

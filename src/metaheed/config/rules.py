@@ -1,0 +1,163 @@
+"""Settings of the batch rules, one class a rule, and the table of them all."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from metaheed.config.checks import check_types, positive, require
+from metaheed.errors import unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuleConfig:
+    """How the tasks of a meta-batch are combined: what all rules share."""
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_types(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UniformConfig(RuleConfig):
+    """Every task weighs 1/B; nothing to set."""
+
+    name: ClassVar[str] = "uniform"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Uniform2BConfig(RuleConfig):
+    """Control: uniform over the training and the probe batch, as many tasks as attention sees; nothing to set."""
+
+    name: ClassVar[str] = "uniform-2b"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequentialConfig(RuleConfig):
+    """An outer step after every task; nothing to set."""
+
+    name: ClassVar[str] = "sequential"
+
+
+EQUITY_PARAMETERS: dict[str, float | None] = {
+    "theil": None,
+    "generalized-entropy": 2.0,
+    "atkinson": 0.5,
+    "gini": None,
+    "log-variance": None,
+}
+"""Index of inequality -> its parameter unless one is given; none: it has none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EquityConfig(RuleConfig):
+    """The mean loss plus λ times the inequality of the tasks' losses (TAML)."""
+
+    name: ClassVar[str] = "equity"
+    equity_lambda: float = 0.1
+    """λ, the weight of the inequality. The mean of the losses stands beside it, not the sum as in the TAML paper, so
+    that paper's λ is B times this one."""
+    equity_index: Literal["theil", "generalized-entropy", "atkinson", "gini", "log-variance"] = "theil"
+    """The index of inequality."""
+    equity_parameter: float | None = None
+    """a of generalized-entropy (none: 2), ε of atkinson (none: 0.5); the others have none."""
+    equity_losses: Literal["auto", "query", "support", "adapted"] = "auto"
+    """Whose inequality: losses before adaptation on the query or the support set, or query losses after it. auto:
+    query; adapted for ProtoNet, which before adaptation finds all tasks alike."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            math.isfinite(self.equity_lambda) and self.equity_lambda >= 0,
+            "equity_lambda",
+            self.equity_lambda,
+            "it must be a finite number of at least 0",
+        )
+        check_equity_parameter(self.equity_index, self.equity_parameter)
+
+
+def check_equity_parameter(index: str, parameter: float | None) -> None:
+    """Raise ConfigError unless the index exists and takes that parameter (none: its own)."""
+    if index not in EQUITY_PARAMETERS:
+        raise unknown("index of inequality", index, EQUITY_PARAMETERS)
+    if parameter is None:
+        return
+    takes = EQUITY_PARAMETERS[index] is not None
+    require(takes, "equity_parameter", parameter, f"{index} has no parameter: leave it out")
+    require(math.isfinite(parameter), "equity_parameter", parameter, "it must be a finite number")
+    require(index != "atkinson" or parameter > 0, "equity_parameter", parameter, "atkinson's ε must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSoftmaxConfig(RuleConfig):
+    """Control: tasks are weighted by the softmax of their query losses, the hard ones most."""
+
+    name: ClassVar[str] = "loss-softmax"
+    loss_temperature: float = 1.0
+    """τ in softmax(L*ᵀ/τ): the larger, the more alike the weights."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "loss_temperature")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayedConfig(RuleConfig):
+    """Control: the weights that an attended run logged, permuted over the tasks of each batch."""
+
+    name: ClassVar[str] = "replayed"
+    replay: Path | None = None
+    """Run folder of the attended run: of the same learner, tasks, seed and meta-batch size, and of at least as many
+    iterations. Needed; the weights are copied into the run folder, so resuming it needs nothing else."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttendedConfig(RuleConfig):
+    """Tasks are weighted by the attention module; its settings."""
+
+    name: ClassVar[str] = "attended"
+    attention_lr: float = 1e-3
+    """γ, the rate of Adam on the attention parameters δ."""
+    attention_architecture: Literal["paper", "equivariant"] = "paper"
+    """paper: tied to the meta-batch size and to the order of tasks; equivariant: neither."""
+    attention_jacobian: Literal["sgd", "optimizer"] = "sgd"
+    """Through what δ's gradient is taken: an SGD look-ahead at the meta rate (the authors'), or the real outer step."""
+    attention_standardize: bool = False
+    """Standardise each attention input over the tasks of the batch."""
+    attention_omit: Literal["grad_norm", "query_loss", "query_accuracy", "loss_ratio"] | None = None
+    """An input that attention does not get to see (a control)."""
+    attention_reuse_probe: bool = False
+    """Probe with the batch that the next iteration trains on, which then has its gradients already: attention at nearly
+    no cost. The paper draws a batch of its own instead."""
+    faithful_to_release: bool = False
+    """Repeat, in an idealised form, a defect of the code that the authors released: the look-ahead on which the probe
+    batch is judged stays connected to θ, so that θ descends the summed loss of that batch as well, and training sees
+    2B tasks an iteration. It is not the whole released step, which also adapts the probe tasks one after another on a
+    shared copy. For maml and metasgd only: the released TA-MetaLSTM++ has no such leak."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "attention_lr")
+        for name, other in (("attention_reuse_probe", False), ("attention_jacobian", "sgd")):
+            value = getattr(self, name)
+            require(
+                not self.faithful_to_release or value == other,
+                name,
+                value,
+                f"the released code has no such thing: with --faithful-to-release leave it {other}",
+            )
+
+
+RULES: dict[str, type[RuleConfig]] = {
+    c.name: c
+    for c in (
+        UniformConfig,
+        SequentialConfig,
+        EquityConfig,
+        AttendedConfig,
+        Uniform2BConfig,
+        LossSoftmaxConfig,
+        ReplayedConfig,
+    )
+}

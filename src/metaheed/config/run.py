@@ -1,0 +1,127 @@
+"""A whole run: its five groups of settings, and the algorithms by name."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from metaheed.config.checks import require
+from metaheed.config.episodes import EpisodeConfig
+from metaheed.config.learners import LEARNERS, LearnerConfig, MAMLConfig, MetaSGDConfig
+from metaheed.config.presets import preset
+from metaheed.config.rules import RULES, AttendedConfig, EquityConfig, RuleConfig
+from metaheed.config.training import OuterConfig, TrainingConfig
+from metaheed.errors import unknown
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run."""
+
+    episodes: EpisodeConfig = field(default_factory=EpisodeConfig)
+    """Which images, and how tasks are made of them."""
+    learner: LearnerConfig
+    """How one task is adapted."""
+    rule: RuleConfig
+    """How the tasks of a meta-batch are combined."""
+    outer: OuterConfig = field(default_factory=OuterConfig)
+    """The outer step on θ."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The training loop."""
+
+    def __post_init__(self) -> None:
+        self.check_ways(self.episodes.test_shape[0], "test_ways")
+        if isinstance(self.rule, AttendedConfig):
+            require(
+                not self.rule.faithful_to_release or type(self.learner) in (MAMLConfig, MetaSGDConfig),
+                "faithful_to_release",
+                self.rule.faithful_to_release,
+                f"the released code has this leak for maml and metasgd only, not for {self.learner.name}: leave it out",
+            )
+        if isinstance(self.rule, EquityConfig):
+            require(
+                self.learner.has_start or self.rule.equity_losses in ("auto", "adapted"),
+                "equity_losses",
+                self.rule.equity_losses,
+                f"before adaptation {self.learner.name} finds all tasks alike: use adapted",
+            )
+
+    def check_ways(self, ways: int, option: str = "ways") -> None:
+        """Raise ConfigError, naming the option, if the learner cannot be judged on tasks of so many ways."""
+        most = self.episodes.ways
+        require(
+            ways <= most or self.learner.any_ways,
+            option,
+            ways,
+            f"{self.learner.name}'s head has one output for each of the {most} training classes: "
+            f"use at most {most}, or train with more --ways (or protonet, which takes any number)",
+        )
+
+    @property
+    def algorithm(self) -> str:
+        """The name of this pair of learner and rule: a key of ALGORITHMS, or RULE-LEARNER for one without a name."""
+        for name, (learner, rule, _) in ALGORITHMS.items():
+            if (learner, rule) == (self.learner.name, self.rule.name):
+                return name
+        return f"{self.rule.name}-{self.learner.name}"
+
+    @property
+    def run_name(self) -> str:
+        """The default folder name under runs/."""
+        e = self.episodes
+        return f"{e.data}-{e.ways}way{e.shots}shot-{self.algorithm}-seed{self.training.seed}"
+
+
+ALGORITHMS: dict[str, tuple[str, str, str]] = {
+    "maml": ("maml", "uniform", "MAML (Finn et al. 2017): every task weighs the same."),
+    "taml": ("maml", "equity", "TAML (Jamal & Qi 2019): MAML with a penalty on the inequality of the tasks' losses."),
+    "ta-maml": ("maml", "attended", "Task-attended MAML (Aimen et al. 2021): an attention module weighs the tasks."),
+    "metasgd": ("metasgd", "uniform", "MetaSGD (Li et al. 2017): MAML with a learned rate for every parameter."),
+    "ta-metasgd": ("metasgd", "attended", "Task-attended MetaSGD."),
+    "metalstm": ("metalstm", "sequential", "MetaLSTM (Ravi & Larochelle 2017): a learned optimiser, a step a task."),
+    "metalstm++": ("metalstm", "uniform", "MetaLSTM++ (Aimen et al. 2021): MetaLSTM trained on whole meta-batches."),
+    "ta-metalstm++": ("metalstm", "attended", "Task-attended MetaLSTM++."),
+    "anil": ("anil", "uniform", "ANIL (Raghu et al. 2020): MAML that adapts the head only."),
+    "ta-anil": ("anil", "attended", "Task-attended ANIL."),
+    "boil": ("boil", "uniform", "BOIL (Oh et al. 2021): MAML that adapts the body only."),
+    "ta-boil": ("boil", "attended", "Task-attended BOIL."),
+    "protonet": ("protonet", "uniform", "ProtoNet (Snell et al. 2017): the nearest class mean of the embeddings."),
+    "ta-protonet": ("protonet", "attended", "Task-attended ProtoNet."),
+}
+"""Algorithm name -> (learner, rule, description)."""
+
+
+def default_config(
+    algorithm: str,
+    data: str = EpisodeConfig.data,
+    ways: int = EpisodeConfig.ways,
+    shots: int = EpisodeConfig.shots,
+) -> RunConfig:
+    """The config of an algorithm with every default, T, B and Q being the preset of the data set and setting.
+
+    Raises:
+        ConfigError: no algorithm has that name.
+    """
+    if algorithm not in ALGORITHMS:
+        raise unknown("algorithm", algorithm, ALGORITHMS)
+    learner, rule, _ = ALGORITHMS[algorithm]
+    return default_pair(learner, rule, data, ways, shots)
+
+
+def default_pair(
+    learner: str,
+    rule: str,
+    data: str = EpisodeConfig.data,
+    ways: int = EpisodeConfig.ways,
+    shots: int = EpisodeConfig.shots,
+) -> RunConfig:
+    """As `default_config`, of any learner with any rule."""
+    for what, name, known in (("learner", learner, LEARNERS), ("rule", rule, RULES)):
+        if name not in known:
+            raise unknown(what, name, known)
+    paper, kind = preset(data, ways, shots), LEARNERS[learner]
+    steps: dict[str, Any] = {"adaptation_steps": paper.adaptation_steps} if hasattr(kind, "adaptation_steps") else {}
+    return RunConfig(
+        episodes=EpisodeConfig(data=data, ways=ways, shots=shots, queries=paper.queries),
+        learner=kind(**steps),
+        rule=RULES[rule](),
+        outer=OuterConfig(meta_batch_size=paper.meta_batch_size, clip_norm=kind.clip_norm),
+    )

@@ -1,0 +1,1 @@
+"""Safe readers of published formats: archives, pickles, pictures, labels and downloads."""

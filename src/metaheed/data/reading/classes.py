@@ -1,0 +1,45 @@
+"""Published pictures as files in folders of classes, or as lists say."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from metaheed.data.reading.decode import SUFFIXES, Encoded, rgb
+from metaheed.data.reading.names import composed
+from metaheed.data.reading.trees import beside, open_tree, read_file
+from metaheed.data.sources import SourceSplit, class_rows, encoded_stream
+
+
+def children(folder: Path) -> dict[str, Path]:
+    """The folders directly in a folder, by name; none where it is no folder."""
+    if not folder.is_dir():
+        return {}
+    return {composed(child.name): child for child in sorted(folder.iterdir()) if _is_folder(child)}
+
+
+def _is_folder(path: Path) -> bool:
+    return not beside(path.name) and path.is_dir()
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The pictures in a class's folder and below, by name."""
+    entries = [entry for entry in open_tree(folder).entries if entry.path.lower().endswith(SUFFIXES)]
+    return [folder / entry.path for entry in sorted(entries, key=lambda e: (composed(e.path), e.path))]
+
+
+def files_split(classes: Sequence[str], files: Sequence[tuple[Path, int]], side: int) -> SourceSplit:
+    """A split of files, each with the position of its class; those of a class keep their order."""
+    rows, counts = class_rows(np.array([label for _, label in files], np.int64), len(classes))
+    path_of = {int(row): str(path) for row, (path, _) in zip(rows, files, strict=True)}
+
+    def encoded(start: int) -> Iterator[Encoded]:
+        for (path, _), row in zip(files[start:], rows[start:].tolist(), strict=True):
+            yield Encoded(str(path), (row,), read_file(path))
+
+    shape = (3, side, side)
+    decode: Callable[[bytes], np.ndarray] = partial(rgb, side=side)
+    return SourceSplit(
+        tuple(classes), counts, shape, len(files), encoded_stream(encoded, decode, shape), path_of.__getitem__
+    )

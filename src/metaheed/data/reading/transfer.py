@@ -1,0 +1,357 @@
+"""Fetching one published file over HTTP: mirrors, resumption, checksums."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import socket
+import ssl
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from io import FileIO
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
+from urllib.parse import urlsplit
+
+import metaheed
+from metaheed.errors import DataError
+from metaheed.files.opening import put_in_place, try_lock
+
+_TRIES = 4  # in a row without a byte more than before, at one mirror
+
+
+_WAIT = 1.0  # seconds before the second of them; doubles
+
+
+_LONGEST_WAIT = 30.0  # seconds, whatever the server asks for
+
+
+_TIMEOUT = 30.0  # seconds without a sign of life
+
+
+_CHUNK = 1 << 18  # bytes
+
+
+_BEGINNING = 64  # bytes that tell a web page
+
+
+_LARGEST = 1 << 30  # bytes: no published file comes near it
+
+
+class Published(NamedTuple):
+    """A file as its publisher and others give it away."""
+
+    path: str
+    """Where it goes below the data root, which is where the data set's reader looks."""
+    md5: str
+    """Published checksum."""
+    urls: tuple[str, ...]
+    """The publisher first, then mirrors."""
+    unpacked: Mapping[str, str] = MappingProxyType({})
+    """Files below the data root, with their md5, that do as well."""
+
+
+class Watcher(Protocol):
+    """Who is told how a download goes."""
+
+    def begin(self, name: str, done: int, total: int | None) -> None:
+        """Bytes of a file begin to arrive after the `done` that are there; none: how many in all is not known."""
+
+    def advance(self, done: int) -> None:
+        """So many are there."""
+
+    def end(self) -> None:
+        """No more of them come."""
+
+    def message(self, text: str) -> None:
+        """Something worth a line."""
+
+
+def present(file: Published, root: Path) -> Path | None:
+    """The file, or the folder it was unpacked into, if it is there with the published md5.
+
+    Raises:
+        DataError: it is there with another.
+    """
+    for place in (root / file.path, root / Path(file.path).name):
+        if place.exists():
+            _must_be(place, file.md5)
+            return place
+    for base in (root, root.parent):  # the root may be the unpacked folder itself
+        parts = {base / path: md5 for path, md5 in file.unpacked.items()}
+        if parts and all(part.is_file() and part.is_relative_to(root) for part in parts):
+            for part, md5 in parts.items():
+                _must_be(part, md5)
+            return next(iter(parts)).parent
+    return None
+
+
+def _must_be(path: Path, md5: str) -> None:
+    found = md5_of(path)
+    if found != md5:
+        raise DataError(
+            f"{path} is there already, but its md5 is {found} and the published file's {md5}. "
+            "If it can be used (repacked, say), nothing needs to be done; if not, delete it and download again"
+        )
+
+
+def md5_of(path: Path) -> str:
+    """The md5 of a file, in hexadecimal; DataError if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
+
+
+def fetch(file: Published, root: Path, watcher: Watcher) -> Path:
+    """Download one file to its place below the root; see the top of this module.
+
+    Raises:
+        DataError: as `download`.
+    """
+    target = root / file.path
+    made = [folder for folder in target.parents if not folder.exists()]
+    try:
+        with _writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+        with _part_of(target) as part:
+            # Another process may have been at it, and have just finished.
+            if present(file, root) is None and not (part.size and md5_of(part.path) == file.md5):
+                _from_mirrors(file, part, target, watcher)
+            return target if target.exists() else part.become(target)
+    finally:
+        watcher.end()
+        with contextlib.suppress(OSError):  # not empty: something has come
+            for folder in made:
+                folder.rmdir()
+
+
+def _from_mirrors(file: Published, part: "_Part", target: Path, watcher: Watcher) -> None:
+    """Fill the part from the first mirror that gives the published file."""
+    failures = []
+    for url in file.urls:
+        try:
+            continued = part.size > 0
+            _transfer(url, part, watcher)
+            found = md5_of(part.path)
+            if found != file.md5 and continued:
+                watcher.message(f"{part.path} held something else from an earlier session: starting anew")
+                part.cut(0)
+                _transfer(url, part, watcher)
+                found = md5_of(part.path)
+            if found == file.md5:
+                return
+            part.cut(0)
+            raise _UnusableError(f"gave a file with md5 {found}, but the published one is {file.md5}")
+        except _UnusableError as error:
+            failures.append(f"{url} {error}")
+            watcher.end()
+            watcher.message(failures[-1])
+    kept = f"; {part.size} bytes are kept in {part.path}, to go on from" if part.size else ""
+    raise DataError(
+        f"{target.name} could not be downloaded: {'; '.join(failures)}{kept}. Try again later, or fetch it with a "
+        f"browser and put it at {target}"
+    )
+
+
+class _UnusableError(Exception):
+    """A mirror does not give the file, and will not if asked again."""
+
+
+class _BrokenError(Exception):
+    """A transfer did not come to its end; it may the next time."""
+
+    def __init__(self, message: str, wait: float | None = None) -> None:
+        super().__init__(message)
+        self.wait = wait
+        """Seconds that the server asks for."""
+
+
+class _Part:
+    """FILE.part, held by this process."""
+
+    def __init__(self, path: Path, file: FileIO) -> None:
+        self.path, self._file = path, file
+
+    @property
+    def size(self) -> int:
+        return os.fstat(self._file.fileno()).st_size
+
+    def append(self, data: bytes) -> None:
+        rest = memoryview(data)
+        with _writing(self.path):
+            while rest:  # a full disk may take some of it
+                rest = rest[self._file.write(rest) :]
+
+    def cut(self, size: int) -> None:
+        with _writing(self.path):
+            self._file.truncate(size)
+
+    def become(self, target: Path) -> Path:
+        with _writing(target):
+            os.fsync(self._file.fileno())
+            if os.name == "nt":
+                self._file.close()  # or Windows does not let it be renamed
+            put_in_place(self.path, target)
+        return target
+
+
+@contextlib.contextmanager
+def _part_of(target: Path) -> Iterator[_Part]:
+    path = target.with_name(target.name + ".part")
+    while True:
+        with _writing(path):
+            file = FileIO(path, "a+")
+        with file:
+            if not try_lock(file):
+                raise DataError(f"{path} is being downloaded by another process: wait for it, or stop it")
+            # Between opening and locking, its holder may have finished and renamed it: then it is no part any more.
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                continue
+            try:
+                yield _Part(path, file)
+            finally:
+                if path.exists() and path.stat().st_size == 0:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+            return
+
+
+class _Mirror:
+    """A URL, and the version of the file that its server named last."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.version: str | None = None
+        # Now and not at import, for it reads the environment's proxies and certificates.
+        self.open = urllib.request.build_opener(_Redirects()).open
+
+
+def _transfer(url: str, part: _Part, watcher: Watcher) -> None:
+    """Append to the part what it lacks, however often the connection breaks, as long as it brings something."""
+    mirror, most, tries = _Mirror(url), part.size, 0
+    while True:
+        try:
+            _request(mirror, part, watcher)
+            return
+        except _BrokenError as error:
+            tries = 1 if part.size > most else tries + 1
+            most = max(most, part.size)
+            if tries >= _TRIES:
+                raise _UnusableError(f"failed {tries} times in a row ({error})") from error
+            wait = min(_WAIT * 2 ** (tries - 1) if error.wait is None else error.wait, _LONGEST_WAIT)
+            watcher.message(f"{url}: {error}; going on after {part.size} bytes in {wait:g} s")
+            time.sleep(wait)
+
+
+def _request(mirror: _Mirror, part: _Part, watcher: Watcher) -> None:
+    """One request for the bytes that the part lacks; what goes wrong is told apart by whether to ask again."""
+    start = part.size
+    headers = {"User-Agent": f"metaheed/{metaheed.__version__}", "Accept-Encoding": "identity"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+        if mirror.version is not None:
+            headers["If-Range"] = mirror.version
+    try:
+        with mirror.open(urllib.request.Request(mirror.url, headers=headers), timeout=_TIMEOUT) as response:
+            tag = response.headers.get("ETag", "")
+            mirror.version = tag if tag.startswith('"') else None  # a weak one says nothing about bytes
+            _receive(response, part, watcher)
+    except urllib.error.HTTPError as error:
+        with error:
+            what = f"answers {error.code} {error.reason}"
+            if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
+                return  # nothing comes after what is there: its md5 will tell
+            if error.code in (408, 425, 429) or error.code >= 500:
+                asked = error.headers.get("Retry-After", "")
+                raise _BrokenError(what, float(asked) if asked.isdecimal() else None) from error
+            raise _UnusableError(what) from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            raise _UnusableError(f"has a certificate that is not trusted here ({reason.verify_message})") from error
+        if isinstance(reason, socket.gaierror):
+            raise _UnusableError(
+                f"cannot be found ({reason.strerror}): is there a network, or a proxy to set?"
+            ) from error
+        raise _BrokenError(f"the connection broke ({reason or type(reason).__name__})") from error
+
+
+def _receive(response: Any, part: _Part, watcher: Watcher) -> None:
+    """Append an answer's body to the part, from the start if that is what the server sends."""
+    start = part.size
+    length = response.headers.get("Content-Length", "")
+    length = int(length) if length.isdecimal() else None
+    # read1 gives what is there, where read would wait for a whole chunk and lose it with the connection.
+    data = response.read1(_CHUNK)
+    while 0 < len(data) < _BEGINNING and (more := response.read1(_CHUNK)):
+        data += more
+    continues = response.status == http.HTTPStatus.PARTIAL_CONTENT
+    if response.headers.get_content_type() == "text/html" or (not continues and _HTML.match(data)):
+        title = _TITLE.search(data + response.read(_CHUNK))
+        named = f" titled {' '.join(title[1].decode('utf-8', 'replace').split())!r}" if title else ""
+        raise _UnusableError(
+            f"answers with a web page{named} instead of the file: a login, a quota, a consent or a proxy's page; "
+            "open the address in a browser to see it"
+        )
+    if continues and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+        part.cut(0)
+        raise _BrokenError("the server sent another range than was asked for")
+    if not continues and start:
+        part.cut(0)
+        start = 0
+    total = None if length is None else start + length
+    free = shutil.disk_usage(part.path.parent).free
+    if length is not None and length > free:
+        raise DataError(
+            f"no room for {part.path.stem}: {_megabytes(length)} are to come, but {part.path.parent} has only "
+            f"{_megabytes(free)} free. Make room there, or choose another --data-root"
+        )
+    watcher.begin(part.path.stem, start, total)
+    while data:
+        part.append(data)
+        watcher.advance(part.size)
+        if part.size > _LARGEST:
+            part.cut(0)
+            raise _UnusableError(f"sends more than {_megabytes(_LARGEST)}, which no published file has")
+        data = response.read1(_CHUNK)
+    if total is not None and part.size < total:
+        raise _BrokenError(f"the connection broke ({part.size} of {total} bytes)")
+
+
+_HTML = re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype\s+html|html|head|body|script)\b", re.IGNORECASE)
+
+
+_TITLE = re.compile(rb"<title[^>]*>([^<]{1,200})", re.IGNORECASE)
+
+
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but never from HTTPS to anything else."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
+        if req.type == "https" and urlsplit(newurl).scheme != "https":
+            raise _UnusableError(f"redirects to {newurl}, which is not HTTPS")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"cannot write {error.filename or path}: {error.strerror or error}. Make room or grant permission there "
+            "and repeat the command, which goes on from what has come; or choose another --data-root"
+        ) from error

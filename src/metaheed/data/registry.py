@@ -1,0 +1,130 @@
+"""The data sets by name: found, read or opened, and listed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from metaheed.config import EpisodeConfig
+from metaheed.data.images import Dataset
+from metaheed.data.sets import cifar, folder, glyphs, miniimagenet, omniglot, tieredimagenet
+from metaheed.data.sources import Request, Source, Watcher, check_memory, in_memory
+from metaheed.data.store import SUFFIX, Manifest, find_store, open_store, read_manifest, store_name, stores_under
+from metaheed.errors import DataError, MissingDataError, unknown
+
+DATASETS: dict[str, Callable[[Request], Source]] = {
+    "glyphs": lambda request: glyphs.find(),
+    "omniglot": omniglot.find_paper,
+    "omniglot-vinyals": omniglot.find_vinyals,
+    "cifar-fs": cifar.find_fs,
+    "fc100": cifar.find_fc100,
+    "miniimagenet": miniimagenet.find,
+    "tieredimagenet": tieredimagenet.find,
+    "folder": folder.find,
+}
+"""Name -> what finds it, in whichever layout it lies."""
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError, with a suggestion, if no data set has that name."""
+    if name not in DATASETS:
+        raise unknown("data set", name, DATASETS)
+
+
+def find_source(name: str, request: Request) -> Source:
+    """The published files of a data set, recognised by what lies under the root or its customary subfolder.
+
+    Raises:
+        ConfigError: no data set has that name.
+        MissingDataError: its files are not there; says which, and where they are published.
+        DataError: they are damaged.
+    """
+    check_name(name)
+    root = None if request.root is None else Path(request.root)  # strings, from Python
+    return DATASETS[name](request._replace(root=root))
+
+
+def load_dataset(
+    name: str,
+    root: str | Path | None = None,
+    image_size: int | None = None,
+    split_seed: int | None = None,
+    watcher: Watcher | None = None,
+) -> Dataset:
+    """A data set by name: from its store under `root` if there is one, mapped into memory; else its files are read.
+
+    Args:
+        name: a key of DATASETS.
+        root: where to look; its customary subfolder is tried, too.
+        image_size, split_seed: of a folder of pictures; see EpisodeConfig.
+        watcher: told of images that appear in two classes.
+
+    Raises:
+        ConfigError: no data set has that name.
+        DataError: its files are missing or damaged; says which, and where they are published.
+    """
+    check_name(name)
+    request = Request(None if root is None else Path(root), image_size, split_seed)
+    path = _find_store(name, request)
+    return open_store(path, request) if path is not None else in_memory(find_source(name, request), watcher)
+
+
+def find_shape(
+    name: str, root: str | Path | None = None, image_size: int | None = None, split_seed: int | None = None
+) -> tuple[int, int, int]:
+    """The image shape of what `load_dataset` would load, found by reading names and labels only: quickly.
+
+    Raises:
+        As `load_dataset`, but for images that are damaged.
+    """
+    check_name(name)
+    request = Request(None if root is None else Path(root), image_size, split_seed)
+    path = _find_store(name, request)
+    if path is not None:
+        return read_manifest(path).shape
+    source = find_source(name, request)
+    check_memory(source)
+    return source.splits["train"].shape
+
+
+def _find_store(name: str, request: Request) -> Path | None:
+    size = (request.image_size or EpisodeConfig.folder_image_size) if name == "folder" else None
+    return find_store(name, request, size)
+
+
+def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
+    """Name, state and counts of every data set under a root: of its stores, else of its files; of a folder, whose
+    stores are of one image size each, of both.
+
+    Raises:
+        MissingDataError: nothing of the root's name is there.
+    """
+    root = None if root is None else Path(root)
+    if root is not None and not root.exists():
+        raise MissingDataError(f"--data-root {root} is not a folder or archive: nothing of that name is there")
+    stores: list[Manifest] = []
+    for path in stores_under(root) if root is not None else []:
+        try:
+            manifest = read_manifest(path)
+        except DataError as error:
+            yield path.name.removesuffix(SUFFIX), f"cannot be used: {error}", ""
+            continue
+        if path == root or path.name == store_name(manifest.name, manifest.settings):  # else nothing looks for it
+            stores.append(manifest)
+    for name in DATASETS:
+        found = [manifest for manifest in stores if manifest.name == name]
+        for manifest in found:
+            yield name, f"the store {manifest.path}", _counted([counts for _, counts, _ in manifest.splits.values()])
+        if found and (name != "folder" or found[0].path == root):
+            continue
+        try:
+            source = DATASETS[name](Request(root))
+        except MissingDataError:
+            if not found:
+                yield name, "not found" if root else "not looked for: no --data-root", ""
+        except (DataError, OSError) as error:
+            yield name, f"cannot be used: {error}", ""
+        else:
+            yield name, source.layout, _counted([split.counts for split in source.splits.values()])
+
+
+def _counted(counts: Sequence[Sequence[int]]) -> str:
+    return f"{'/'.join(str(len(split)) for split in counts)} classes, {sum(map(sum, counts))} images"

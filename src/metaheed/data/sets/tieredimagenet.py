@@ -1,0 +1,255 @@
+"""tieredImageNet (Ren et al., ICLR 2018): 351/97/160 classes of ImageNet in 20/6/8 disjoint categories, 84×84 RGB.
+
+Two layouts circulate. {split}_images_png.pkl is a list of encoded PNGs, several GB, of which only where each lies is
+kept; {split}_images.npz has the pixels in one array `images`. The npz was written with OpenCV and holds BGR, which is
+swapped here; the PNGs, written by OpenCV from the same arrays, hold RGB for every reader that is not OpenCV, and are
+left alone.
+
+Labels: {split}_labels.pkl beside (with the publisher's keys; with `labels` alone, as MetaOptNet and FEAT have it; or
+nothing but a list or an array), {split}_labels.npy or .npz, or `labels` in the images' npz. They count from 0 in each
+split, or on from split to split, or are WordNet's names. The publisher's have descriptions instead of names: a class is
+named by its number in the split and its description, where there is one.
+"""
+
+import io
+import re
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+from metaheed.data.images import SPLITS
+from metaheed.data.locate import class_table, folders, holding, lacking
+from metaheed.data.reading.decode import Encoded
+from metaheed.data.reading.labels import positions, read_labels, text
+from metaheed.data.reading.pickle_stream import StoredArray
+from metaheed.data.reading.safe_pickle import load_arrays, reading
+from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, encoded_stream, stamp
+from metaheed.errors import DataError, MissingDataError, shown
+
+PUBLISHED = "https://github.com/renmengye/few-shot-ssl-public"
+SIDE = 84
+_SHAPE = (3, SIDE, SIDE)
+_SUBFOLDERS = ("tieredimagenet",)
+_INLINE = 512  # bytes of a string that are kept; the PNGs stay in the file
+_AT_ONCE = 64  # images
+_KEYS = ("label_specific", "labels", "label")
+"""Under which labels are found, the publisher's first."""
+_WORDNET = re.compile(r"n\d{8}")
+_LARGEST_LABELS = 1 << 26  # bytes
+_LARGEST_PNG = 1 << 20  # bytes; 84×84×3 pixels have 21,168
+
+
+def find(request: Request) -> Source:
+    """The data set from the folder that holds its pickled PNGs, or its npz files, and their labels.
+
+    Raises:
+        DataError: a file is missing or damaged, or has other numbers of classes; says which, and where it is published.
+    """
+    pickles = [f"{s}_images_png.pkl" for s in SPLITS]
+    arrays = [f"{s}_images.npz" for s in SPLITS]
+    labels = [f"{s}_labels.pkl" for s in SPLITS]
+    expected = "{train,val,test}_images_png.pkl or _images.npz, and {train,val,test}_labels.pkl"
+    places = folders(request.root, "tieredimagenet", _SUBFOLDERS, expected, PUBLISHED)
+    layouts: tuple[tuple[list[str], Callable[[Path, _Labels], SourceSplit], str], ...] = (
+        (pickles, _from_pickle, "the pickled PNGs *_images_png.pkl"),
+        (arrays, _from_npz, "the arrays *_images.npz (BGR)"),
+    )
+    for files, read, layout in layouts:
+        folder = holding(places, files)
+        if folder is None:
+            continue
+        found = {s: label for s in SPLITS if (label := _find_labels(folder, s)) is not None}
+        absent = [s for s in SPLITS if s not in found]
+        if absent:
+            raise MissingDataError(
+                f"tieredimagenet: {absent[0]}_labels.pkl not found in {folder}, nor {absent[0]}_labels.npy or .npz, "
+                f"nor 'labels' in the images' npz; published at {PUBLISHED}"
+            )
+        _check_disjoint(found, folder)
+        splits = {s: read(folder / file, found[s]) for s, file in zip(SPLITS, files, strict=True)}
+        beside = [label.path for label in found.values() if label.path.name not in files]
+        stamped = stamp(*(folder / f for f in files), *beside)
+        return Source("tieredimagenet", f"{layout} in {folder}", splits, stamped, published=PUBLISHED)
+    raise lacking("tieredimagenet", places, [[*pickles, *labels], [*arrays, *labels]], PUBLISHED)
+
+
+def _find_labels(folder: Path, split: str) -> "_Labels | None":
+    """The labels of a split, from whichever file has them; none: there is none."""
+    for suffix in ("pkl", "pickle"):
+        path = folder / f"{split}_labels.{suffix}"
+        if path.is_file():
+            return _Labels(path, split, load_arrays(path, str(path), PUBLISHED))
+    path = folder / f"{split}_labels.npy"
+    if path.is_file():
+        return _Labels(path, split, _small_npy(path))
+    for path in (folder / f"{split}_labels.npz", folder / f"{split}_images.npz"):
+        if path.is_file() and (found := _small_arrays(path)):
+            return _Labels(path, split, found)
+    return None
+
+
+def _check_disjoint(labels: "dict[str, _Labels]", folder: Path) -> None:
+    """Names say whether a class is in two splits; numbers, which may start anew in each, do not."""
+    where: dict[str, str] = {}
+    for split, of_split in labels.items():
+        for name in of_split.distinct:
+            if isinstance(name, str) and where.setdefault(name, split) != split:
+                raise DataError(
+                    f"{folder}: the labels say that {shown(name)} is in {where[name]} and in {split}, and a class that "
+                    f"is tested on must not be known from training: fetch them anew from {PUBLISHED}"
+                )
+
+
+class _Labels:
+    """The labels of a split."""
+
+    def __init__(self, path: Path, split: str, values: Any) -> None:
+        self.path, self.split = path, split
+        self.general = self.descriptions = None
+        specific, key = values, "labels"
+        if isinstance(values, dict):
+            key = next((k for k in _KEYS if _get(values, k) is not None), _KEYS[0])
+            specific = _get(values, key)
+            general = _get(values, "label_general")
+            if general is not None:
+                self.general = self._read(general, "label_general")
+            described = _get(values, "label_specific_str")
+            if isinstance(described, list) and all(isinstance(d, str | bytes) for d in described):
+                self.descriptions = [text(d) for d in described]
+        self.labels, self.distinct = positions(self._read(specific, key))
+        table = class_table(f"tieredimagenet_{split}")
+        self._expect("classes", len(self.distinct), len(table))
+        known = {name for name, _ in table}
+        odd = [n for n in self.distinct if isinstance(n, str) and _WORDNET.fullmatch(n) and n not in known]
+        if odd:
+            raise self.refuse(f"has the class {odd[0]}, which is none of tieredImageNet's {split} split")
+        if self.general is not None:
+            self._expect("categories", len(positions(self.general)[1]), len({category for _, category in table}))
+            if len(self.general) != len(self.labels):
+                raise self.refuse(f"has {len(self.labels)} classes of images, but {len(self.general)} categories")
+
+    def refuse(self, what: str) -> DataError:
+        return DataError(f"{self.path} {what}: fetch it anew from {PUBLISHED}")
+
+    def _read(self, values: Any, key: str) -> np.ndarray | list[str]:
+        try:
+            return read_labels(values)
+        except ValueError as error:
+            raise self.refuse(f"has no usable {key!r} ({error})") from error
+
+    def _expect(self, what: str, found: int, expected: int) -> None:
+        if found != expected:
+            raise self.refuse(f"has {found} {what}, but tieredImageNet's {self.split} split has {expected}")
+
+    def split_of(self, images: int, where: Path) -> tuple[tuple[str, ...], np.ndarray, tuple[int, ...]]:
+        """Class names, the rows of the images, and the images of each class."""
+        if images != len(self.labels):
+            raise self.refuse(f"has {len(self.labels)} labels, but {where.name} {images} images")
+        rows, counts = class_rows(self.labels, len(self.distinct))
+        names = [label if isinstance(label, str) else self._name(k, label) for k, label in enumerate(self.distinct)]
+        return tuple(names), rows, counts
+
+    def _name(self, position: int, label: int) -> str:
+        count = len(self.distinct)
+        # Whether they count from 0 or on from the split before, the classes are the same ones.
+        number = position if self.distinct[-1] - self.distinct[0] == count - 1 else label
+        descriptions = self.descriptions or []
+        at = position if len(descriptions) == count else label
+        return f"{self.split} {number:03d} {descriptions[at] if at < len(descriptions) else ''}".strip()
+
+
+def _get(values: Any, key: str) -> Any:
+    return values.get(key, values.get(key.encode())) if isinstance(values, dict) else None
+
+
+def _from_pickle(path: Path, labels: _Labels) -> SourceSplit:
+    classes, rows, counts = labels.split_of(len(labels.labels), path)
+
+    def encoded(start: int) -> Iterator[Encoded]:
+        pictures = load_arrays(path, str(path), PUBLISHED, _INLINE)
+        if not isinstance(pictures, list) or len(pictures) != len(rows):
+            found = len(pictures) if isinstance(pictures, list) else "no list of"
+            raise DataError(
+                f"{path} has {found} images, {labels.path.name} {len(rows)}: fetch both anew from {PUBLISHED}"
+            )
+        with path.open("rb") as file:
+            for index in range(start, len(pictures)):
+                one = pictures[index]
+                pictures[index] = None
+                with reading(f"{path} (image {index})", PUBLISHED):
+                    if isinstance(one, StoredArray):
+                        if not one.is_like(np.uint8) or one.nbytes > _LARGEST_PNG:
+                            raise ValueError(f"no PNG, but an array {one.shape} of {one.dtype}")
+                        one = one.read(file).tobytes()
+                    if not isinstance(one, bytes):
+                        raise ValueError(f"no PNG, but a {type(one).__name__}")
+                yield Encoded(f"{path}, image {index}", (int(rows[index]),), one)
+
+    return SourceSplit(classes, counts, _SHAPE, len(rows), encoded_stream(encoded, _decode_png, _SHAPE))
+
+
+def _decode_png(data: bytes) -> np.ndarray:
+    with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+        if image.size != (SIDE, SIDE):
+            raise ValueError(f"an image of {image.size} pixels, not {SIDE}×{SIDE}")
+        return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+
+
+def _from_npz(path: Path, labels: _Labels) -> SourceSplit:
+    with reading(str(path), PUBLISHED), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+        shape, dtype, offset = _header(file)
+        size = archive.getinfo("images.npy").file_size
+        if dtype != np.uint8 or shape[1:] != (SIDE, SIDE, 3):
+            raise ValueError(f"its images are {shape} of {dtype}, not (n, {SIDE}, {SIDE}, 3) of uint8")
+        if size != offset + int(np.prod(shape)):
+            raise ValueError(f"images of shape {shape} in {size} bytes")
+    classes, rows, counts = labels.split_of(shape[0], path)
+
+    def chunks(start: int) -> Iterator[np.ndarray]:
+        entry = SIDE * SIDE * 3
+        with reading(str(path), PUBLISHED), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+            file.seek(offset + start * entry)
+            for first in range(start, shape[0], _AT_ONCE):
+                count = min(_AT_ONCE, shape[0] - first)
+                data = file.read(count * entry)
+                if len(data) != count * entry:
+                    raise EOFError("it ends too early")
+                bgr = np.frombuffer(data, np.uint8).reshape(count, SIDE, SIDE, 3)
+                yield bgr[..., ::-1].transpose(0, 3, 1, 2)
+
+    return SourceSplit(classes, counts, _SHAPE, len(rows), array_stream(rows, chunks))
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if fortran or dtype.hasobject:
+        raise ValueError("an array in Fortran order, or of Python objects")
+    return shape, dtype, file.tell()
+
+
+def _small_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an npz that may be labels."""
+    found = {}
+    with reading(str(path), PUBLISHED), zipfile.ZipFile(path) as archive:
+        for name in (*_KEYS, "label_general"):
+            if f"{name}.npy" not in archive.namelist():
+                continue
+            if archive.getinfo(f"{name}.npy").file_size > _LARGEST_LABELS:
+                raise ValueError(f"{name} claims more bytes than labels have")
+            with archive.open(f"{name}.npy") as file:
+                found[name] = np.lib.format.read_array(file, allow_pickle=False)
+    return found
+
+
+def _small_npy(path: Path) -> np.ndarray:
+    with reading(str(path), PUBLISHED), path.open("rb") as file:
+        if path.stat().st_size > _LARGEST_LABELS:
+            raise ValueError("it has more bytes than labels have")
+        array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    return array

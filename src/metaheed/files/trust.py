@@ -1,0 +1,335 @@
+"""Whose word it is that a network's code may run.
+
+A config can name a network that is not one of metaheed's, as module:Class, and to use it is to import that module,
+which runs it. On the command line or in a call the user names it himself. In a file (a run's config.yaml, a recipe, a
+study's search.yaml) somebody else may have: what `config.from_dict` reads is therefore marked (`Named`), and `require`,
+without which no such name is imported, lets it pass only if
+
+- the user allowed it in this process (`allow`: he named it himself, or gave --trust or trust=True), or
+- he did so before on this machine, and the code is still the same.
+
+The second is recorded in the user's state folder, outside every run folder: a file for each module, named by the hash
+of its path and holding the hash of its code. The code is the module's file, the packages it lies in, what these import
+by name from the same folder, and so on, and what lies in that folder under the name of a module that is elsewhere, too
+(yaml.py), for whoever imports that one may get it; not what is imported from elsewhere (an installed library) or in
+another way (importlib, exec). Nothing is imported to find out.
+"""
+
+import ast
+import contextlib
+import hashlib
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from metaheed.errors import ConfigError, brief, shown
+from metaheed.files.opening import put_in_place, read_bounded
+
+_allowed: dict[str, str] = {}  # in this process: file, or name of a module without one -> hash of its code
+_RECORD_BYTES = 2**16
+
+
+class Named(str):
+    """The name of a network as a file has it: nobody's word that its code may run.
+
+    It is a string like any other, so that it goes wherever a config goes, copied, pickled or changed in other fields.
+    """
+
+    __slots__ = ()
+
+
+class Code(NamedTuple):
+    """What importing a module runs, as far as it can be told without."""
+
+    file: Path | None
+    """The module's; none: it was not found, or has none (it is built in)."""
+    sha256: str
+    """Of that file and those that it imports from the same folder."""
+
+
+def allow(name: str, folder: Path | None) -> None:
+    """Record that the user lets the code of "module:Class" run, now and until it changes.
+
+    Where the user's state folder cannot be written that is said, and holds for this process alone.
+
+    Args:
+        name: of the network; one of ours needs nothing.
+        folder: where its module is looked for first.
+
+    Raises:
+        ConfigError: METAHEED_STATE is not an absolute path.
+    """
+    module, separator, _ = name.partition(":")
+    if not separator:
+        return
+    code = find_code(module, folder)
+    _allowed[_key(module, code)] = code.sha256
+    if code.file is None:
+        return
+    if _recorded(code.file) == code.sha256:
+        return
+    try:
+        _record(code)
+    except OSError as error:
+        print(
+            f"that {name} may be imported is not remembered ({error}): give --trust each time, or set METAHEED_STATE "
+            "to a folder that can be written",
+            file=sys.stderr,
+        )
+
+
+def require(name: str, folder: Path | None) -> None:
+    """Raise ConfigError unless the user lets the code of "module:Class" run; nothing is imported.
+
+    Raises:
+        ConfigError: says what would run, and how to allow it.
+    """
+    module, _, _ = name.partition(":")
+    code = find_code(module, folder)
+    if _allowed.get(_key(module, code)) == code.sha256:
+        return
+    recorded = None if code.file is None else _recorded(code.file)
+    if recorded == code.sha256:
+        return
+    if code.file is not None:
+        where = brief(str(code.file), 300)
+    elif module in sys.modules or module in sys.builtin_module_names:
+        where = f"the module {shown(module)} of Python itself"
+    else:
+        where = f"the module {shown(module)}, which was not found here"
+    since = "" if recorded is None else ", which has changed since it was last allowed"
+    raise ConfigError(
+        f"the network {shown(str(name))} is named by a file and not by you, and to use it is to run {where}{since}. If "
+        "you know what it does, allow it with --trust (in Python: trust=True)"
+    )
+
+
+def find_code(module: str, folder: Path | None) -> Code:
+    """What would be imported under that name, found without importing or running anything."""
+    files, top = _find_files(module, folder)
+    if not files:
+        return Code(None, "")
+    own = files[0]
+    if top is not None:
+        files = _with_imports([*files, *_in_place_of_others(top)], top)
+    digest = hashlib.sha256()
+    for file in sorted({*files}):
+        with contextlib.suppress(OSError):  # gone in this moment: then its import fails, too
+            digest.update(f"{file}\0".encode(errors="surrogateescape"))
+            digest.update(hashlib.sha256(read_bounded(file)).digest())
+    return Code(own, digest.hexdigest())
+
+
+@contextlib.contextmanager
+def from_source() -> Iterator[None]:
+    """Import from the source that was looked at, not from what lies compiled beside it, which may be of another."""
+    before = sys.pycache_prefix, sys.dont_write_bytecode
+    with tempfile.TemporaryDirectory(prefix="metaheed-") as empty:
+        sys.pycache_prefix, sys.dont_write_bytecode = empty, True
+        try:
+            yield
+        finally:
+            sys.pycache_prefix, sys.dont_write_bytecode = before
+
+
+def state_folder() -> Path | None:
+    """Where what this user allowed is kept: $METAHEED_STATE, else $XDG_STATE_HOME/metaheed, else
+    ~/.local/state/metaheed. None: there is no such place.
+
+    Raises:
+        ConfigError: METAHEED_STATE is not an absolute path, so that another folder could be meant by it each time.
+    """
+    chosen = os.environ.get("METAHEED_STATE")
+    if chosen:
+        if not Path(chosen).is_absolute():
+            raise ConfigError(f"METAHEED_STATE is {shown(chosen)}, but it must be an absolute path")
+        return Path(chosen)
+    base = Path(os.environ.get("XDG_STATE_HOME") or "")
+    if base.is_absolute():
+        return base / "metaheed"
+    with contextlib.suppress(RuntimeError):  # a user without a home
+        return Path.home() / ".local" / "state" / "metaheed"
+    return None
+
+
+def _key(module: str, code: Code) -> str:
+    return f"module {module}" if code.file is None else str(code.file)
+
+
+def _record_file(file: Path) -> Path | None:
+    folder = state_folder()
+    if folder is None:
+        return None
+    return folder / "trusted" / f"{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}.json"
+
+
+def _recorded(file: Path) -> str | None:
+    """The hash of the code that was allowed under that file; none: none was."""
+    record = _record_file(file)
+    if record is None:
+        return None
+    try:
+        if hasattr(os, "getuid") and os.lstat(record).st_uid not in (os.getuid(), 0):
+            return None  # another user's word
+        values = json.loads(read_bounded(record, _RECORD_BYTES))
+        found = values["sha256"] if values["file"] == str(file) else None
+        return found if isinstance(found, str) else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # then it is asked for again
+
+
+def _record(code: Code) -> None:
+    assert code.file is not None  # seen to by allow
+    record = _record_file(code.file)
+    if record is None:
+        raise OSError("this user has no home")
+    record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    number, part = tempfile.mkstemp(dir=record.parent, suffix=".part")  # readable by this user alone
+    try:
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            json.dump({"file": str(code.file), "sha256": code.sha256}, file)
+        put_in_place(Path(part), record)
+    except BaseException:
+        Path(part).unlink(missing_ok=True)
+        raise
+
+
+def _find_files(module: str, folder: Path | None) -> tuple[list[Path], Path | None]:
+    """The files that an import runs, the module's own first, and the folder that its first package or module is in;
+    none: an installed library, whose imports are not followed.
+    """
+    parents = module.split(".")
+    if not all(part.isidentifier() for part in parents):
+        return [], None
+    search: Sequence[str] | None = None
+    files: list[Path] = []
+    top: Path | None = None
+    for depth in range(len(parents)):
+        found = _find_one(".".join(parents[: depth + 1]), search, folder)
+        if found is None:
+            break  # its import fails, but not before those above it have run
+        origin, search = found
+        if origin is not None:
+            files.insert(0, origin)
+        if depth == 0:
+            # Of a module its folder; of a package, whose folder may have no file of its own, the one above.
+            top = Path(next(iter(search))).resolve().parent if search else None if origin is None else origin.parent
+        if search is None:
+            break  # no package: as above, where there is more of the name
+    if top is not None and any(top == place for place in _installed()):
+        top = None
+    return files, top
+
+
+def _find_one(
+    name: str, search: Sequence[str] | None, folder: Path | None
+) -> tuple[Path | None, list[str] | None] | None:
+    """File and, of a package, the folders of its modules; none: there is no such module."""
+    loaded = sys.modules.get(name)
+    spec = getattr(loaded, "__spec__", None)
+    if loaded is not None and spec is None:
+        file = getattr(loaded, "__file__", None)
+        return (None if file is None else _real(file)), [*getattr(loaded, "__path__", ())] or None
+    if spec is None and search is None:
+        spec = _asked(name, sys.path if folder is None else [str(folder), *sys.path], top=True)
+    elif spec is None:
+        spec = _asked(name, search, top=False)
+    if spec is None:
+        return None
+    places = None if spec.submodule_search_locations is None else [*spec.submodule_search_locations]
+    return (_real(spec.origin) if spec.has_location and spec.origin else None), places
+
+
+def _asked(name: str, path: Sequence[str] | None, top: bool) -> importlib.machinery.ModuleSpec | None:
+    """As the import system asks its finders, which look for a module without running it."""
+    for finder in sys.meta_path:
+        if finder is importlib.machinery.PathFinder:
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+        else:
+            find = getattr(finder, "find_spec", None)
+            try:
+                spec = None if find is None else find(name, None if top else path)
+            except (ImportError, AttributeError, TypeError, ValueError, OSError):
+                spec = None  # another program's finder, that fails: what it would find must be allowed each time
+        if spec is not None:
+            return spec
+    return None
+
+
+def _real(name: str) -> Path:
+    """The file, links resolved; of a module in a zip file, the zip file."""
+    file = Path(name).resolve()
+    while not file.exists() and file != file.parent:
+        file = file.parent
+    return file
+
+
+def _installed() -> set[Path]:
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    return {Path(path).resolve() for name in names if (path := sysconfig.get_path(name))}
+
+
+def _in_place_of_others(top: Path) -> list[Path]:
+    """The modules of a folder that have the name of one elsewhere: of one of Python's own, or of a library's."""
+    elsewhere = [path for path in sys.path if Path(path).resolve() != top]
+    found: list[Path] = []
+    with contextlib.suppress(OSError):  # it cannot be listed
+        for name in sorted({entry.name.partition(".")[0] for entry in top.iterdir()}):
+            spec = importlib.machinery.PathFinder.find_spec(name, elsewhere)
+            if name in sys.stdlib_module_names or (spec is not None and spec.origin is not None):
+                found += _below(top, [name])
+    return found
+
+
+def _with_imports(files: list[Path], top: Path) -> list[Path]:
+    """The files, and those in the folder `top` that they import by name, directly or not."""
+    found = [*files]
+    for file in found:  # which grows meanwhile
+        for imported in _imports(file, top):
+            if imported not in found:
+                found.append(imported)
+    return found
+
+
+def _imports(file: Path, top: Path) -> Iterator[Path]:
+    if file.suffix != ".py":
+        return
+    try:
+        tree = ast.parse(read_bounded(file))
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
+        return  # what cannot be read as Python cannot be imported either
+    package = file.parent
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from _below(top, alias.name.split("."))
+        elif isinstance(node, ast.ImportFrom):
+            base = top
+            if node.level:
+                base = package
+                for _ in range(node.level - 1):
+                    base = base.parent
+            names = node.module.split(".") if node.module else []
+            yield from _below(base, names)
+            for alias in node.names:
+                yield from _below(base, [*names, alias.name])
+
+
+def _below(base: Path, names: Sequence[str]) -> Iterator[Path]:
+    """The files that importing names[0].names[1]… runs, where they lie in that folder."""
+    for depth in range(len(names)):
+        place = base.joinpath(*names[: depth + 1])
+        for candidate in (place / "__init__.py", place.with_name(f"{place.name}.py")):
+            if candidate.is_file():
+                yield candidate.resolve()
+        for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+            candidate = place.with_name(place.name + suffix)
+            if candidate.is_file():
+                yield candidate.resolve()

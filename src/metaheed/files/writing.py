@@ -1,0 +1,81 @@
+"""Writing files whole or not at all, with errors that name the file."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from metaheed.errors import RunError
+from metaheed.files.opening import (
+    cannot_write,
+    put_in_place,
+    refuse_link,
+    refuse_special,
+    write_synced,
+)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file beside its place and rename it there, so that it is whole or not there.
+
+    Raises:
+        RunError: it cannot be written; nothing is left behind.
+    """
+    part = _part(path)
+    with _writing(path):
+        refuse_link(path)
+        refuse_special(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_synced(part, content)
+        put_in_place(part, path)
+
+
+def check_writable(path: Path) -> None:
+    """Raise RunError, before any work is lost, if a file cannot be written."""
+    with _writing(path):
+        refuse_link(path)
+        refuse_special(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _try_to_write(path)
+
+
+def is_writable(path: Path) -> bool:
+    """Whether this user may write a file in that folder, which may be read-only; other hindrances are not asked for."""
+    try:
+        _try_to_write(path)
+    except OSError as error:
+        return error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM)
+    return True
+
+
+def _try_to_write(path: Path) -> None:
+    part = _part(path)
+    write_synced(part, b"")
+    part.unlink()
+
+
+def _part(path: Path) -> Path:
+    """Where a file is written before it is put in its place; another file, whatever its own ending is."""
+    return path.with_suffix(".part" if path.suffix != ".part" else ".part.part")
+
+
+def name_also(path: Path, other: Path) -> None:
+    """Bring a file to a second name, keeping its first, for those who read it meanwhile."""
+    part = other.with_suffix(".part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path, part)
+    except OSError:  # a file system without hard links
+        put_in_place(path, other)
+    else:
+        put_in_place(part, other)
+        part.unlink(missing_ok=True)  # renaming does nothing where both names were the file's already
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(cannot_write(error, path)) from error

@@ -1,0 +1,106 @@
+"""ANIL and BOIL: MAML whose inner steps move one part of the network only.
+
+ANIL. Raghu, Raghu, Bengio, Vinyals: Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML,
+ICLR 2020: the head adapts, the body is reused as it is.
+BOIL. Oh, Yoo, Kim, Yun: BOIL: Towards Representation Change for Few-shot Learning, ICLR 2021: the body adapts, the head
+stays.
+
+1. φ⁰ = θ, of which m is the part that moves (ANIL: the head; BOIL: the rest).
+2. T times: m ← m − α ∇_m L(φ), L the mean cross-entropy on the support set; the other part stays at θ.
+3. θ, both parts of it, is judged by the query loss at φᵀ, differentiated through all of 2.
+
+With `first_order` the gradients of step 2 count as constants in step 3.
+"""
+
+from torch import Tensor, nn
+
+from metaheed.config import ANILConfig, BOILConfig
+from metaheed.errors import ConfigError
+from metaheed.learners.maml import MAML
+from metaheed.types import Params
+
+
+class _Partial(MAML):
+    """What ANIL and BOIL share: MAML with some names that move, which `head` divides from the others."""
+
+    moving: tuple[str, ...]
+
+    def __init__(self, backbone: nn.Module, config: ANILConfig, moves_head: bool) -> None:
+        super().__init__(backbone, config.adaptation_steps, config.fast_lr, config.first_order, config.recompute)
+        self.head = self.backbone.find_head(config.head)
+        self._unsure = config.head is None  # a guess, to be checked when the network is first run
+        of_head = self.backbone.names_of(self.head)
+        self.moving = tuple(name for name in self.backbone.names if (name in of_head) == moves_head)
+        if not self.moving:
+            raise ConfigError(
+                f"the backbone's head {self.head!r} has no parameter that learns: there is nothing for ANIL to adapt"
+                if moves_head
+                else "the backbone has a head and nothing else that learns: there is no body for BOIL to adapt"
+            )
+
+    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """φᵀ after T gradient steps of the moving part on the support set."""
+        if self._unsure:
+            self.backbone.into_head(self.initial(meta), support_x, self.head)
+            self._unsure = False
+        return super().adapt(meta, support_x, support_y)
+
+
+class ANIL(_Partial):
+    """MAML that adapts the head only; θ are the backbone's parameters under their own names.
+
+    Args:
+        backbone: any network from images to logits; see `Backbone` for what is converted and refused.
+        adaptation_steps: T.
+        fast_lr: α.
+        first_order: drop second derivatives.
+        head: the name of the head's module; none: the last module registered that has parameters of its own, if the
+            first task shows that the logits come out of it.
+        recompute: keep memory flat in T, for more time; the results are the same.
+
+    Raises:
+        ConfigError: a setting out of its bounds, a backbone that cannot be adapted, or no module of that name.
+    """
+
+    elementwise = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        adaptation_steps: int = ANILConfig.adaptation_steps,
+        fast_lr: float = ANILConfig.fast_lr,
+        first_order: bool = ANILConfig.first_order,
+        recompute: bool = ANILConfig.recompute,
+        head: str | None = ANILConfig.head,
+    ) -> None:
+        given = ANILConfig(
+            adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head, recompute=recompute
+        )
+        super().__init__(backbone, given, moves_head=True)
+
+
+class BOIL(_Partial):
+    """MAML that adapts the body only; θ are the backbone's parameters under their own names.
+
+    Args:
+        backbone, adaptation_steps, fast_lr, first_order, head, recompute: as for ANIL.
+
+    Raises:
+        ConfigError: as for ANIL; also where the backbone is a head and nothing else.
+    """
+
+    elementwise = True
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        adaptation_steps: int = BOILConfig.adaptation_steps,
+        fast_lr: float = BOILConfig.fast_lr,
+        first_order: bool = BOILConfig.first_order,
+        recompute: bool = BOILConfig.recompute,
+        head: str | None = BOILConfig.head,
+    ) -> None:
+        given = BOILConfig(
+            adaptation_steps=adaptation_steps, fast_lr=fast_lr, first_order=first_order, head=head, recompute=recompute
+        )
+        super().__init__(backbone, given, moves_head=False)

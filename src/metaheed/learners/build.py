@@ -1,0 +1,42 @@
+"""Learners from their configs."""
+
+from metaheed.config import (
+    ANILConfig,
+    BOILConfig,
+    LearnerConfig,
+    MAMLConfig,
+    MetaLSTMConfig,
+    MetaSGDConfig,
+    ProtoNetConfig,
+)
+from metaheed.errors import ConfigError
+from metaheed.learners.anil_boil import ANIL, BOIL
+from metaheed.learners.learner import Learner
+from metaheed.learners.maml import MAML
+from metaheed.learners.meta_lstm import MetaLSTM
+from metaheed.learners.meta_sgd import MetaSGD
+from metaheed.learners.protonet import ProtoNet
+from metaheed.networks.conv4 import ImageShape, build_backbone
+
+_CLASSES = {
+    MAMLConfig: MAML,
+    ANILConfig: ANIL,
+    BOILConfig: BOIL,
+    MetaSGDConfig: MetaSGD,
+    MetaLSTMConfig: MetaLSTM,
+    ProtoNetConfig: ProtoNet,
+}
+
+
+def build_learner(config: LearnerConfig, ways: int, image_shape: ImageShape, seed: int) -> Learner:
+    """The learner that a config describes, on a backbone for this many ways and this shape of images.
+
+    Raises:
+        ConfigError: the backbone cannot be built or adapted.
+    """
+    backbone = build_backbone(config.backbone, ways, image_shape, seed, config.backbone_path)
+    if type(config) not in _CLASSES:
+        raise ConfigError(f"no learner is built from {type(config).__name__}")
+    # A config's own fields are its learner's keyword arguments: a test holds the two together.
+    learner: Learner = _CLASSES[type(config)](backbone, **config.own_settings())
+    return learner

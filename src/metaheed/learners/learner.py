@@ -1,0 +1,170 @@
+"""What a learner is: the way one task is adapted, apart from how tasks are combined."""
+
+from collections.abc import Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from metaheed.networks.derivatives import Step, detached, recomputed
+from metaheed.networks.functional import Backbone
+from metaheed.networks.loss_gradient import fused_step, predicted_gradient
+from metaheed.networks.loss_gradient import loss_gradient as loss_gradient_of_network
+from metaheed.networks.losses import predicted_loss
+from metaheed.types import Params
+
+
+class Learner(Protocol):
+    """One task's adaptation as pure functions of the meta-parameters θ.
+
+    Shapes: support_x (N·K, C, H, W), support_y (N·K,), x (n, C, H, W), logits (n, N).
+    """
+
+    def init(self, generator: torch.Generator) -> Params:
+        """Draw θ."""
+        ...
+
+    def initial(self, meta: Params) -> Params:
+        """φ⁰, the base parameters before adaptation."""
+        ...
+
+    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """φᵀ, the base parameters after adaptation; the same function in training and test."""
+        ...
+
+    def predict(self, adapted: Params, x: Tensor) -> Tensor:
+        """Logits of base parameters φ."""
+        ...
+
+
+def task_loss(learner: Learner, adapted: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy in nats (0-d) and the logits (n, N) it was computed from, at base parameters φ.
+
+    Of a batch of tasks where `takes_batches`: (B,) and (B, n, N).
+    """
+    return predicted_loss(learner.predict, adapted, x, y)
+
+
+def loss_gradient(learner: Learner, at: Params, x: Tensor, y: Tensor) -> tuple[Params, Tensor, Tensor]:
+    """∇L of the mean cross-entropy on a set of images at base parameters φ, L (0-d), and the logits (n, N)."""
+    if isinstance(learner, NetworkLearner):
+        return learner.loss_gradient(at, x, y)
+    return predicted_gradient(learner.predict, at, x, y)
+
+
+def place_constants(learner: Learner, device: torch.device) -> None:
+    """Move what the learner's network holds besides its parameters to where it will be called."""
+    backbone = getattr(learner, "backbone", None)
+    if isinstance(backbone, Backbone):
+        backbone.place_constants(device)
+
+
+class NetworkLearner:
+    """What learners on a backbone share: θ and φ are its parameters under their own names unless a learner says else.
+
+    Args:
+        backbone: any network from images to logits; see `Backbone` for what is converted and refused.
+        adaptation_steps: T.
+        recompute: compute each inner step again in the reverse pass instead of keeping its graph.
+    """
+
+    elementwise: ClassVar[bool] = False
+    """Whether the learner itself treats each parameter's entries alike, so that an axis before them changes nothing."""
+
+    def __init__(self, backbone: nn.Module, adaptation_steps: int = 1, recompute: bool = False) -> None:
+        self.backbone = Backbone(backbone)
+        self.adaptation_steps = adaptation_steps
+        self.recompute = recompute
+
+    @property
+    def has_exact_gradient(self) -> bool:
+        """Whether the meta-gradient is the whole derivative of the query loss; not where derivatives are dropped."""
+        return True
+
+    @property
+    def network(self) -> Backbone | None:
+        """The backbone, if predictions are its logits and nothing more."""
+        return self.backbone if type(self).predict is NetworkLearner.predict else None
+
+    def init(self, generator: torch.Generator) -> Params:
+        """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
+        return self.backbone.init(generator)
+
+    def initial(self, meta: Params) -> Params:
+        """φ⁰ = θ."""
+        return meta
+
+    def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """φᵀ; each learner says how."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it adapts")
+
+    def predict(self, adapted: Params, x: Tensor) -> Tensor:
+        """Logits (n, N) at φ."""
+        return self.backbone(adapted, x)
+
+    def loss_gradient(
+        self, at: Params, x: Tensor, y: Tensor, names: Sequence[str] | None = None
+    ) -> tuple[Params, Tensor, Tensor]:
+        """∇L of the mean cross-entropy on a set of images at base parameters φ, L (0-d), and the logits (n, N).
+
+        The gradient is differentiable. With `names` it is with respect to these parameters only.
+        """
+        if self.network is not None:
+            return loss_gradient_of_network(self.network, at, x, y, names)
+        self.backbone.examine(at, x)  # before a transform hides what the network does
+        return predicted_gradient(self.predict, at, x, y, names)
+
+    def descend(
+        self,
+        adapted: Params,
+        rate: float | Tensor,
+        x: Tensor,
+        y: Tensor,
+        names: Sequence[str] | None = None,
+        first_order: bool = False,
+    ) -> Params:
+        """φ − α ∇L(φ) of the mean cross-entropy on a set of images.
+
+        Args:
+            adapted: φ.
+            rate: α.
+            x: images (n, C, H, W).
+            y: their labels (n,).
+            names: the parameters that move; all if None.
+            first_order: count the gradient as a constant.
+        """
+        if self.network is not None:
+            stepped = fused_step(self.network, adapted, rate, x, y, names, first_order)
+            if stepped is not None:
+                return stepped
+        at = detached(adapted) if first_order else adapted
+        gradient, _, _ = self.loss_gradient(at, x, y, names)
+        return {n: p - rate * gradient[n] if n in gradient else p for n, p in adapted.items()}
+
+    def module(self, params: Params) -> nn.Module:
+        """A plain `nn.Module` that holds these parameters, for saving, exporting and use in other libraries.
+
+        Its parameters have the names of the network that the learner was made of. Batch norm uses the statistics of the
+        batch it is given, as it does here.
+
+        Args:
+            params: θ, of which the module computes φ⁰ (the network before adaptation), or the φ of a task.
+
+        Raises:
+            ConfigError: they are neither.
+        """
+        is_adapted = set(params) == set(self.backbone.names)
+        return self.backbone.filled(params if is_adapted else self.initial(params))
+
+    def hold(self, meta: Params) -> None:
+        """Put φ⁰ into the network inside, for those who look there; the learner itself never does."""
+        self.backbone.hold(self.initial(meta))
+
+    def steps(self, step: Step, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
+        """T times state ← step(θ, state, support set)."""
+        for _ in range(self.adaptation_steps):
+            if self.recompute:
+                state = recomputed(step, meta, state, support_x, support_y)
+            else:
+                state = step(meta, state, support_x, support_y)
+        return state

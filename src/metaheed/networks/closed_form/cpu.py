@@ -1,0 +1,237 @@
+"""Conv4's loss, its gradient, and products with its Hessian, in closed form: a second-order step without autograd.
+
+Autograd takes a block's derivatives through dozens of passes over its full-size planes, each into fresh memory. Written
+out, a block needs of them: forward, a convolution, one pass for the statistics and one for the maxima; backward and for
+the Hessian, the convolutions, two passes and a scatter. All else happens after the pooling, on a quarter of the values.
+
+A block maps x to z. P picks the maxima: with s = sign γ folded into the convolution and γ ≥ 0, halving commutes with
+the norm and with ReLU, so it can come first. Per channel:
+
+    y = conv(x, W)      μ, v = mean and variance of y over its M places      r = (v + ε)^(-1/2)
+    p = P y             ŷ = r (y − μ),  q = r (p − μ)                        z = max(γ q + β, 0)
+
+1. Gradient, from δ = ∂L/∂z:  e = δ [z > 0],  S₀ = Σ e,  S₁ = Σ e q;  ∂L/∂β = S₀,  ∂L/∂γ = S₁,
+   ∂L/∂y = γ r (Pᵀ e − (S₀ + S₁ ŷ) / M)                                                       (1)
+2. Hessian times a direction (Pearlmutter, Fast Exact Multiplication by the Hessian, 1994): every quantity of the
+   forward pass and of step 1 is differentiated along the direction, marked by a dot, which costs about two gradients:
+   T₀ = Σ ẏ,  T₁ = Σ ŷ ẏ,  ṙ = −r² T₁ / M,  q̇ = r (P ẏ − (T₀ + q T₁) / M),  and (1) by the product rule.
+   Neither ŷ nor q is ever formed: both are affine in y and p, so they end in factors per channel.
+
+A convolution's bias cancels in the norm: its derivatives are exactly zero, where autograd returns rounding errors. In
+its place the convolution is given the bias that makes μ vanish, known before y is (`_centring`). The maxima and the
+signs of z count as constants, as in autograd. Where γ is zero every place is a maximum, and autograd takes another than
+y's, which shows in ∂L/∂γ: that is left to autograd (`fits`).
+
+Legend: B tasks, n images each, C channels. The tasks stand side by side in the channels: nothing but the head joins
+channels, and a convolution in groups keeps tasks apart. Planes are (n, B·C, H, W), channels-last in memory. Full-size
+planes are made and read in slices of a few images, for the next pass to find them in the processor's cache. Where no
+Hessian is to follow, the lowest block's, the largest and for their few channels in the cheapest to convolve, are made
+twice and not kept. Vectors of one number a channel are NumPy's: PyTorch would spend more on each operation than on its
+arithmetic.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metaheed.errors import ConfigError
+from metaheed.networks.closed_form.block import (
+    Block,
+    Shape,
+    Slope,
+    _empty,
+    _forward,
+    _gradient,
+    backward_dots,
+    forward_dots,
+    named,
+    numbers,
+)
+from metaheed.networks.closed_form.recognition import _Part, _unchanged, as_built
+from metaheed.networks.conv4 import Conv4
+from metaheed.networks.losses import mean_cross_entropy
+from metaheed.types import Params
+
+
+class Tape(NamedTuple):
+    """What `gradient` leaves behind for `hessian_product`."""
+
+    blocks: list[Block]
+    slopes: list[Slope]
+    features: Tensor
+    p: Tensor  # probabilities
+    dlogits: Tensor
+
+
+class ClosedForm:
+    """Conv4's derivatives with respect to all of its parameters; nothing is kept between calls."""
+
+    def __init__(self, module: Conv4) -> None:
+        blocks: list[Any] = [block for block in module.body if isinstance(block, nn.Sequential)]
+        self._parts = [*map(_Part.of, module.modules())]
+        self.names = frozenset(name for name, _ in module.named_parameters())
+        self._shapes = [
+            Shape(f"body.{i}", block.conv.stride[0], hasattr(block, "pool"), block.norm.eps)
+            for i, block in enumerate(blocks)
+        ]
+        self._mean_plane = len(module.body) > len(blocks)
+
+    @property
+    def applies(self) -> bool:
+        """Whether calling the module would do nothing else: it is as it was when this was made of it, and there is no
+        hook in it or for all, nor another forward.
+        """
+        for_all = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        return not for_all and _unchanged(self._parts)
+
+    def fits(self, params: Params, x: Tensor) -> bool:
+        """Whether it holds for these values: no γ is zero, and every norm has more than one place to average over.
+
+        Where a norm has one place only, or the images another number of channels, PyTorch's own refuses, and says why.
+
+        Raises:
+            ConfigError: the network was built for images of another size.
+        """
+        if x.shape[-3] != params[f"{self._shapes[0].name}.conv.weight"].shape[-3]:
+            return False
+        count, *size = x.shape[-4], *x.shape[-2:]
+        places = []
+        for shape in self._shapes:
+            size = [(side - 1) // shape.stride + 1 for side in size]
+            places.append(count * size[0] * size[1])
+            if shape.pool:
+                size = [side // 2 for side in size]
+        self.check_size(params, x, size)
+        gains = (numbers(params[f"{shape.name}.norm.weight"]) for shape in self._shapes)
+        return all(number > 1 and bool(np.all(gain)) for number, gain in zip(places, gains, strict=True))
+
+    def check_size(self, params: Params, x: Tensor, size: Sequence[int]) -> None:
+        """Raise ConfigError if the images are not of the size that the network was built for.
+
+        Args:
+            params, x: as for `fits`.
+            size: of a plane after the last block.
+        """
+        places = 1 if self._mean_plane else size[0] * size[1]
+        expected = params["head.weight"].shape[-1] // params[f"{self._shapes[-1].name}.conv.weight"].shape[-4]
+        if places != expected:
+            raise ConfigError(
+                f"the images have {x.shape[-2]}×{x.shape[-1]} pixels, of which the network's last block leaves "
+                f"{places} places, but its head was built for {expected}: resize the images, or build the network for "
+                "this size"
+            )
+
+    def logits(self, params: Params, x: Tensor) -> Tensor:
+        """(B, n, N) from parameters (B, …) and images (B, n, C, H, W)."""
+        return self._forward(params, x, keep="none")[1]
+
+    def gradient(
+        self, params: Params, x: Tensor, y: Tensor, names: tuple[str, ...] | None = None, keep: bool = False
+    ) -> tuple[Params, Tensor, Tensor, Tape | None]:
+        """∇L of each task's mean cross-entropy, L (B,), the logits (B, n, N), and the tape if it is to be kept.
+
+        Args:
+            params: φ of each task, all parameters, (B, …).
+            x, y: images (B, n, C, H, W) and labels (B, n).
+            names: of the parameters whose gradient is wanted; none: all.
+            keep: for `hessian_product`, at the price of the memory.
+        """
+        features, logits, blocks = self._forward(params, x, keep="all" if keep else "upper")
+        loss = mean_cross_entropy(logits, y)
+        p = torch.softmax(logits, 2)
+        dlogits = p.scatter_add(2, y.unsqueeze(2), p.new_full((*y.shape, 1), -1.0)).div_(y.shape[1])
+        found: Params = {"head.weight": dlogits.mT @ features, "head.bias": dlogits.sum(1)}
+        slopes: list[Slope] = []
+        dz = self._from_features(dlogits @ params["head.weight"], blocks[-1].z)
+        wanted = [keep or names is None or any(n.startswith(s.name) for n in names) for s in self._shapes]
+        lowest = wanted.index(True) if any(wanted) else len(blocks)
+        for index in range(len(blocks) - 1, lowest - 1, -1):
+            shape = self._shapes[index]
+            block = blocks[index] if keep else blocks.pop()  # its planes are freed as soon as may be
+            dz, slope, dweight = _gradient(shape, block, dz, inward=index > lowest, keep=keep)
+            found |= named(shape, block, dweight, slope.S1, slope.S0)
+            slopes.insert(0, slope)
+        gradient = {name: found[name] for name in (params if names is None else names)}
+        return gradient, loss, logits, Tape(blocks, slopes, features, p, dlogits) if keep else None
+
+    def hessian_product(self, params: Params, tape: Tape, direction: Params) -> Params:
+        """∇²L of each task times a direction, from the tape of `gradient` at the same φ.
+
+        Args:
+            params: φ, (B, …).
+            tape: kept by `gradient`; it is left as it is.
+            direction: of φ, (B, …); parameters that it leaves out do not move.
+        """
+        direction = {n: direction[n] if n in direction else torch.zeros_like(p) for n, p in params.items()}
+        z_dot: Tensor | None = None
+        dots = []
+        for shape, block in zip(self._shapes, tape.blocks, strict=True):
+            dots.append(forward_dots(shape, block, z_dot, direction))
+            z_dot = dots[-1].z
+        head, head_dot = params["head.weight"], direction["head.weight"]
+        features, p, dlogits = tape.features, tape.p, tape.dlogits
+        features_dot = self._to_features(dots[-1].z, len(head))
+        logits_dot = features_dot @ head.mT + features @ head_dot.mT + direction["head.bias"].unsqueeze(1)
+        dlogits_dot = p * (logits_dot - (p * logits_dot).sum(2, keepdim=True)) / p.shape[1]
+        found: Params = {
+            "head.weight": dlogits_dot.mT @ features + dlogits.mT @ features_dot,
+            "head.bias": dlogits_dot.sum(1),
+        }
+        dz_dot = self._from_features(dlogits_dot @ head + dlogits @ head_dot, tape.blocks[-1].z)
+        for index in range(len(dots) - 1, -1, -1):
+            shape, block = self._shapes[index], tape.blocks[index]
+            dz_dot, dweight, dgain, dbeta = backward_dots(shape, block, tape.slopes[index], dots.pop(), dz_dot)
+            found |= named(shape, block, dweight, dgain, dbeta)
+        return {name: found[name] for name in params}
+
+    def _forward(
+        self, params: Params, x: Tensor, keep: Literal["none", "upper", "all"]
+    ) -> tuple[Tensor, Tensor, list[Block]]:
+        """Features, logits, and the blocks (with keep "none": none); `keep` says whose full-size planes are kept."""
+        blocks: list[Block] = []
+        head = params["head.weight"]
+        B, n, C, *size = x.shape
+        z = _empty(head, n, B * C, *size)
+        z.view(n, B, C, *size).copy_(x.transpose(0, 1))
+        for shape in self._shapes:
+            stored = keep == "all" or (keep == "upper" and bool(blocks))
+            block = _forward(shape, params, z, stored, alone=keep == "none")
+            z = block.z
+            if keep != "none":
+                blocks.append(block)
+        features = self._to_features(z, B)
+        return features, torch.baddbmm(params["head.bias"].unsqueeze(1), features, head.mT), blocks
+
+    def _to_features(self, z: Tensor, B: int) -> Tensor:
+        n, _, *size = z.shape
+        if self._mean_plane:
+            return z.mean((2, 3)).view(n, B, -1).transpose(0, 1)
+        return z.view(n, B, -1, *size).transpose(0, 1).flatten(2)
+
+    def _from_features(self, cotangent: Tensor, z: Tensor) -> Tensor:
+        B, n, _ = cotangent.shape
+        _, channels, *size = z.shape
+        if self._mean_plane:
+            each = (cotangent / (size[0] * size[1]))[:, :, :, None, None]
+        else:
+            each = cotangent.view(B, n, channels // B, *size)
+        plane = _empty(z, *z.shape)
+        plane.view(n, B, channels // B, *size).copy_(each.transpose(0, 1))
+        return plane
+
+
+_Kind = TypeVar("_Kind", bound=ClosedForm)
+
+
+def closed_form(module: nn.Module, kind: type[_Kind] = ClosedForm) -> _Kind | None:  # type: ignore[assignment]
+    """The closed form of a network that is Conv4 as it was built, all its parameters learned; else none."""
+    if type(module) is not Conv4 or not all(p.requires_grad for p in module.parameters()):
+        return None
+    blocks = [part for part in module.body if isinstance(part, nn.Sequential)]
+    rest = [part for part in module.body if not isinstance(part, nn.Sequential)]
+    usual = all(map(as_built, blocks)) and [*module.body] == blocks + rest
+    usual = usual and [repr(part) for part in rest] in ([], [repr(nn.AdaptiveAvgPool2d(1))])
+    return kind(module) if usual and type(module.head) is nn.Linear and module.head.bias is not None else None

@@ -1,0 +1,198 @@
+"""What a few forward passes show of a network that nothing else can: its output, what it writes, keeps and hides.
+
+Made once for each network of a user's own, on the first images that it is given; our own networks need none.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metaheed.errors import ConfigError, brief, warn
+from metaheed.networks.conversion import copied
+from metaheed.types import Params
+
+
+class Findings(NamedTuple):
+    """What was found."""
+
+    written: frozenset[str]
+    """The buffers and frozen parameters that the forward pass writes into."""
+
+
+def check_logits(logits: Any, images: int, ways: int | None = None, device: torch.device | None = None) -> None:
+    """Refuse what is not one tensor of logits.
+
+    Args:
+        logits: what the network returned for `images` images.
+        images: n.
+        ways: N, where it is known.
+        device: where the images lie; none: it is not looked at.
+
+    Raises:
+        ConfigError: it is no plain, dense floating-point tensor of shape (n, N) on that device.
+    """
+    if type(logits) is not Tensor:
+        held = ""
+        if isinstance(logits, tuple | list):
+            held = f" of {len(logits)} values: return the one that holds the logits"
+        elif isinstance(logits, Mapping) or hasattr(logits, "logits"):
+            held = ": return the tensor of logits that it holds"
+        elif isinstance(logits, Tensor):
+            held = ", a subclass of Tensor: return logits.as_subclass(torch.Tensor)"
+        raise ConfigError(
+            f"the backbone returns a {type(logits).__name__}{held}. It must return one torch.Tensor, of shape "
+            f"({images}, {ways or 'ways'}) for {images} images"
+        )
+    if logits.is_nested or logits.layout != torch.strided:
+        raise ConfigError("the backbone returns a sparse or nested tensor, but logits must be a dense one")
+    if device is not None and logits.device != device:
+        raise ConfigError(
+            f"the backbone's images and parameters lie on {device}, but its output on {logits.device}: leave it there"
+        )
+    if logits.dim() != 2 or logits.shape[0] != images or (ways is not None and logits.shape[1] != ways):
+        raise ConfigError(
+            f"the backbone: {images} images give an output of shape {tuple(logits.shape)}, but it must be "
+            f"({images}, {ways or 'ways'}): one logit a class"
+        )
+    if not logits.is_floating_point():
+        raise ConfigError(f"the backbone returns values of type {logits.dtype}, but logits must be floating-point")
+
+
+def examine(
+    module: nn.Module, call: Callable[[Params, Params, Tensor], Any], params: Params, constants: Params, x: Tensor
+) -> Findings:
+    """Run the network, and a copy of it in another order, and look at both.
+
+    The caller's tensors and the random state stay as they are.
+
+    Args:
+        module: the network, for the names of what it holds.
+        call: (parameters, constants, images) -> what the network returns.
+        params: the learned parameters.
+        constants: its buffers and frozen parameters.
+        x: images (n, C, H, W).
+
+    Raises:
+        ConfigError: it does not return logits, it writes into its own parameters, or its logits depend on what it was
+            called with before.
+    """
+    devices = [x.device] if x.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+        leaves = {name: p.detach().clone().requires_grad_() for name, p in params.items()}
+        handed = {name: c.detach().clone() for name, c in constants.items()}
+        other = copied(module)
+        _seed(x.device)
+        logits = call(leaves, handed, x.detach().clone())
+        check_logits(logits, len(x), device=x.device)
+        overwritten = [name for name, leaf in leaves.items() if not _same(leaf, params[name])]
+        if overwritten:
+            raise ConfigError(
+                f"the backbone writes into its parameters {', '.join(overwritten)} during its forward pass, so that a "
+                "task would change the meta-parameters of all: compute with a changed copy of them instead"
+            )
+        hidden = _hidden(module, leaves, logits)
+        _refuse_memory(other, params, constants, x, logits.detach())
+    if hidden:
+        warn(
+            f"the network uses {', '.join(hidden)} by a way that PyTorch does not see (a plain Python list or dict, a "
+            "lambda or a bound method made in __init__, a module that is not registered): there it keeps its first "
+            "values, is never adapted and never learns. Use it as self.NAME in forward, or hold it in an "
+            "nn.ParameterList or nn.ModuleList",
+        )
+    written = frozenset(name for name, c in constants.items() if handed[name]._version or not _same(handed[name], c))
+    if written:
+        warn(
+            f"the network writes into {', '.join(sorted(written))} during its forward pass, so that the same task "
+            "would get other logits every time: every pass begins from the values that these have now"
+        )
+    return Findings(written)
+
+
+def _seed(device: torch.device) -> None:
+    torch.default_generator.manual_seed(0)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(0)
+
+
+def _refuse_memory(module: nn.Module, params: Params, constants: Params, x: Tensor, expected: Tensor) -> None:
+    """Refuse a network that keeps something of a call in a plain attribute and uses it in the next.
+
+    Args:
+        module: an unused copy, which is called with other parameters and images first.
+        params, constants, x: what gave `expected` when it came first.
+    """
+
+    def logits(scale: float, images: Tensor) -> Tensor:
+        handed = {name: p.detach() * scale for name, p in params.items()}
+        handed |= {name: c.detach().clone() for name, c in constants.items()}
+        _seed(x.device)
+        with torch.no_grad():
+            result: Tensor = functional_call(module, handed, (images,))
+        return result
+
+    before = _attributes(module)
+    try:
+        logits(0.9, 0.5 * x.detach().flip(-1))
+        kept = [name for name, value in _attributes(module).items() if before.get(name) != value]
+        after = logits(1.0, x.detach().clone())
+    except Exception as error:  # a function that a module was given may hold on to the network that was copied
+        warn(
+            "whether the network keeps something from one call to the next could not be tried on a copy of it "
+            f"({type(error).__name__}: {brief(str(error))})"
+        )
+        return
+    # Rounding may differ from call to call on a GPU.
+    coarse = min(1000 * torch.finfo(expected.dtype).eps, 0.01) * expected.nan_to_num().abs().amax()
+    if after.shape != expected.shape or bool(((after - expected).nan_to_num().abs() > coarse).any()):
+        where = f" in {', '.join(kept)}" if kept else ""
+        raise ConfigError(
+            "the backbone gives the same images other logits once it was called with others: it keeps something of a "
+            f"call{where} and uses it in the next, or is random. Compute it anew in each forward pass, or, if it is to "
+            "stay as it is, hold it as a buffer (register_buffer) that is filled before the network is handed over"
+        )
+
+
+def _attributes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """Name -> identity and version of what the modules hold besides parameters, buffers and modules."""
+    return {
+        f"{prefix}.{name}" if prefix else name: (id(value), value._version if isinstance(value, Tensor) else 0)
+        for prefix, part in module.named_modules()
+        for name, value in vars(part).items()
+        if not (name.startswith("_") and name in _OF_TORCH)
+    }
+
+
+_OF_TORCH = {*vars(nn.Module())}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num()) if one.is_floating_point() else torch.equal(one, other)
+
+
+def _hidden(module: nn.Module, leaves: Params, logits: Tensor) -> list[str]:
+    """The learning tensors in the logits' history that were not handed to the network by name."""
+    given = {id(leaf) for leaf in leaves.values()}
+    found: dict[int, Tensor] = {}
+    waiting, seen = [logits.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)  # of a leaf of the graph
+        if variable is not None and id(variable) not in given:
+            found[id(variable)] = variable
+        waiting += [before for before, _ in node.next_functions]
+    return [_name(module, variable) for variable in found.values()]
+
+
+def _name(module: nn.Module, variable: Tensor) -> str:
+    # A lambda may hold on to the network that was copied, whose parameters have the values that the copy's began with.
+    for name, p in module.named_parameters():
+        if p is variable or (p.shape == variable.shape and torch.equal(p.detach().cpu(), variable.detach().cpu())):
+            return name
+    return f"a parameter of shape {tuple(variable.shape)}"

@@ -1,0 +1,1 @@
+"""Batch rules: how the gradients of a meta-batch become the next θ."""

@@ -1,0 +1,78 @@
+"""Rules and outer optimisers from their configs."""
+
+import torch
+from torch import Tensor
+
+from metaheed.config import (
+    AttendedConfig,
+    EquityConfig,
+    LossSoftmaxConfig,
+    OuterConfig,
+    ReplayedConfig,
+    RunConfig,
+    SequentialConfig,
+    Uniform2BConfig,
+    UniformConfig,
+)
+from metaheed.errors import ConfigError
+from metaheed.rules.attended import attended
+from metaheed.rules.attention import (
+    TaskAttention,
+)
+from metaheed.rules.controls import loss_softmax, replayed, uniform_2b
+from metaheed.rules.equity import equity
+from metaheed.rules.optimizers import OuterOptimizer, adam, clipped, sgd
+from metaheed.rules.rule import Rule
+from metaheed.rules.sequential import sequential
+from metaheed.rules.uniform import uniform
+
+
+def build_optimizer(config: OuterConfig) -> OuterOptimizer:
+    """The outer optimiser that a config describes."""
+    optimizer = {"adam": adam, "sgd": sgd}[config.meta_optimizer](config.meta_lr)
+    return optimizer if config.clip_norm is None else clipped(optimizer, config.clip_norm)
+
+
+def build_rule(config: RunConfig, generator: torch.Generator, logged: Tensor | None = None) -> Rule:
+    """The batch rule that a config describes.
+
+    Args:
+        config: the run's.
+        generator: draws what the rule starts from.
+        logged: (iterations, B), the weights to replay; needed by `replayed` only.
+    """
+    rule, outer = config.rule, config.outer
+    match rule:
+        case UniformConfig():
+            return uniform()
+        case Uniform2BConfig():
+            return uniform_2b()
+        case SequentialConfig():
+            return sequential()
+        case LossSoftmaxConfig():
+            return loss_softmax(rule.loss_temperature)
+        case EquityConfig():
+            losses = rule.equity_losses
+            if losses == "auto":
+                losses = "query" if config.learner.has_start else "adapted"
+            return equity(rule.equity_lambda, rule.equity_index, rule.equity_parameter, losses)
+        case AttendedConfig():
+            attention = TaskAttention(
+                outer.meta_batch_size,
+                rule.attention_architecture,
+                rule.attention_standardize,
+                generator=generator,
+                omit=rule.attention_omit,
+            )
+            delta_step = adam(rule.attention_lr)
+            return attended(
+                attention,
+                delta_step,
+                outer.meta_lr,
+                rule.attention_jacobian,
+                rule.attention_reuse_probe,
+                rule.faithful_to_release,
+            )
+        case ReplayedConfig() if logged is not None:
+            return replayed(logged, config.training.seed)
+    raise ConfigError(f"no rule is built from {type(rule).__name__}")

@@ -1,0 +1,1 @@
+"""Runs: training, judging and comparing them, and the folders that hold them."""

@@ -1,0 +1,299 @@
+"""Judging a trained run on frozen tasks, and comparing runs on the same ones."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metaheed.config import CHUNKED, EvaluationConfig, ExecutionName, FreezeConfig, RunConfig, TrainingConfig
+from metaheed.data import Episodes, load_dataset
+from metaheed.data.convert import convert
+from metaheed.data.frozen import Frozen, FrozenEpisodes, freeze, read_episodes
+from metaheed.errors import ConfigError, DataError, NonFiniteError
+from metaheed.files.seals import seal_values
+from metaheed.files.writing import check_writable, is_writable, write_whole
+from metaheed.learners import find_backbone, place_constants
+from metaheed.outer import (
+    Execution,
+    adapted_outcome,
+    build_execution,
+    initial_outcome,
+    pick_for_run,
+    workers_ended,
+)
+from metaheed.running.checkpoint import Pixels, recorded_pixels
+from metaheed.running.folder import RunFolder
+from metaheed.running.load import load_weights
+from metaheed.running.process import (
+    cpu_threads,
+    failures_explained,
+    float32_products,
+    memory_explained,
+    pick_device,
+    starts_explained,
+)
+from metaheed.running.results import result_file
+from metaheed.running.statistics import interval
+from metaheed.types import Params
+
+_AT_ONCE = 10  # tasks a batch in evaluation: bounds memory, and how long an interruption waits
+
+
+class Outcomes(NamedTuple):
+    """(n,) float64 each, one entry a task."""
+
+    losses: np.ndarray
+    accuracies: np.ndarray
+
+
+def evaluate(
+    execution: Execution[tuple[Tensor, Tensor]],
+    meta: Params,
+    episodes: Episodes,
+    tasks: int,
+    on_tasks: Callable[[int], None] | None = None,
+) -> Outcomes:
+    """Query loss and accuracy of the first `tasks` tasks; no graph is kept, so memory does not grow with their number.
+
+    Args:
+        execution: of `adapted_outcome` or `initial_outcome`.
+        meta: θ.
+        episodes: the frozen tasks.
+        tasks: how many.
+        on_tasks: called with the number done after each few; may raise to stop.
+
+    Raises:
+        NonFiniteError: a loss is not finite, so that its accuracy would mean nothing.
+    """
+    losses, accuracies = np.zeros(tasks), np.zeros(tasks)
+    for first in range(0, tasks, _AT_ONCE):
+        count = min(_AT_ONCE, tasks - first)
+        loss, accuracy = execution(meta, episodes.batch(first, count))
+        losses[first : first + count] = loss.double().cpu().numpy()
+        accuracies[first : first + count] = accuracy.double().cpu().numpy()
+        if on_tasks is not None:
+            on_tasks(first + count)
+    if not np.isfinite(losses).all():
+        task = int(np.flatnonzero(~np.isfinite(losses))[0])
+        raise NonFiniteError(f"the loss of task {task + 1} of the {episodes.split.name} tasks is not finite")
+    return Outcomes(losses, accuracies)
+
+
+@starts_explained()
+def evaluate_run(
+    path: str | Path,
+    config: EvaluationConfig,
+    data_root: str | Path | None = None,
+    device: str | None = None,
+    on_tasks: Callable[[int], None] | None = None,
+    execution: ExecutionName | None = None,
+    chunk_size: int | None = None,
+    threads: int | None = None,
+    trust: bool = False,
+    out: str | Path | None = None,
+    notice: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
+    """Judge a run and write its result.json; or, so that this one stays that of the run's own test setting,
+    result-on-DATA.json, result-5way5shot15query.json, result-val.json.
+
+    Where the folder cannot be written, as on a read-only disk or another user's, the result is not kept.
+
+    Args:
+        path: the run folder.
+        config: which tasks, which checkpoint.
+        data_root: where the data lies now; none: where it lay in training.
+        device: none: the run's own, if it is here.
+        on_tasks: see `evaluate`.
+        execution: how the tasks are run; none: as in training, on a device of another kind as that suits it.
+        chunk_size: this many at once, under the executions vectorized (taken where only this is given) and im2col.
+        threads: of the CPU; none: as in training.
+        trust: let the code of a network run that the run folder names, is not one of ours, and was not allowed before.
+        out: the file to write instead of one in the run folder.
+        notice: told where the result is not kept.
+
+    Returns:
+        What the result file holds: accuracy and its half-width, per-task accuracies, the tasks' hash, what was judged
+        and, on another data set than the training's, how its images were made to fit.
+
+    Raises:
+        RunError, DataError, ConfigError: the run, its data or the setting cannot be used.
+        OutOfMemoryError: the tasks computed at once do not fit.
+        StartError, WorkerError: a thread or worker process cannot be started, or a worker died.
+    """
+    folder = RunFolder(path)
+    path, data_root = folder.path, None if data_root is None else Path(data_root)
+    run = folder.read_config(trust)
+    find_backbone(run.learner.backbone, run.learner.backbone_path)  # refused before anything is made or read
+    frozen = None if config.episodes is None else read_episodes(config.episodes)
+    setting = _setting(config, run, frozen)
+    trained_on = run.episodes.data
+    shape = setting.ways, setting.shots, setting.queries
+    file = Path(out) if out is not None else result_file(folder, run, setting.data, shape, setting.split)
+    if out is not None and folder.needs(file):
+        raise ConfigError(f"--out is {out}, which is a file of the run itself: name another")
+    kept = True
+    if out is None and not is_writable(file):
+        kept = False
+        if notice is not None:
+            notice(f"{path} cannot be written: the result is not kept there (--out FILE keeps it elsewhere)")
+    else:
+        check_writable(file)
+    run.check_ways(setting.ways)
+    learner, meta, about = load_weights(folder, run, config.checkpoint, setting.ways)
+    where = pick_device(device or run.training.device, fall_back=device is None)
+    meta = {name: p.to(where) for name, p in meta.items()}
+    place_constants(learner, where)
+    run = replace(run, training=_judging(run, execution, chunk_size, threads, where))
+    episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
+    folder.check_classes(episodes.dataset, setting.split)
+    with (
+        workers_ended(),
+        cpu_threads(run.training),
+        float32_products(run.training.tf32),
+        memory_explained(run, where, min(_AT_ONCE, setting.tasks), learner),
+        failures_explained(run, where, learner, meta, lambda: episodes.batch(0, 1), judging=True),
+    ):
+        adapted, initial = (
+            evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)
+            for outcome, told in ((adapted_outcome, on_tasks), (initial_outcome, None))
+        )
+    accuracy, half_width = interval(adapted.accuracies)
+    initial_accuracy, initial_half_width = interval(initial.accuracies)
+    result = {
+        "algorithm": run.algorithm,
+        **setting._asdict(),
+        "trained_on": trained_on,
+        "conversion": conversion,
+        "caution": _caution(trained_on, setting.data),
+        "episodes_sha256": episodes.fingerprint(setting.tasks),
+        "seed": run.training.seed,
+        "checkpoint": config.checkpoint,
+        "iteration": about["iteration"],
+        "accuracy": accuracy,
+        "half_width_95": half_width,
+        "loss": float(adapted.losses.mean()),
+        "initial_accuracy": initial_accuracy,
+        "initial_half_width_95": initial_half_width,
+        "initial_loss": float(initial.losses.mean()),
+        "accuracies": [round(a, 6) for a in adapted.accuracies.tolist()],
+    }
+    result = seal_values(result)
+    if kept:
+        write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
+    return result
+
+
+def _judging(
+    run: RunConfig, execution: ExecutionName | None, chunk_size: int | None, threads: int | None, where: torch.device
+) -> TrainingConfig:
+    """How the run's own settings run tasks there."""
+    training = run.training
+    if chunk_size is not None:
+        return replace(
+            training, execution=execution or "vectorized", chunk_size=chunk_size, threads=threads or training.threads
+        )
+    if execution is None:
+        elsewhere = where.type != torch.device(training.device).type
+        execution = "auto" if elsewhere else training.execution
+    picked = pick_for_run(run, execution, where, _AT_ONCE)
+    chunk_size = training.chunk_size if picked in CHUNKED else None
+    return replace(training, execution=picked, chunk_size=chunk_size, threads=threads or training.threads)
+
+
+class _Setting(NamedTuple):
+    """What is judged on."""
+
+    data: str
+    split: str
+    ways: int
+    shots: int
+    queries: int
+    tasks: int
+    episode_seed: int
+
+
+def _setting(config: EvaluationConfig, run: RunConfig, frozen: Frozen | None) -> _Setting:
+    if frozen is not None:
+        shape = frozen.ways, frozen.shots, frozen.queries
+        return _Setting(frozen.data, frozen.split, *shape, len(frozen.tasks), frozen.episode_seed)
+    ways, shots, queries = (
+        asked if asked is not None else own
+        for asked, own in zip((config.ways, config.shots, config.queries), run.episodes.test_shape, strict=True)
+    )
+    return _Setting(
+        config.data or run.episodes.data,
+        config.split or FreezeConfig.split,
+        *(ways, shots, queries),
+        config.tasks or FreezeConfig.tasks,
+        FreezeConfig.episode_seed if config.episode_seed is None else config.episode_seed,
+    )
+
+
+def _episodes(
+    path: Path,
+    setting: _Setting,
+    frozen: Frozen | None,
+    run: RunConfig,
+    about: dict[str, Any],
+    data_root: Path | None,
+    where: torch.device,
+) -> tuple[Episodes, str | None]:
+    """The tasks, with images that the run's network takes, and how they were made such; none: they are."""
+    elsewhere = setting.data != run.episodes.data
+    channels, height, width = about["image_shape"]
+    shape = channels, height, width
+    if frozen is None or frozen.images is None:
+        own = run.episodes
+        of_folder = (None, None) if elsewhere else (own.image_size, own.split_seed)
+        dataset = load_dataset(setting.data, data_root or own.data_root, *of_folder)
+        if frozen is not None:
+            frozen = frozen.filled(dataset)
+        elif elsewhere:
+            drawn = Episodes(dataset, *setting[1:5], seed=setting.episode_seed)
+            frozen = freeze(drawn, setting.tasks)
+        elif dataset.image_shape == shape:
+            return Episodes(dataset.to(where), *setting[1:5], seed=setting.episode_seed), None
+        else:
+            raise DataError(f"{path} was trained on images {list(shape)}, but these are {dataset.image_shape}")
+    assert frozen.images is not None  # read, filled or drawn
+    images, conversion = convert(frozen.images, shape)
+    if conversion is not None and not elsewhere:
+        raise DataError(f"{path} was trained on images {list(shape)}, but these are {frozen.image_shape}")
+    return FrozenEpisodes(frozen, images.to(where), *_pixels(path, frozen, run, about, data_root)), conversion
+
+
+def _pixels(path: Path, frozen: Frozen, run: RunConfig, about: dict[str, Any], data_root: Path | None) -> Pixels:
+    """How the run's network is used to see pixels scaled, whatever data they are of."""
+    recorded = recorded_pixels(about)
+    if recorded is not None:
+        return recorded
+    if frozen.data == run.episodes.data:
+        return Pixels(frozen.mean, frozen.std)
+    try:
+        data = run.episodes
+        own = load_dataset(data.data, data.data_root or data_root, data.image_size, data.split_seed)
+    except DataError as error:
+        raise DataError(
+            f"{path} was trained by a version that did not record how pixels were scaled, so {run.episodes.data} is "
+            f"needed as well: {error}"
+        ) from error
+    return Pixels(own.mean, own.std)
+
+
+_MADE_OF = {
+    **dict.fromkeys(("cifar-fs", "fc100"), "CIFAR-100"),
+    **dict.fromkeys(("miniimagenet", "tieredimagenet"), "ImageNet"),
+    **dict.fromkeys(("omniglot", "omniglot-vinyals"), "Omniglot"),
+}
+
+
+def _caution(trained_on: str, data: str) -> str | None:
+    origin = _MADE_OF.get(data)
+    if trained_on == data or origin is None or origin != _MADE_OF.get(trained_on):
+        return None
+    return f"{trained_on} and {data} are both made of {origin}: classes judged on may have been trained on"

@@ -1,0 +1,125 @@
+"""A run's logs: files of one JSON object a line, written on exactly where a checkpoint was made."""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from metaheed.errors import RunError
+from metaheed.files.opening import (
+    LINE_BYTES,
+    open_in_place,
+    open_to_read,
+)
+from metaheed.files.parsing import from_json
+from metaheed.files.writing import _writing
+from metaheed.running.meddling import identity, meddled, reason
+
+
+class JsonLines:
+    """An append-only file of one JSON object a line, cut back to a known length when a run resumes."""
+
+    def __init__(self, path: Path, length: int, sha256: str = "") -> None:
+        self._path = path
+        self._digest = _begin(path, length, sha256)
+        with _writing(path):
+            self._file = open_in_place(path, "ab")
+            self._file.truncate(length)
+            self._length, self._touched = length, False
+            self._identity = identity(os.fstat(self._file.fileno()))
+
+    def write(self, values: dict[str, Any]) -> None:
+        """Append a line and hand it to the operating system."""
+        line = json.dumps(values, allow_nan=False).encode() + b"\n"
+        with _writing(self._path):
+            number = self._file.fileno()
+            self._touched |= identity(os.fstat(number)) != self._identity
+            self._file.write(line)
+            self._file.flush()
+            self._identity = identity(os.fstat(number))
+        self._digest.update(line)
+        self._length += len(line)
+
+    def sync(self, whole: bool = False) -> tuple[int, str]:
+        """Bring everything to the disk; the file's length, and the checksum of it all.
+
+        Args:
+            whole: read it all again; else only where its time says that it was written into.
+
+        Raises:
+            RunError: another program removed, replaced or changed it.
+        """
+        with _writing(self._path):
+            os.fsync(self._file.fileno())
+            here = identity(os.fstat(self._file.fileno()))
+        try:
+            there = identity(self._path.stat())
+        except OSError as error:
+            raise meddled(self._path, "removed") from error
+        if there[:2] != here[:2]:
+            raise meddled(self._path, "replaced")
+        if here[2] != self._length:
+            raise meddled(self._path, f"changed: it has {here[2]} bytes, where this run wrote {self._length}")
+        found = self._digest.hexdigest()
+        if whole or self._touched or here != self._identity:
+            try:
+                _begin(self._path, self._length, found)
+            except RunError as error:
+                raise meddled(self._path, "changed") from error
+            self._touched, self._identity = False, here
+        return self._length, found
+
+    def close(self) -> None:
+        """Close the file."""
+        with _writing(self._path):
+            self._file.close()
+
+
+def _begin(path: Path, length: int, sha256: str) -> "hashlib._Hash":
+    """The running checksum of a log's first `length` bytes.
+
+    Raises:
+        RunError: it has fewer, or others than those of that checksum (none: it is not known), or cannot be read.
+    """
+    running, left = hashlib.sha256(), length
+    if length:
+        try:
+            with open_to_read(path) as file:
+                while left and (part := file.read(min(left, 1 << 20))):
+                    running.update(part)
+                    left -= len(part)
+        except FileNotFoundError:
+            pass  # said below
+        except OSError as error:
+            raise RunError(f"{path} cannot be read: {error.strerror}") from error
+    remedy = "it has been altered. Put it back from a copy, or delete the run folder and train anew"
+    if left:
+        raise RunError(f"{path} has {length - left} bytes, but the checkpoint was written after {length}: {remedy}")
+    if sha256 and running.hexdigest() != sha256:
+        raise RunError(f"{path} does not begin with the {length} bytes that the checkpoint was written after: {remedy}")
+    return running
+
+
+def stream_lines(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file, one after another; a last line without an end is still being written, and left out.
+
+    Raises:
+        RunError: it is missing or damaged.
+    """
+    try:
+        with open_to_read(Path(path)) as file:
+            for number in itertools.count(1):
+                line = file.readline(LINE_BYTES)
+                if not line.endswith(b"\n"):
+                    if len(line) == LINE_BYTES:
+                        raise ValueError(f"line {number} has more than {LINE_BYTES:,} bytes")
+                    return
+                value = from_json(line)
+                if not isinstance(value, dict):
+                    raise ValueError(f"line {number} is no object")
+                yield value
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read: {reason(error)}") from error

@@ -1,0 +1,108 @@
+"""How long a run's steps and its judging take on this machine."""
+
+import itertools
+import time
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from metaheed.config import RunConfig
+from metaheed.data import Dataset, Split
+from metaheed.data.images import make_split
+from metaheed.outer import (
+    build_steps,
+    workers_ended,
+)
+from metaheed.running.process import (
+    cpu_threads,
+    float32_products,
+    memory_explained,
+    pick_device,
+    starts_explained,
+)
+from metaheed.running.session import Session, _fresh, _to, on_device, set_up
+from metaheed.running.train import picked
+
+
+class Speed(NamedTuple):
+    """How long work takes, in seconds."""
+
+    iteration: float
+    """An outer step."""
+    task: float
+    """Adapting to a frozen task and judging it."""
+
+
+_ENOUGH = 0.5  # seconds of steps that are timed
+
+
+_BLOCK = 10  # steps at once, where they are made in blocks
+
+
+_FEW = 4  # tasks judged
+
+
+@starts_explained()
+def measure_speed(config: RunConfig, image_shape: tuple[int, int, int]) -> Speed:
+    """What a run's outer steps and its judging take on this machine, on images of noise; nothing is read or written.
+
+    A first step that takes longer than half a second is the measure, what it sets up included; else it is left out, and
+    steps are made after it until they have taken as long.
+
+    Raises:
+        ConfigError: the setting, the network or the device cannot be used, or the rule replays another run.
+        OutOfMemoryError: the tasks computed at once do not fit.
+        NonFiniteError: on noise the first steps are not finite.
+    """
+    device = pick_device(config.training.device)
+    execution = picked(config.training.execution, device, config)
+    training = replace(config.training, device=str(device), execution=execution, val_tasks=_FEW)
+    config = replace(config, training=training)
+    with workers_ended(), cpu_threads(training), float32_products(training.tf32):
+        session = set_up(config, on_device(_noise(config, image_shape), device), None)
+        with memory_explained(config, device, config.outer.meta_batch_size, session.learner):
+            return Speed(_time_steps(session), _time_judging(session))
+
+
+def _noise(config: RunConfig, image_shape: tuple[int, int, int]) -> Dataset:
+    """Random images, of as many classes as the config's tasks need."""
+    generator = np.random.default_rng(0)
+
+    def split(name: str, ways: int, shots: int, queries: int) -> Split:
+        classes = [f"{name} {k}" for k in range(ways)]
+        shape = (shots + queries, *image_shape)
+        return make_split(name, classes, [generator.integers(0, 256, shape, np.uint8) for _ in classes])
+
+    splits = {"train": split("train", *config.episodes.train_shape)}
+    splits |= {name: split(name, *config.episodes.test_shape) for name in ("val", "test")}
+    return Dataset("noise", splits, (0.5,) * image_shape[0], (0.3,) * image_shape[0])
+
+
+def _time_steps(session: Session) -> float:
+    training, device = session.config.training, session.device
+    state = _to(_fresh(session).state, device)
+    steps = build_steps(training, device, session.rule, session.tools, session.streams, state, lambda _: None)
+    done, counted, taken = 0, 0, 0.0
+    try:
+        for call in itertools.count():
+            began = time.perf_counter()
+            made = len(list(steps.advance(done, min(_BLOCK, steps.block), lambda: False)))
+            seconds = time.perf_counter() - began
+            done += made
+            # The first call sets up what the others use; on a device the second one captures the step.
+            if (call < 2) if device.type == "cuda" else (call == 0 and seconds < _ENOUGH):
+                continue
+            counted, taken = counted + made, taken + seconds
+            if taken >= _ENOUGH and counted:
+                break
+    finally:
+        steps.close()
+    return taken / counted
+
+
+def _time_judging(session: Session) -> float:
+    meta = _to(_fresh(session).state, session.device).meta
+    began = time.perf_counter()
+    session.validation(meta, lambda _: None)
+    return (time.perf_counter() - began) / _FEW

@@ -1,0 +1,116 @@
+"""Where a run starts from when it is told: the weights of a file or of another run, instead of drawn ones.
+
+Only tensors are read, so that nothing in a file or folder of a stranger's can run.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+
+from metaheed.errors import ConfigError
+from metaheed.files.opening import read_bounded
+from metaheed.learners import Learner, NetworkLearner
+from metaheed.running.folder import RunFolder
+from metaheed.types import Params
+
+
+def read_weights(path: str | Path) -> Params:
+    """The tensors of a .safetensors file, or θ of a run's best checkpoint.
+
+    Raises:
+        ConfigError: it is neither.
+        RunError: the run has no checkpoint that can be read.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return RunFolder(path).read_weights("best")[0]
+    if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
+        raise ConfigError(
+            f"--init-from is {path}, which looks like a pickle, and a pickle can run code: convert it once with "
+            "safetensors.torch.save_file(torch.load(PATH, weights_only=True), 'weights.safetensors')"
+        )
+    if not path.exists():
+        raise ConfigError(f"--init-from is {path}, but there is no such file: name a .safetensors file or a run folder")
+    try:
+        return dict(load_tensors(read_bounded(path)))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise ConfigError(f"--init-from is {path}, but it is no safetensors file ({error})") from error
+
+
+def start_from(found: Params, learner: Learner, drawn: Params, what: str, notice: Callable[[str], None]) -> Params:
+    """θ that starts from the weights found: all of it, where they are a θ of the same learner; else its network's.
+
+    A head that is missing, or has another number of classes, keeps what was drawn.
+
+    Args:
+        found: parameters by name; of a whole model, whose encoder has a prefix, say, or of another learner's θ.
+        learner: the run's.
+        drawn: its θ as it would start otherwise.
+        what: what the weights were read from.
+        notice: told what was taken and what was not.
+
+    Raises:
+        ConfigError: they are not the weights of this network, of two such networks, or not finite.
+    """
+    if all(name in found and found[name].shape == p.shape for name, p in drawn.items()):
+        taken = {name: found[name] for name in drawn}
+        missing: list[str] = []
+    else:
+        if not isinstance(learner, NetworkLearner):
+            raise ConfigError(f"--init-from: {what} does not hold this learner's parameters")
+        prefix = next(iter(drawn)).startswith("initial.") * "initial."
+        wanted = {name.removeprefix(prefix): p for name, p in drawn.items() if name.startswith(prefix)}
+        found = _best_prefix(found, wanted, what)
+        fitting = {name: found[name] for name, p in wanted.items() if name in found and found[name].shape == p.shape}
+        missing = [name for name in wanted if name not in fitting]
+        head = learner.backbone.names_of(learner.backbone.find_head(getattr(learner, "head", None)))
+        wrong = [name for name in missing if name not in head]
+        if wrong or not fitting:
+            name = (wrong or missing)[0]
+            there = tuple(found[name].shape) if name in found else "absent"
+            raise ConfigError(
+                f"--init-from: {what} does not fit the network: {name!r} is {there} there and "
+                f"{tuple(wanted[name].shape)} in the network. Choose the --backbone that the weights were trained with"
+            )
+        taken = {f"{prefix}{name}": p for name, p in fitting.items()}
+    for name, p in taken.items():
+        if not p.is_floating_point():
+            raise ConfigError(f"--init-from: {name!r} in {what} is of type {p.dtype}, but weights are floating-point")
+        if not bool(torch.isfinite(p).all()):
+            raise ConfigError(f"--init-from: {name!r} in {what} holds values that are not finite numbers")
+    left = f"; the head ({', '.join(missing)}) is drawn anew" if missing else ""
+    notice(f"starting from {what}: {len(taken)} of {len(drawn)} parameters{left}")
+    return {name: taken[name].to(p) if name in taken else p for name, p in drawn.items()}
+
+
+def _best_prefix(found: Params, wanted: Params, what: str) -> Params:
+    """The tensors below the prefix ("initial.", "module.", "encoder.", …) under which most of the names are wanted."""
+    prefixes = ["", *sorted({name[: at + 1] for name in found for at, c in enumerate(name) if c == "."})]
+
+    def below(prefix: str) -> Params:
+        return {name.removeprefix(prefix): p for name, p in found.items() if name.startswith(prefix)}
+
+    def fitting(prefix: str) -> int:
+        return sum(name in (tree := below(prefix)) and tree[name].shape == p.shape for name, p in wanted.items())
+
+    best = max(map(fitting, prefixes))
+    equal = [prefix for prefix in prefixes if fitting(prefix) == best]
+    # θ of ours that has more than the start (rates, say) has it under names of the same kind.
+    chosen = next((prefix for prefix in equal if prefix in ("", "initial.")), equal[0])
+    trees = [below(prefix) for prefix in (chosen, *equal)]
+    differ = [p for p, tree in zip(equal, trees[1:], strict=True) if any(not _alike(tree, trees[0], n) for n in wanted)]
+    if best and chosen not in ("", "initial.") and differ:
+        raise ConfigError(
+            f"--init-from: {what} has the network's weights twice, under {chosen!r} and under {differ[0]!r}: save the "
+            "ones that are meant to a file of their own"
+        )
+    return trees[0]
+
+
+def _alike(one: Params, other: Params, name: str) -> bool:
+    if name not in one or name not in other:
+        return name not in one and name not in other
+    return torch.equal(one[name], other[name])

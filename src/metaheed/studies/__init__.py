@@ -1,0 +1,1 @@
+"""What is made of many runs: searches, recipes, reproductions, reports, the toy and the demo."""

@@ -1,0 +1,33 @@
+"""Recipes: a run's config as a file to train from."""
+
+from metaheed.studies.recipes.recipe import (
+    OF_A_RUN,
+    PAPERS_SEARCH,
+    SHIPPED,
+    Recipe,
+    adopt,
+    difference,
+    of_cell,
+    read,
+    read_folder,
+    text,
+    untuned,
+    without_run,
+    write,
+)
+
+__all__ = [
+    "OF_A_RUN",
+    "PAPERS_SEARCH",
+    "SHIPPED",
+    "Recipe",
+    "adopt",
+    "difference",
+    "of_cell",
+    "read",
+    "read_folder",
+    "text",
+    "untuned",
+    "without_run",
+    "write",
+]

@@ -1,0 +1,5 @@
+"""Runs as tables and figures."""
+
+from metaheed.studies.report.write import report
+
+__all__ = ["report"]

@@ -1,0 +1,449 @@
+"""Which runs are repetitions of each other, and which may be set against which.
+
+Runs of one config but for the seed (and what belongs to a machine) are an *arm*; arms are compared within a *setting*
+(data set, ways, shots). Two arms are paired only where the protocol is the same on both sides: the tasks of training,
+validation and test, the network, T, B and the number of iterations. What prevents a pair is named, never passed over.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from metaheed.config import (
+    ALGORITHMS,
+    LEARNERS,
+    RULES,
+    AttendedConfig,
+    ReplayedConfig,
+    RunConfig,
+    SequentialConfig,
+    Uniform2BConfig,
+    to_dict,
+)
+from metaheed.errors import RunError
+from metaheed.running.compare import Difference, compare
+from metaheed.studies.paper import ANALOGOUS, COUNTERPART, LABELS, NATURAL, Setting
+from metaheed.studies.recipes import OF_A_RUN
+from metaheed.studies.report.reading import Judged, Result, Run, plain
+
+_WITHOUT_EFFECT = ("learner.recompute",)
+"""Settings that change where memory goes, and no number."""
+RATES = (
+    *("learner.fast_lr", "learner.forget_bias", "learner.input_bias", "outer.meta_lr", "outer.clip_norm"),
+    *("rule.attention_lr", "rule.equity_lambda", "rule.loss_temperature"),
+)
+"""What is tuned for each algorithm alone: it may differ between the sides of a pair, and is then said."""
+
+_LEARNER_LABELS = {
+    **{"maml": "MAML", "anil": "ANIL", "boil": "BOIL", "metasgd": "MetaSGD", "metalstm": "MetaLSTM"},
+    "protonet": "ProtoNet",
+}
+CONTROLS = {
+    "uniform-2b": "uniform over 2B tasks",
+    "loss-softmax": "softmax of the loss",
+    "replayed": "replayed and permuted",
+}
+"""Rule -> what it controls attention for."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs of one config, one a seed."""
+
+    setting: Setting
+    runs: tuple[Run, ...]
+    """In the order of their seeds; those not judged too."""
+    settings: Mapping[str, Any]
+    """GROUP.FIELD -> value, without the seed and what belongs to a machine."""
+    judged: Judged | None
+    """What those that are judged were judged on; none: none is."""
+    label: str
+
+    @property
+    def config(self) -> RunConfig:
+        """Of one of its runs."""
+        return self.runs[0].config
+
+    @property
+    def algorithm(self) -> str:
+        """As `RunConfig.algorithm`."""
+        return self.config.algorithm
+
+    @property
+    def learner(self) -> str:
+        """The learner's name."""
+        return self.config.learner.name
+
+    @property
+    def rule(self) -> str:
+        """The batch rule's name."""
+        return self.config.rule.name
+
+    @property
+    def judged_runs(self) -> dict[int, Run]:
+        """Seed -> run, of those that are judged."""
+        return {run.seed: run for run in self.runs if run.result is not None}
+
+    @property
+    def results(self) -> dict[int, Result]:
+        """Seed -> result, of those that are judged."""
+        return {run.seed: run.result for run in self.runs if run.result is not None}
+
+    @property
+    def plain_rule(self) -> bool:
+        """Whether learner and rule have their defaults but for what is tuned: what a table of the paper has."""
+        return not _options(self.config)
+
+    @property
+    def tasks_per_iteration(self) -> int:
+        """Tasks that training sees in an iteration: B, or 2B where the rule draws a second batch that is not reused."""
+        rule, B = self.config.rule, self.config.outer.meta_batch_size
+        twice = isinstance(rule, Uniform2BConfig) or (
+            isinstance(rule, AttendedConfig) and not rule.attention_reuse_probe
+        )
+        return 2 * B if twice else B
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Outer steps on θ in an iteration."""
+        return self.config.outer.meta_batch_size if isinstance(self.config.rule, SequentialConfig) else 1
+
+
+class Comparison(NamedTuple):
+    """Two arms on the same test tasks, over the seeds that both have."""
+
+    arm: Arm
+    against: Arm
+    difference: Difference
+    notes: tuple[str, ...]
+    """What else differs between them, and seeds that only one has."""
+
+
+class NotCompared(NamedTuple):
+    """A pair that was looked for, and why there is none."""
+
+    setting: Setting
+    label: str
+    against: str
+    reason: str
+
+
+class Pairs(NamedTuple):
+    """A family of comparisons: one table."""
+
+    compared: tuple[Comparison, ...]
+    missing: tuple[NotCompared, ...]
+
+
+def title(setting: Setting) -> str:
+    """A setting in words."""
+    return f"{plain(setting.data)} {setting.ways}-way {setting.shots}-shot"
+
+
+def algorithm_label(config: RunConfig) -> str:
+    """What an algorithm is called: as in the paper where it has it."""
+    name, learner, rule = config.algorithm, config.learner.name, config.rule.name
+    if name in LABELS:
+        return LABELS[name]
+    base = _LEARNER_LABELS.get(learner, learner)
+    if name in ALGORITHMS:
+        return f"TA-{base}" if isinstance(config.rule, AttendedConfig) else base
+    return f"{base}, {CONTROLS.get(rule, rule)}"
+
+
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """GROUP.FIELD -> value, without what belongs to one run or machine; the shape of test tasks as it is in effect."""
+    found: dict[str, Any] = {}
+    for group, values in to_dict(config).items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if name not in OF_A_RUN.get(group, ()) and f"{group}.{name}" not in _WITHOUT_EFFECT:
+                found[f"{group}.{name}"] = value
+    for name, count in zip(("ways", "shots", "queries"), config.episodes.test_shape, strict=True):
+        found[f"episodes.test_{name}"] = count
+    episodes = config.episodes
+    if episodes.data == "folder" and episodes.data_root is not None:
+        # Own images, which the name of the data set does not tell apart; by the last name, for folders are moved.
+        found["episodes.images"] = episodes.data_root.name
+    if config.learner.init_from is not None:  # by the last name, too
+        found["learner.init_from"] = config.learner.init_from.name
+    return found
+
+
+def group(runs: Iterable[Run]) -> tuple[list[Arm], list[tuple[str, str]]]:
+    """The arms, by setting and algorithm, and the runs that are a seed's second one, each with what to say of it.
+
+    Unfinished runs are in none.
+    """
+    by_config: dict[str, list[Run]] = defaultdict(list)
+    runs = [*runs]
+    settings = _settings_with_sources(runs)
+    for run in runs:
+        if run.finished:
+            by_config[repr((run.setting, sorted(settings[run.path].items())))].append(run)
+    arms: list[Arm] = []
+    doubled: list[tuple[str, str]] = []
+    for members in by_config.values():
+        by_judged: dict[Judged | None, list[Run]] = defaultdict(list)
+        for run in members:
+            by_judged[None if run.result is None else run.result.judged].append(run)
+        unjudged = by_judged.pop(None, [])
+        # Most runs first; what is not judged belongs to those.
+        parts = sorted(by_judged.items(), key=lambda item: (-len(item[1]), item[0])) or [(None, [])]
+        for index, (judged, part) in enumerate(parts):
+            by_seed: dict[int, Run] = {}
+            for run in [*part, *(unjudged if index == 0 else [])]:
+                first = by_seed.setdefault(run.seed, run)
+                if first is not run:
+                    doubled.append(
+                        (run.name, f"a second run of that config with seed {run.seed}; {first.name} is used")
+                    )
+            ordered = tuple(by_seed[seed] for seed in sorted(by_seed))
+            config = ordered[0].config
+            arms.append(Arm(ordered[0].setting, ordered, settings[ordered[0].path], judged, _label(config)))
+    arms.sort(key=_order)
+    return _told_apart(arms), doubled
+
+
+def _settings_with_sources(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
+    """Run -> its settings; with what it replays, where runs of one config are known to replay different algorithms."""
+    settings = {run.path: settings_of(run.config) for run in runs}
+    attended: dict[str, set[str]] = defaultdict(set)
+    for run in runs:
+        if isinstance(run.config.rule, AttendedConfig):
+            attended[run.path.name].add(_label(run.config))
+    replaying: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
+    for run in runs:
+        replayed = _replayed(run)
+        if replayed is not None:
+            names = attended.get(replayed, set())
+            source = min(names) if len(names) == 1 else ""
+            replaying[repr((run.setting, sorted(settings[run.path].items())))][source].append(run)
+    for by_source in replaying.values():
+        if len({*by_source} - {""}) > 1:
+            for source, members in by_source.items():
+                for run in members:
+                    settings[run.path]["rule.replay"] = source or "a run that is not here"
+    return settings
+
+
+def _replayed(run: Run) -> str | None:
+    """Of a run that replays another, the other's folder by its name: runs are moved later, all of a study together."""
+    rule = run.config.rule
+    return rule.replay.name if isinstance(rule, ReplayedConfig) and rule.replay is not None else None
+
+
+def _order(arm: Arm) -> tuple[Any, ...]:
+    data = (*NATURAL, *ANALOGOUS, "omniglot", "omniglot-vinyals")
+    known = data.index(arm.setting.data) if arm.setting.data in data else len(data)
+    learner, rules = [*LEARNERS].index(arm.learner), [*RULES]
+    if arm.learner == "metalstm":  # MetaLSTM, then MetaLSTM++, as one reads about them
+        rules.sort(key=lambda rule: rule != "sequential")
+    fields = sorted((name, repr(value)) for name, value in arm.settings.items())
+    return (known, arm.setting, learner, rules.index(arm.rule), len(arm.label), arm.label, fields, str(arm.judged))
+
+
+def _label(config: RunConfig) -> str:
+    options = _options(config)
+    return algorithm_label(config) + (f" ({', '.join(options)})" if options else "")
+
+
+def _options(config: RunConfig) -> list[str]:
+    """The options of learner and rule that make it another algorithm than the default, as the command line has them."""
+    found, default = [], (LEARNERS[config.learner.name](), RULES[config.rule.name]())
+    usual = {"learner": to_dict(default[0]), "rule": to_dict(default[1])}
+    neutral = (*RATES, "learner.backbone", "learner.adaptation_steps")
+    for name, value in settings_of(config).items():
+        part, _, option = name.partition(".")
+        if part in usual and name not in neutral and value != usual[part][option]:
+            found.append(_said(name, value))
+    return found
+
+
+def _said(name: str, value: Any) -> str:
+    option = name.partition(".")[2].replace("_", "-")
+    if isinstance(value, bool):
+        return option if value else f"no {option}"
+    if isinstance(value, float):
+        return f"{option} {value:g}"
+    return plain(f"{option} {'none' if value is None else value}")
+
+
+def _told_apart(arms: Sequence[Arm]) -> list[Arm]:
+    """Arms of one setting under one label get what differs between them added to it."""
+    alike: dict[tuple[Setting, str], list[Arm]] = defaultdict(list)
+    for arm in arms:
+        alike[arm.setting, arm.label].append(arm)
+    labelled = []
+    for arm in arms:
+        others = alike[arm.setting, arm.label]
+        names = [name for name in arm.settings if len({repr(other.settings.get(name)) for other in others}) > 1]
+        names.sort(key=lambda name: name != "training.iterations")  # what one asks first
+        added = [_said(name, arm.settings[name]) for name in names]
+        if arm.judged is not None and len({other.judged for other in others if other.settings == arm.settings}) > 1:
+            j = arm.judged
+            added.append(f"judged on {j.tasks} tasks {plain(j.episodes_sha256[:8])}, {plain(j.checkpoint)} checkpoint")
+        labelled.append(replace(arm, label=f"{arm.label} [{', '.join(added)}]") if added else arm)
+    return labelled
+
+
+def counterparts(arms: Sequence[Arm], wanted: Callable[[Arm], str | None]) -> Pairs:
+    """Every arm against the one of its learner under the rule that `wanted` names (none: it is in no pair)."""
+    compared: list[Comparison] = []
+    missing: list[NotCompared] = []
+    for arm in arms:
+        rule = wanted(arm)
+        if rule is None:
+            continue
+        candidates = [
+            a for a in arms if (a.setting, a.learner, a.rule) == (arm.setting, arm.learner, rule) and a is not arm
+        ]
+        found, reasons = _partner(arm, candidates)
+        if isinstance(found, Comparison):
+            compared.append(found)
+        else:
+            name = _rule_label(arm, rule)
+            missing += [
+                NotCompared(arm.setting, arm.label, label, reason) for label, reason in reasons or [(name, found)]
+            ]
+    return Pairs(tuple(compared), tuple(missing))
+
+
+def _rule_label(arm: Arm, rule: str) -> str:
+    return algorithm_label(replace(arm.config, rule=RULES[rule]()))
+
+
+Outcome = tuple[Comparison | str, list[tuple[str, str]]]
+"""A comparison; or why there is none, in a word or for each candidate's label."""
+
+
+def _partner(arm: Arm, candidates: Sequence[Arm]) -> Outcome:
+    """The arm beside the candidate that is nearest."""
+    if not arm.results:
+        return "it is not judged", []
+    if not candidates:
+        return "there is no such run in this setting", []
+    reasons = [(c.label, "; ".join(mismatches(arm, c))) for c in candidates]
+    fitting = [c for c, (_, reason) in zip(candidates, reasons, strict=True) if not reason]
+    if not fitting:
+        return "", reasons
+    fewest = min(len(_differing_rates(arm, c)) for c in fitting)
+    nearest = [c for c in fitting if len(_differing_rates(arm, c)) == fewest]
+    if len(nearest) > 1:
+        return "", [(c.label, "there are several that would do: report on one of them at a time") for c in nearest]
+    return pair(arm, nearest[0])
+
+
+def mismatches(arm: Arm, other: Arm) -> list[str]:
+    """What forbids to pair two arms of a setting and learner, the first of which is judged."""
+    if not other.results:
+        return ["it is not judged"]
+    found = protocol_mismatches(arm, other)
+    for what, a, b in zip(Judged._fields, arm.judged or (), other.judged or (), strict=True):
+        if a != b:
+            words = {"tasks": "test tasks", "checkpoint": "checkpoint judged"}
+            found.append(plain(f"{words[what]}: {a} against {b}") if what in words else "other test episodes")
+    if not {*arm.results} & {*other.results}:
+        found.append(f"no seed in common: {_seeds(arm.results)} against {_seeds(other.results)}")
+    return found
+
+
+def protocol_mismatches(arm: Arm, other: Arm) -> list[str]:
+    """In what two arms of a learner differ beside the rule and what is tuned."""
+    found = []
+    for name in {**arm.settings, **other.settings}:
+        ours, theirs = arm.settings.get(name), other.settings.get(name)
+        if ours != theirs and not name.startswith("rule.") and name not in RATES:
+            option = name.partition(".")[2].replace("_", "-")
+            found.append(plain(f"{option} is {_value(ours)} against {_value(theirs)}"))
+    return found
+
+
+def pair(arm: Arm, other: Arm) -> Outcome:
+    """The paired difference of two arms without mismatches, over the seeds that both have."""
+    common = sorted({*arm.results} & {*other.results})
+    notes = []
+    for side, label in ((arm, arm.label), (other, other.label)):
+        alone = [seed for seed in side.results if seed not in common]
+        if alone:
+            notes.append(f"{_seeds(alone)} of {label} left out, for the other side lacks {_it(alone)}")
+    for name in _differing_rates(arm, other):
+        option = name.partition(".")[2].replace("_", "-")
+        notes.append(f"{option} is {_value(arm.settings[name])} against {_value(other.settings[name])}")
+    try:
+        ours, theirs = ([side.judged_runs[seed].path for seed in common] for side in (arm, other))
+        difference = compare(ours, theirs)
+    except RunError as error:
+        return "", [(other.label, plain(str(error)))]
+    return Comparison(arm, other, difference, tuple(notes)), []
+
+
+def _differing_rates(arm: Arm, other: Arm) -> list[str]:
+    """Tuned values that both sides have, and not the same."""
+    both = (name for name in RATES if name in arm.settings and name in other.settings)
+    return [name for name in both if arm.settings[name] != other.settings[name]]
+
+
+def _value(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _seeds(seeds: Iterable[int]) -> str:
+    listed = sorted(seeds)
+    return f"seed{'s' * (len(listed) != 1)} {', '.join(map(str, listed))}"
+
+
+def _it(things: Sequence[Any]) -> str:
+    return "it" if len(things) == 1 else "them"
+
+
+def metalstm_pairs(arms: Sequence[Arm]) -> Pairs:
+    """Table 1's: MetaLSTM++ against MetaLSTM."""
+    return counterparts(arms, lambda arm: _paper_rule(arm) if arm.algorithm == "metalstm++" else None)
+
+
+def attention_pairs(arms: Sequence[Arm]) -> Pairs:
+    """Table 2's: attention and TAML, of any learner, against the same learner under the uniform rule."""
+    return counterparts(arms, lambda arm: _paper_rule(arm) or "uniform" if arm.rule in ("attended", "equity") else None)
+
+
+def _paper_rule(arm: Arm) -> str | None:
+    name = COUNTERPART.get(arm.algorithm)
+    return None if name is None else ALGORITHMS[name][1]
+
+
+def control_pairs(arms: Sequence[Arm]) -> Pairs:
+    """Attention against each control of its learner that there is; each control against the uniform rule.
+
+    Replayed weights are a control for those that are replayed.
+    """
+    compared: list[Comparison] = []
+    missing: list[NotCompared] = []
+    for arm, control in _with_controls(arms):
+        reasons = _replays_others(arm, control, arms)
+        reasons += mismatches(arm, control) if arm.results else ["it is not judged"]
+        nothing: Outcome = ("", [(control.label, "; ".join(reasons))])
+        found, more = nothing if reasons else pair(arm, control)
+        if isinstance(found, Comparison):
+            compared.append(found)
+        else:
+            missing += [NotCompared(arm.setting, arm.label, *each) for each in more]
+    plain_ones = counterparts(arms, lambda arm: "uniform" if arm.rule in CONTROLS else None)
+    return Pairs((*compared, *plain_ones.compared), (*missing, *plain_ones.missing))
+
+
+def _replays_others(arm: Arm, control: Arm, arms: Sequence[Arm]) -> list[str]:
+    """Why a control that replays weights is none for an arm: they are another arm's of those that are here."""
+    replayed = {_replayed(run) for run in control.runs} - {None}
+    sources = [a for a in arms if a.rule == "attended" and replayed & {run.path.name for run in a.runs}]
+    if not sources or any(source is arm for source in sources):
+        return []
+    return [f"it replays the weights of {' and '.join(source.label for source in sources)}"]
+
+
+def _with_controls(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
+    for arm in arms:
+        for control in arms if arm.rule == "attended" else ():
+            if control.rule in CONTROLS and (control.setting, control.learner) == (arm.setting, arm.learner):
+                yield arm, control

@@ -1,0 +1,198 @@
+"""The tables, as plain text in cells: what they say of the runs, and how each number is to be read."""
+
+import statistics
+from collections.abc import Sequence
+
+from metaheed.config import default_config
+from metaheed.running.statistics import t_interval
+from metaheed.studies.paper import ITERATIONS, LABELS, Cell, Setting, accuracy
+from metaheed.studies.paper import TABLES as PAPER_TABLES
+from metaheed.studies.report.arms import RATES, Arm, Comparison, NotCompared, Pairs, settings_of, title
+from metaheed.studies.report.measures import holm
+from metaheed.studies.report.reading import plain
+from metaheed.studies.report.table import MISSING, Table, _range, count, listed, mean_accuracy, p_text, percent, points
+
+
+def paper_table(name: str, arms: Sequence[Arm]) -> Table:
+    """A table of the paper, every algorithm twice: the paper's numbers, and ours below them."""
+    paper = PAPER_TABLES[name]
+    ours, filled, remarks = _our_cells(tuple(paper.rows), paper.columns, arms)
+    rows: list[tuple[str, ...]] = []
+    for algorithm, values in paper.rows.items():
+        rows.append((LABELS[algorithm], "paper", *(f"{value:.2f}" for value in values)))
+        rows.append((LABELS[algorithm], "ours", *ours[algorithm]))
+    caption = (
+        f"Test accuracy in %. Ours: the mean over training seeds ± the half-width of its 95% t-interval over seeds; "
+        f"{filled} of {len(paper.rows) * len(paper.columns)} cells are filled, {MISSING} is missing. {remarks}"
+        "Most of the ± that the paper prints for 5 and 10 ways cannot be 95% intervals of a mean over 300 tasks "
+        "(binomial noise alone gives more), so they are not repeated here."
+    )
+    columns = ("", "", *map(_head, paper.columns))
+    return Table(f"Table {name.removeprefix('table')} of the paper, and ours", caption, columns, tuple(rows))
+
+
+def elsewhere_table(arms: Sequence[Arm]) -> Table | None:
+    """The algorithms of the paper's tables in settings that these lack; none: there is no such run."""
+    papers = {setting for paper in PAPER_TABLES.values() for setting in paper.columns}
+    columns = [s for s in dict.fromkeys(arm.setting for arm in arms) if s not in papers]
+    ours, filled, remarks = _our_cells(tuple(LABELS), columns, arms)
+    there = [k for k in range(len(columns)) if any(ours[algorithm][k] != MISSING for algorithm in ours)]
+    if not there:
+        return None
+    rows = [(LABELS[algorithm], *(cells[k] for k in there)) for algorithm, cells in ours.items()]
+    caption = (
+        "Test accuracy in %: the mean over training seeds ± the half-width of its 95% t-interval over seeds; "
+        f"{filled} of {len(rows) * len(there)} cells are filled, {MISSING} is missing. {remarks}"
+    )
+    heads = ("", *(_head(columns[k]) for k in there))
+    return Table("The same algorithms in settings that the paper's tables lack", caption.strip(), heads, tuple(rows))
+
+
+def _head(setting: Setting) -> str:
+    return f"{plain(setting.data)}\n{setting.ways}-way {setting.shots}-shot"
+
+
+def _our_cells(
+    algorithms: Sequence[str], columns: Sequence[Setting], arms: Sequence[Arm]
+) -> tuple[dict[str, list[str]], int, str]:
+    """Algorithm -> our cells, column by column; how many are filled; and what is to be said of them."""
+    chosen = {(a, s): _of_cell(arms, s, a) for a in algorithms for s in columns}
+    shown = [found[0] for found in chosen.values() if found]
+    lengths = {arm.config.training.iterations for arm in shown}
+    others = [f"{title(arm.setting)} {arm.label}" for found in chosen.values() for arm in found[1:]]
+    otherwise = [f"{title(arm.setting)} {arm.label}: {what}" for arm in shown if (what := _otherwise(arm))]
+    cells = {a: [_cell_text(chosen[a, s], several=len(lengths) > 1) for s in columns] for a in algorithms}
+    remarks = (
+        f"The paper trains for {ITERATIONS:,} iterations"
+        + (f", ours were {listed(f'{n:,}' for n in sorted(lengths))}. " if lengths else ". ")
+        + (f"Shown is the longest run of each cell; also there: {listed(others)}. " if others else "")
+        + (f"Not as in the paper but for rates and iterations: {'; '.join(otherwise)}. " if otherwise else "")
+    )
+    return cells, len(shown), remarks
+
+
+def _cell_text(chosen: Sequence[Arm], several: bool) -> str:
+    """The accuracy of a cell, where the cells are of several lengths with its own."""
+    if not chosen:
+        return MISSING
+    return mean_accuracy(chosen[0]) + (f"\n{chosen[0].config.training.iterations:,} iterations" if several else "")
+
+
+def _otherwise(arm: Arm) -> str:
+    """In what an arm of a cell differs from the paper's setting, but for what is tuned, and how long and often."""
+    config = default_config(arm.algorithm, *arm.setting)
+    found = []
+    for name, papers in settings_of(config).items():
+        ours = arm.settings.get(name)
+        if ours != papers and name not in (*RATES, "training.iterations", "training.val_every"):
+            option = name.partition(".")[2].replace("_", "-")
+            found.append(plain(f"{option} {ours} instead of {papers}"))
+    return listed(found)
+
+
+def _of_cell(arms: Sequence[Arm], setting: Setting, algorithm: str) -> list[Arm]:
+    """Judged arms that are a cell of a table: trained in its setting, nothing special about the rule; longest first."""
+    found = [
+        arm
+        for arm in arms
+        if (arm.setting, arm.algorithm) == (setting, algorithm)
+        and arm.results
+        and arm.plain_rule
+        and arm.config.episodes.train_shape[:2] == setting[1:]
+    ]
+    return sorted(found, key=lambda arm: (-arm.config.training.iterations, -len(arm.results)))
+
+
+def accuracy_table(arms: Sequence[Arm]) -> Table:
+    """Every arm's accuracy."""
+    rows = []
+    for arm in arms:
+        results = [*arm.results.values()]
+        mean, over_seeds, over_tasks = MISSING, MISSING, MISSING
+        if results:
+            mean = percent(statistics.fmean(r.accuracy for r in results))
+            over_tasks = _range([100 * r.half_width for r in results], 2)
+        if len(results) > 1:
+            over_seeds = percent(t_interval([r.accuracy for r in results])[1])
+        each = listed(f"{seed}: {percent(result.accuracy)}" for seed, result in arm.results.items())
+        tasks = MISSING if arm.judged is None else f"{arm.judged.tasks:,}"
+        iterations = f"{arm.config.training.iterations:,}"
+        unjudged = len(arm.runs) - len(results)
+        seeds = str(len(results)) + (f" (+{unjudged} not judged)" if unjudged else "")
+        rows.append(
+            (title(arm.setting), arm.label, iterations, seeds, mean, over_seeds, over_tasks, tasks, each or MISSING)
+        )
+    return Table(
+        "Test accuracy of every arm",
+        "Accuracy in % after adaptation, transductive: batch norm sees all query images of a task. An arm is the runs "
+        "of one config, one a seed. Of the two intervals only the one over training seeds says where another training "
+        "run would lie; the one over test tasks is each run's own 1.96·s/√n (smallest – largest over seeds).",
+        (
+            *("setting", "arm", "iterations", "seeds", "mean", "± 95%, training seeds", "± 95%, test tasks only"),
+            *("test tasks", "each seed"),
+        ),
+        tuple(rows),
+    )
+
+
+def difference_table(name: str, about: str, pairs: Pairs, beside_the_paper: bool = False) -> Table:
+    """A family of paired differences; its p-values are adjusted together.
+
+    Args:
+        name, about: its title, and what its caption begins with.
+        pairs: the family.
+        beside_the_paper: with the same difference of the paper's numbers, where it has them.
+    """
+    tested = [c for c in pairs.compared if c.difference.p_value is not None]
+    adjusted = holm([c.difference.p_value for c in tested if c.difference.p_value is not None])
+    by_pair = {id(c): p for c, p in zip(tested, adjusted, strict=True)}
+    caption = (
+        f"{about} Differences in percentage points, paired on the same test tasks at equal seeds. The training seed is "
+        "the unit: a t-interval over the per-seed differences, and the paired t-test's two-sided p. Holm: adjusted "
+        f"over the {count(len(tested), 'test')} of this table. Beside them the interval over test tasks, these "
+        "training runs taken as given: it says nothing about another training run."
+    )
+    columns: tuple[str, ...] = (
+        *("setting", "arm", "against", "accuracy", "seeds", "difference", "± 95%, training seeds", "p", "p (Holm)"),
+        *("± 95%, test tasks only", "tasks seen an iteration", "notes"),
+    )
+    rows = [_difference_row(c, by_pair.get(id(c))) for c in pairs.compared]
+    if beside_the_paper:
+        columns = (*columns[:-1], "difference in the paper", "notes")
+        rows = [(*row[:-1], _paper_difference(c), row[-1]) for row, c in zip(rows, pairs.compared, strict=True)]
+    return Table(name, caption, columns, tuple(rows))
+
+
+def _paper_difference(comparison: Comparison) -> str:
+    arm, against = comparison.arm, comparison.against
+    ours, theirs = (accuracy(Cell(*a.setting, a.algorithm)) for a in (arm, against))
+    return f"{ours - theirs:+.2f}" if ours is not None and theirs is not None and arm.plain_rule else MISSING
+
+
+def _difference_row(comparison: Comparison, adjusted: float | None) -> tuple[str, ...]:
+    arm, against, d, notes = comparison
+    seeds, over_tasks = len(d.per_seed), percent(d.tasks_half_width)
+    over_seeds = percent(d.half_width)
+    if seeds == 1:
+        over_seeds = f"{MISSING} (one seed)"
+        over_tasks += " (test tasks only, one training seed)"
+    ours, theirs = arm.tasks_per_iteration, against.tasks_per_iteration
+    return (
+        *(title(arm.setting), arm.label, against.label),
+        f"{percent(d.accuracy)} against {percent(d.accuracy_against)}",
+        *(str(seeds), points(d.mean), over_seeds, p_text(d.p_value), p_text(adjusted), over_tasks),
+        f"{ours} against {theirs}" + (" (equal)" if ours == theirs else ""),
+        "; ".join(notes),
+    )
+
+
+def not_compared_table(missing: Sequence[NotCompared]) -> Table:
+    """What was not paired, and why."""
+    rows = dict.fromkeys((title(m.setting), m.label, m.against, m.reason) for m in missing)
+    return Table(
+        "Not compared",
+        "Pairs that these runs would suggest, and what stands against them. Nothing is paired unless data set, tasks "
+        "of training, validation and test, network, T, B and iterations agree.",
+        ("setting", "arm", "against", "not compared because"),
+        tuple(rows),
+    )

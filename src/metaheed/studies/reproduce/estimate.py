@@ -1,0 +1,168 @@
+"""How long runs will take on this machine: from the times that runs here have logged, else measured.
+
+An outer step costs the same whatever the rates and the images, so one measurement serves all runs of a shape: learner,
+rule, tasks, image size, and where it computes. What was measured is kept in OUT/times.json.
+"""
+
+import contextlib
+import hashlib
+import heapq
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from metaheed.config import RunConfig, to_dict
+from metaheed.data import find_shape
+from metaheed.errors import DataError, MetaheedError, RunError
+from metaheed.files.opening import JSON_BYTES, read_bounded
+from metaheed.files.parsing import from_json
+from metaheed.files.writing import write_whole
+from metaheed.running.folder import RunFolder
+from metaheed.running.log import stream_lines
+from metaheed.running.process import describe_processor
+from metaheed.running.speed import Speed, measure_speed
+from metaheed.studies.paper import IMAGE_SHAPES
+from metaheed.studies.recipes import PAPERS_SEARCH, without_run
+from metaheed.studies.reproduce.plan import Job, Place, Run, Standing
+
+_RECENT = 10  # lines of timing.jsonl
+_TOY = 30.0  # seconds, anywhere
+
+
+class Estimate(NamedTuple):
+    """What a job will take."""
+
+    seconds: float | None
+    """None: it cannot be told."""
+    source: str
+    """Where that comes from: logged, kept (measured by an earlier call), measured, usual; or why it cannot be told."""
+
+
+def estimate(
+    jobs: Sequence[tuple[Job, Standing]], place: Place, out: Path, tell: Callable[[str], None]
+) -> dict[str, Estimate]:
+    """Name -> estimate, of every job that is not done.
+
+    Args:
+        jobs: with how they stand.
+        place: where one of them computes.
+        out: the folder of the runs, and of times.json.
+        tell: told what is being measured.
+    """
+    where = _where(place)
+    logged, kept = _read_logged(out, where), _read_kept(out)
+    found: dict[str, Estimate] = {}
+    unknown: dict[str, str] = {}  # key -> why
+    sources = dict.fromkeys(kept, "kept")
+    for job, standing in jobs:
+        if standing.done:
+            continue
+        if not isinstance(job, Run):
+            found[job.name] = Estimate(_TOY, "usual")
+            continue
+        shape = _shape(job)
+        if shape is None:
+            found[job.name] = Estimate(None, "the size of its images is unknown")
+            continue
+        config = job.recipe.config
+        key = cost_key(config, shape, where)
+        if key not in kept and key not in unknown:
+            tell(f"measuring {config.algorithm}, {config.episodes.ways}-way {config.episodes.shots}-shot, {shape}")
+            placed = replace(config.training, device=place.device, threads=place.threads)
+            try:
+                kept[key], sources[key] = measure_speed(replace(config, training=placed), shape), "measured"
+                _write_kept(out, kept)
+            except MetaheedError as error:
+                unknown[key] = str(error)
+        if key in unknown:
+            found[job.name] = Estimate(None, unknown[key])
+            continue
+        speed, source = kept[key], sources[key]
+        if key in logged:
+            speed, source = speed._replace(iteration=logged[key]), "logged"
+        found[job.name] = Estimate(_seconds(job, standing, speed), source)
+    return found
+
+
+def cost_key(config: RunConfig, shape: tuple[int, int, int], where: str) -> str:
+    """The same for configs whose iterations cost the same."""
+    values = to_dict(without_run(config))
+    del values["training"], values["episodes"]["data"]
+    for group, names in PAPERS_SEARCH.items():
+        for name in names:
+            values[group].pop(name, None)
+    text = json.dumps([values, shape, where], sort_keys=True)
+    return f"{config.algorithm} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def spread_over(seconds: Sequence[float], places: int) -> float:
+    """When the last of these is done if they are begun in this order, as many at a time as there are places."""
+    ends = [0.0] * places
+    for duration in seconds:
+        heapq.heappush(ends, heapq.heappop(ends) + duration)
+    return max(ends)
+
+
+def _seconds(job: Run, standing: Standing, speed: Speed) -> float:
+    training = job.recipe.config.training
+    left = standing.iterations - standing.iteration
+    validations = -(-standing.iterations // training.val_every) - standing.iteration // training.val_every
+    judged = job.tasks + (0 if standing.trained else max(validations, 1) * training.val_tasks)
+    return left * speed.iteration + judged * speed.task
+
+
+def _shape(job: Run) -> tuple[int, int, int] | None:
+    e = job.recipe.config.episodes
+    try:
+        return find_shape(e.data, job.data_root, e.image_size, e.split_seed)
+    except DataError:
+        return IMAGE_SHAPES.get(e.data)
+
+
+def _where(place: Place) -> str:
+    processor = describe_processor(torch.device(place.device))
+    return processor if place.device.startswith("cuda") else f"{processor}, {place.threads} threads"
+
+
+def _read_logged(out: Path, where: str) -> dict[str, float]:
+    """Key -> seconds an iteration, of the newest lines of runs that were made at such a place."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for file in sorted(out.glob("*/timing.jsonl")):
+        try:
+            folder = RunFolder(file.parent)
+            config = folder.read_config()
+            lines = [line for line in stream_lines(file) if _line_where(line) == where]
+            taken = [(int(line["iterations"]), float(line["seconds"])) for line in lines[-_RECENT:]]
+            shape = IMAGE_SHAPES.get(config.episodes.data) or _logged_shape(folder)
+        except (RunError, KeyError, TypeError, ValueError):
+            continue  # a run that is damaged tells no times; what is wrong with it is said when its turn comes
+        if taken and shape is not None:
+            found.setdefault(cost_key(config, shape, where), []).extend(taken)
+    return {key: sum(s for _, s in taken) / sum(n for n, _ in taken) for key, taken in found.items()}
+
+
+def _logged_shape(folder: RunFolder) -> tuple[int, int, int] | None:
+    checkpoint, _ = folder.read_checkpoint()
+    return None if checkpoint is None else checkpoint.image_shape
+
+
+def _line_where(line: Mapping[str, Any]) -> str:
+    on_device = str(line["device"]).startswith("cuda")
+    return str(line["processor"]) if on_device else f"{line['processor']}, {line['threads']} threads"
+
+
+def _read_kept(out: Path) -> dict[str, Speed]:
+    kept: dict[str, Speed] = {}
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        for key, values in from_json(read_bounded(out / "times.json", JSON_BYTES)).items():
+            kept[key] = Speed(float(values["iteration"]), float(values["task"]))
+    return kept
+
+
+def _write_kept(out: Path, kept: Mapping[str, Speed]) -> None:
+    values = {key: {name: float(f"{s:.4g}") for name, s in speed._asdict().items()} for key, speed in kept.items()}
+    write_whole(out / "times.json", (json.dumps(values, indent=1) + "\n").encode())

@@ -1,0 +1,287 @@
+"""Which runs an experiment consists of, how each one stands in the output folder, and the command that takes it on.
+
+OUT/NAME-seedS/       the run folder of recipe NAME
+OUT/recipes/          the recipes as they were used
+OUT/logs/             what each run's commands printed
+OUT/locks/            held by the process that takes care of a run
+OUT/toy/              of the figures
+"""
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from metaheed.config import FreezeConfig, ReplayedConfig, ReproduceConfig, RunConfig
+from metaheed.errors import ConfigError, RunError, unknown
+from metaheed.files.opening import LinkError, cannot_write, refuse_link
+from metaheed.files.trust import allow, require
+from metaheed.running.checkpoint import Progress
+from metaheed.running.folder import RunFolder
+from metaheed.running.results import read_result
+from metaheed.studies.paper import ANALOGOUS, experiment_algorithms, experiment_cells
+from metaheed.studies.recipes import Recipe, difference, of_cell, read_folder, without_run
+
+TOY, RECIPES = "toy", "recipes"
+
+
+class Place(NamedTuple):
+    """Where one run at a time computes."""
+
+    device: str
+    """cpu or cuda:N."""
+    threads: int
+    """CPU threads."""
+
+
+class Standing(NamedTuple):
+    """How far a job is."""
+
+    iteration: int
+    """Outer steps done."""
+    iterations: int
+    """Outer steps that are to be done in all."""
+    trained: bool
+    """All of them, and the validation after the last."""
+    judged: bool
+    """And its result is there, on as many tasks as asked for."""
+    held: bool = False
+    """Whether a living process trains it at this moment."""
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.trained and self.judged and not self.held
+
+    def __str__(self) -> str:
+        if self.done:
+            return "done"
+        if self.held:
+            return f"being trained elsewhere, at {self.iteration:,} of {self.iterations:,}"
+        if self.trained:
+            return "trained, to be judged"
+        return f"goes on at {self.iteration:,} of {self.iterations:,}" if self.iteration else "missing"
+
+
+class Stage(NamedTuple):
+    """What is to be done next."""
+
+    what: str
+    """training, judging, or drawing."""
+    arguments: Sequence[str]
+    """Of the command line."""
+
+
+class Job(Protocol):
+    """Something that is done by commands, one after another, each of which can be repeated."""
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def metrics(self) -> Path | None:
+        """The log that tells how far it is; none: it has none."""
+
+    def look(self) -> Standing:
+        """How it stands on disk.
+
+        Raises:
+            RunError: something else is in its place.
+        """
+
+    def next(self, standing: Standing, place: Place) -> Stage:
+        """What is to be done where it stands so."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A recipe trained from a seed, and judged."""
+
+    name: str
+    """RECIPE-seedS."""
+    recipe: Recipe
+    file: Path
+    """Where the recipe lies."""
+    seed: int
+    folder: RunFolder
+    iterations: int
+    """Asked for."""
+    tasks: int
+    """To be judged on."""
+    data_root: Path | None
+    trust: bool = False
+    """Whether the code of a network that the recipe names may run."""
+
+    @property
+    def metrics(self) -> Path:
+        """See `Job`."""
+        return self.folder.metrics_file
+
+    def look(self) -> Standing:
+        """See `Job`. A run that has done more than is asked for counts with what it has."""
+        folder, held = self.folder, self.folder.is_held()
+        if not folder.config_file.exists():
+            return Standing(0, self.iterations, trained=False, judged=False, held=held)
+        config = folder.read_config()
+        self._check_same(config)
+        checkpoint, _ = folder.read_checkpoint()
+        progress = Progress() if checkpoint is None else checkpoint.progress
+        iterations = max(self.iterations, progress.iteration)
+        # The config must say so, too: a run that is lowered to what it has done is finished by resuming it.
+        trained = iterations == config.training.iterations and iterations <= progress.validated
+        return Standing(progress.iteration, iterations, trained, trained and self._judged(config, progress), held)
+
+    def next(self, standing: Standing, place: Place) -> Stage:
+        """See `Job`."""
+        path, common = str(self.folder.path), ["--device", place.device, *(["--trust"] if self.trust else [])]
+        if self.data_root is not None:
+            common += ["--data-root", str(self.data_root)]
+        iterations = ["--iterations", str(standing.iterations)]
+        if standing.trained:
+            return Stage("judging", ["evaluate", path, "--tasks", str(self.tasks), *common])
+        if self.folder.config_file.exists():
+            return Stage("training", ["train", "--resume", path, *iterations, *common])
+        own = ["--seed", str(self.seed), "--out", path, "--threads", str(place.threads)]
+        return Stage("training", ["train", "--recipe", str(self.file), *own, *iterations, *common])
+
+    def _check_same(self, config: RunConfig) -> None:
+        recipe = self.recipe.config
+        recipe = replace(recipe, training=replace(recipe.training, iterations=config.training.iterations))
+        differs = difference(without_run(config), without_run(recipe))
+        if differs is None and config.training.seed != self.seed:
+            differs = "training.seed", config.training.seed, self.seed
+        if differs is not None:
+            name, there, here = differs
+            raise RunError(
+                f"{self.folder.path} holds a run of other settings: {name} is {there!r} there and {here!r} here. "
+                "Choose another --out, or move it away"
+            )
+
+    def _judged(self, config: RunConfig, progress: Progress) -> bool:
+        if not self.folder.result_file.exists():
+            return False
+        try:
+            result = read_result(self.folder.path)
+        except RunError:
+            return False  # damaged: it is judged again
+        expected = {
+            **dict(zip(("ways", "shots", "queries"), config.episodes.test_shape, strict=True)),
+            "split": FreezeConfig.split,
+            "episode_seed": FreezeConfig.episode_seed,
+            "tasks": self.tasks,
+            "checkpoint": "best",
+            "iteration": progress.best_iteration,  # of a run that was trained on since, it may be another one
+        }
+        return all(result.get(name) == value for name, value in expected.items())
+
+
+@dataclass(frozen=True)
+class ToyJob:
+    """The toy behind figure 1; seconds."""
+
+    folder: Path
+    name: str = TOY
+    metrics: None = None
+
+    def look(self) -> Standing:
+        """See `Job`."""
+        there = all((self.folder / file).exists() for file in ("toy.json", "trajectories.png"))
+        return Standing(int(there), 1, there, there)
+
+    def next(self, standing: Standing, place: Place) -> Stage:
+        """See `Job`."""
+        return Stage("drawing", ["toy", "--out", str(self.folder)])
+
+
+def make_jobs(experiment: str, config: ReproduceConfig) -> list[Job]:
+    """The jobs of an experiment: seed by seed, so that the first seed's table is whole first.
+
+    Raises:
+        ConfigError: the experiment, a word of --only or a recipe is unknown or wrong, nothing is chosen, or a recipe
+            names a network whose code may not run.
+        RunError: a link lies in the output folder where a folder of ours would.
+    """
+    chosen, toy = _choose(experiment, config)
+    for name, recipe in chosen.items():
+        network = recipe.config.learner.backbone
+        if ":" in network:
+            try:
+                (allow if config.trust else require)(network, Path.cwd())
+            except ConfigError as error:
+                raise ConfigError(f"the recipe {name}: {error}") from error
+    _refuse_links(config.out, [TOY, RECIPES, "logs", "locks", *(f"{n}-seed{s}" for n in chosen for s in config.seeds)])
+    jobs: list[Job] = [ToyJob(config.out / TOY)] if toy else []
+    for seed in config.seeds:
+        for name, recipe in chosen.items():
+            if isinstance(recipe.config.rule, ReplayedConfig):
+                raise ConfigError(
+                    f"the recipe {name} replays the weights of another run: train it with 'metaheed train --recipe'"
+                )
+            run = f"{name}-seed{seed}"
+            iterations = config.iterations or recipe.config.training.iterations
+            file, folder = config.out / RECIPES / f"{name}.yaml", RunFolder(config.out / run)
+            jobs.append(Run(run, recipe, file, seed, folder, iterations, config.tasks, config.data_root, config.trust))
+    return jobs
+
+
+def _refuse_links(out: Path, names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            refuse_link(out / name)
+        except LinkError as error:
+            raise RunError(cannot_write(error, out)) from error
+
+
+def _choose(experiment: str, config: ReproduceConfig) -> tuple[dict[str, Recipe], bool]:
+    """The recipes that are asked for, by name, and whether the toy is."""
+    algorithms = experiment_algorithms(experiment)
+    if config.recipes is None:
+        recipes = {recipe.name: recipe for recipe in map(of_cell, experiment_cells(experiment))}
+    else:
+        found = read_folder(config.recipes)
+        recipes = {name: recipe for name, recipe in found.items() if recipe.config.algorithm in algorithms}
+        if not recipes:
+            raise ConfigError(
+                f"no recipe in {config.recipes} is of an algorithm of {experiment}, which are {', '.join(algorithms)}"
+            )
+    known = {word: kind for recipe in recipes.values() for kind, word in _words(recipe).items()}
+    known |= {name: "recipe" for name in recipes if name not in known}
+    # Files of one's own may have capitals in their names.
+    words = {word if word in known else word.lower() for word in config.only}
+    has_toy = experiment == "figures"
+    for word in sorted(words - {TOY} if has_toy else words):
+        if word not in known:
+            # The names of the package's recipes are made of the other words: too many to be listed.
+            listed = [w for w, kind in known.items() if kind != "recipe" or config.recipes is not None]
+            raise unknown("word in --only", word, [*listed, TOY] if has_toy else listed)
+    toy = has_toy and (not words or TOY in words)
+    words.discard(TOY)
+    if not words and toy and config.only:
+        return {}, toy
+    asked: dict[str, set[str]] = {}
+    for word in words:
+        asked.setdefault(known[word], set()).add(word)
+    if config.recipes is None and not {"data set", "recipe"} & set(asked):
+        recipes = {name: r for name, r in recipes.items() if r.config.episodes.data not in ANALOGOUS}
+    chosen = {name: recipe for name, recipe in recipes.items() if _fits(name, recipe, asked)}
+    if not chosen:
+        raise ConfigError(f"--only {' '.join(config.only)}: {experiment} has nothing that is all of it")
+    return chosen, toy
+
+
+def _words(recipe: Recipe) -> dict[str, str]:
+    e = recipe.config.episodes
+    return {"data set": e.data, "setting": f"{e.ways}way{e.shots}shot", "algorithm": recipe.config.algorithm}
+
+
+def _fits(name: str, recipe: Recipe, asked: Mapping[str, set[str]]) -> bool:
+    own = {**_words(recipe), "recipe": name}
+    return all(own[kind] in words for kind, words in asked.items())
+
+
+def command(stage: Stage) -> list[str]:
+    """What the operating system is asked to run."""
+    # -P: a folder called metaheed where one happens to be is not this package.
+    return [sys.executable, "-P", "-m", "metaheed", *stage.arguments]

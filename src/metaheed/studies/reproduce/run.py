@@ -1,0 +1,256 @@
+"""The paper's tables and figures, run anew: what is missing is trained, what was cut off goes on, all ends in a report.
+
+    plan       which runs there are, how each stands on disk, and what it needs next
+    crew       several at a time, each in a process of its own
+    estimate   how long it will take
+
+Nothing is remembered but what lies in the output folder: the same command goes on where it stood, whatever ended it.
+"""
+
+import os
+import shlex
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from metaheed.config import ReportConfig, ReproduceConfig
+from metaheed.data import find_shape
+from metaheed.data.reading.download import BY_HAND, PUBLISHED
+from metaheed.errors import DataError, MetaheedError, MissingDataError, RunError
+from metaheed.running.process import pick_device, signals_received
+from metaheed.running.progress import make_board
+from metaheed.running.results import read_result
+from metaheed.studies import recipes
+from metaheed.studies.reproduce.crew import Crew, Failure, lock
+from metaheed.studies.reproduce.estimate import Estimate, estimate, spread_over
+from metaheed.studies.reproduce.plan import RECIPES, TOY, Job, Place, Run, Standing, make_jobs
+
+
+def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], None] = print) -> Path:
+    """Do the runs of an experiment, and report on all that lie in the output folder.
+
+    Args:
+        experiment: table1, table2 or figures.
+        config: which of its runs, and how.
+        say: told what becomes of them.
+
+    Returns:
+        The report's page; of the toy alone, its picture.
+
+    Raises:
+        ConfigError: what is asked for is unknown or cannot be used; nothing was begun.
+        DataError: data sets that are needed are not there; nothing was begun.
+        RunError: a folder holds something else (nothing was begun), or runs failed (the others were done).
+        Interrupted: a signal came; every run that was being trained has written a checkpoint.
+    """
+    jobs = make_jobs(experiment, config)
+    standings = [(job, job.look()) for job in jobs]
+    waiting = [(job, standing) for job, standing in standings if not standing.done]
+    absent = _absent_data(waiting)
+    if absent:
+        raise DataError(_explain(absent, experiment, config, "is needed and cannot be used; nothing was begun"))
+    places = make_places(config, len(waiting))
+    for job, _ in waiting:
+        if isinstance(job, Run):
+            recipes.write(job.recipe, job.file)
+    say(f"{_count(standings)}; {_describe(places)}")
+
+    def finished(job: Job) -> None:
+        board.message(f"{job.name}: {_outcome(job)}")
+
+    failures: Sequence[Failure] = ()
+    if waiting:
+        board = make_board(len(waiting))
+        try:
+            with signals_received() as received:
+                crew = Crew([job for job, _ in waiting], places, config.out, board, finished)
+                failures = crew.work(received)
+        finally:
+            board.stop()
+    try:
+        page = _report(experiment, config, say)
+    except RunError as error:
+        if not failures:
+            raise
+        page = None
+        say(f"no report: {error}")
+    if failures:
+        lines = "".join(f"\n  {f.name}: {f.reason} (log: {f.log})" for f in failures)
+        there = "" if page is None else f" The report on the others is {page}."
+        raise RunError(f"{len(failures)} of {len(jobs)} failed; the same command tries them again.{there}{lines}")
+    return page or config.out / TOY / "trajectories.png"  # the toy alone has no runs to report on
+
+
+def dry_run(experiment: str, config: ReproduceConfig, say: Callable[[str], None], tell: Callable[[str], None]) -> None:
+    """List the runs of an experiment, what each still needs, and how long that will take; nothing is begun.
+
+    Args:
+        experiment, config: as for `reproduce`.
+        say: told the list.
+        tell: told what is being measured.
+
+    Raises:
+        ConfigError, RunError: as `reproduce`.
+    """
+    jobs = make_jobs(experiment, config)
+    standings = [(job, job.look()) for job in jobs]
+    waiting = [(job, standing) for job, standing in standings if not standing.done]
+    places = make_places(config, len(waiting))
+    began = time.monotonic()
+    estimates = estimate(waiting, places[0], config.out, tell)
+    taken = time.monotonic() - began
+    absent = _absent_data(waiting)
+    width = max(len(job.name) for job in jobs)
+    for job, standing in standings:
+        line = f"{job.name:{width}}  {standing!s:32}"
+        if job.name in estimates:
+            line += f"  {_duration(estimates[job.name])}"
+        if isinstance(job, Run) and not standing.done and job.recipe.config.episodes.data in absent:
+            line += "  (its data set is not there)"
+        say(line.rstrip())
+    say(f"\n{_count(standings)}; {_describe(places)}")
+    for line in _summary(estimates, len(places), taken):
+        say(line)
+    kinds = Counter(job.recipe.provenance["kind"] for job in jobs if isinstance(job, Run))
+    if kinds:
+        say("Recipes: " + ", ".join(f"{number} runs {kind}" for kind, number in sorted(kinds.items())) + ".")
+    if absent:
+        say(_explain(absent, experiment, config, "is needed and cannot be used as it is"))
+
+
+def make_places(config: ReproduceConfig, waiting: int) -> list[Place]:
+    """Where so many jobs are worked on: --jobs places; else one a GPU, or as many as the cores allow.
+
+    Raises:
+        ConfigError: the device is not here.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if config.device in ("auto", "cuda") and gpus:
+        devices = [f"cuda:{k}" for k in range(gpus)]
+    else:
+        devices = [str(pick_device(config.device))]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    most = len(devices) if devices[0].startswith("cuda") else cores // (config.threads or 1)
+    jobs = config.jobs or max(1, min(most, waiting))
+    threads = config.threads or max(1, cores // jobs)
+    return [Place(devices[k % len(devices)], threads) for k in range(jobs)]
+
+
+def _absent_data(waiting: Sequence[tuple[Job, Standing]]) -> dict[str, DataError]:
+    """Data set -> what is wrong with it, of those that are needed."""
+    needed = {}
+    for job, _ in waiting:
+        if isinstance(job, Run):
+            e = job.recipe.config.episodes
+            needed[e.data, e.image_size, e.split_seed] = job.data_root
+    absent: dict[str, DataError] = {}
+    for (data, *of_folder), root in needed.items():
+        try:
+            find_shape(data, root, *of_folder)
+        except DataError as error:
+            absent[data] = error
+    return absent
+
+
+def _explain(absent: dict[str, DataError], experiment: str, config: ReproduceConfig, what: str) -> str:
+    lines = []
+    for data, error in absent.items():
+        remedy = ""
+        if isinstance(error, MissingDataError) and data in {**PUBLISHED, **BY_HAND}:
+            root = shlex.quote(str(config.data_root or "DATA"))
+            does = "says how to get it" if data in BY_HAND else "fetches it"
+            remedy = f"\n    'metaheed data download {data} --data-root {root}' {does}"
+        lines.append(f"\n  {data}: {error}{remedy}")
+    return (
+        f"{experiment}: {', '.join(absent)} {what}:{''.join(lines)}\n"
+        "Leave a data set out by naming the others: --only DATA..."
+    )
+
+
+def _report(experiment: str, config: ReproduceConfig, say: Callable[[str], None]) -> Path | None:
+    """The page on all runs of the folder, those that failed named on it; none: none is judged."""
+    from metaheed.studies.report import report
+
+    runs = sorted(file.parent for file in config.out.glob("*/config.yaml") if file.parent.name != RECIPES)
+    if not any((run / "result.json").exists() for run in runs):
+        return None
+    drawn = config.out / TOY
+    toy = (drawn / "toy.json").exists()
+    while (held := lock(config.out, "report")) is None:
+        time.sleep(0.2)  # another process writes it, as this one is about to
+    with held:
+        shown = ReportConfig(toy=toy or experiment == "figures")
+        return report([*runs, *([drawn] if toy else [])], config.out / "report", shown, say)
+
+
+def _outcome(job: Job) -> str:
+    if not isinstance(job, Run):
+        return "done"
+    try:
+        result = read_result(job.folder.path)
+    except MetaheedError as error:
+        return str(error)
+    return f"{result['accuracy']:.2%} ± {result['half_width_95']:.2%} over {result['tasks']} test tasks"
+
+
+def _count(standings: Sequence[tuple[Job, Standing]]) -> str:
+    kinds = Counter(
+        "done"
+        if standing.done
+        else "to be judged"
+        if standing.trained
+        else "to be gone on with"
+        if standing.iteration
+        else "missing"
+        for _, standing in standings
+    )
+    return f"{len(standings)} runs: " + ", ".join(f"{number} {kind}" for kind, number in kinds.items())
+
+
+def _describe(places: Sequence[Place]) -> str:
+    where = sorted({place.device for place in places})
+    threads = f", {places[0].threads} thread{'s' * (places[0].threads > 1)} each" if where == ["cpu"] else ""
+    return f"{len(places)} at a time on {', '.join(where)}{threads}"
+
+
+_SOURCES = {
+    "logged": "as fast as the runs here have gone (timing.jsonl)",
+    "measured": "measured now, one at a time, on images of noise",
+    "kept": "measured before (times.json)",
+    "usual": "as the toy usually takes",
+}
+
+
+def _summary(estimates: dict[str, Estimate], places: int, taken: float) -> list[str]:
+    seconds = [e.seconds for e in estimates.values() if e.seconds is not None]
+    if not seconds:
+        return []
+    unknown = len(estimates) - len(seconds)
+    without = f", without the {unknown} whose time is not known" if unknown else ""
+    at_once = f"; {places} at a time {_length(spread_over(seconds, places))} at least" if places > 1 else ""
+    sources = Counter(e.source for e in estimates.values() if e.seconds is not None)
+    parts = [f"{number} {_SOURCES[source]}" for source, number in sources.items()]
+    measuring = f" Measuring took {taken:.0f} s." if sources["measured"] else ""
+    lines = [f"Estimated time: {_length(sum(seconds))} one at a time{at_once}{without}."]
+    lines.append(f"Of these estimates: {'; '.join(parts)}.{measuring} Validations and judging are counted in.")
+    return lines
+
+
+def _duration(found: Estimate) -> str:
+    return f"({found.source})" if found.seconds is None else _length(found.seconds)
+
+
+def _length(seconds: float) -> str:
+    """A duration to two figures or so."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, rest = divmod(minutes, 60)
+    if hours < 10:
+        return f"{hours} h {rest:02d} min"
+    return f"{round(seconds / 3600)} h" if hours < 72 else f"{seconds / 86400:.1f} days"

@@ -1,0 +1,295 @@
+"""A study in its database and its folder: what is searched, and who has which trial."""
+
+import contextlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import sqlalchemy
+import yaml
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from metaheed.config import RunConfig, SearchConfig, build, from_dict, to_dict
+from metaheed.errors import RunError, brief, shown
+from metaheed.files.opening import YAML_BYTES, LinkError, cannot_write, make_folder, read_bounded, refuse_link
+from metaheed.files.parsing import from_yaml
+from metaheed.files.seals import seal_text, unseal_text
+from metaheed.files.writing import write_whole
+from metaheed.running.folder import STUDY_FILE, RunFolder
+from metaheed.studies import recipes
+from metaheed.studies.search.database import connect, exclusive, shown_as, sqlite_file, sqlite_url
+from metaheed.studies.search.draws import make_pruner, make_sampler
+
+_SETTLE = 2.0  # seconds in which others who want the same trial on another machine have said so
+_RECORD = "metaheed"  # the study's attribute that says what is searched
+
+
+class SharedStudy:
+    """The study in its database, and the study folder here."""
+
+    def __init__(self, config: RunConfig, settings: SearchConfig, out: Path, lock: Path | None) -> None:
+        self.config, self.settings, self.out = config, settings, out
+        self._lock = lock
+        self.record = _record(config, settings)
+        url = settings.storage or sqlite_url(out / "study.db")
+        self.shown = shown_as(settings.storage, out)
+        with self.alone():
+            self.storage = connect(url, self.shown)
+            self.study = self._study()
+        self._study_id = self.storage.get_study_id_from_name(self.study.study_name)
+
+    @classmethod
+    @contextlib.contextmanager
+    def opened(cls, config: RunConfig, settings: SearchConfig, out: Path) -> Iterator["SharedStudy"]:
+        """Open or begin a study.
+
+        Raises:
+            ConfigError: the URL, or its driver, cannot be used.
+            RunError: the database cannot be used, or holds a study of that name of other settings.
+        """
+        optuna.logging.set_verbosity(optuna.logging.ERROR)
+        # Before there is a study, which in a shared database would refuse the next search of its name.
+        _refuse_other_search(out, config, settings)
+        lock, database = None, sqlite_file(settings.storage)
+        if settings.storage is None:
+            _make(out)
+            database = out / "study.db"
+            refuse_links_to_database(database)
+        if database is not None:
+            if not database.parent.is_dir():
+                raise RunError(f"the database {database} cannot be made: {database.parent} is not a folder")
+            # SQLite has no lock on a row, so that two processes could take one trial.
+            lock = database.with_name(f"{database.name}.lock")
+        shared = cls(config, settings, out, lock)
+        _make(out)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            try:
+                yield shared
+            finally:
+                shared.storage.remove_session()
+                shared.storage.engine.dispose()
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Alone among the workers of a SQLite file; other databases lock what they write."""
+        return exclusive(self._lock)
+
+    def _study(self) -> Study:
+        name, pruner = self.settings.study, make_pruner(self.config, self.settings)
+        assert name is not None  # set by search
+        try:
+            study = optuna.create_study(study_name=name, storage=self.storage, pruner=pruner, direction="maximize")
+        except optuna.exceptions.DuplicatedStudyError:
+            study = optuna.load_study(study_name=name, storage=self.storage, pruner=pruner)
+        if _RECORD not in study.user_attrs:
+            if study.get_trials(deepcopy=False):
+                raise RunError(f"the study {shown(name)} in {self.shown} is another program's: choose another --study")
+            study.set_user_attr(_RECORD, self.record)
+        self._verify(study)
+        return study
+
+    def _verify(self, study: Study) -> None:
+        theirs = study.user_attrs[_RECORD]
+        refuse_difference(f"the study {shown(study.study_name)} in {self.shown}", theirs, self.record)
+
+    def trials(self) -> list[FrozenTrial]:
+        """Those below --trials, by number."""
+        return [t for t in self._rows() if t.number < self.settings.trials]
+
+    def _rows(self) -> list[FrozenTrial]:
+        return sorted(self.storage.get_all_trials(self._study_id, deepcopy=False), key=lambda t: t.number)
+
+    def id_of(self, number: int) -> int:
+        """The database's own name of a trial."""
+        return self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
+
+    def claim(self, worker: str, gone: Callable[[FrozenTrial], bool]) -> Trial | None:
+        """A trial that is this worker's from now on, its settings drawn; none: there is none to be had now.
+
+        Args:
+            worker: name of the worker.
+            gone: whether a running trial's worker is.
+        """
+        with self.alone():
+            self._verify(self.study)
+            number = self._claimed(worker, gone)
+            if number is None:
+                return None
+            self.study.sampler = make_sampler(self.settings, number)
+            self.study.get_trials(deepcopy=False)  # the study now knows the trial
+            trial = Trial(self.study, self.id_of(number))
+            for name, (low, high) in self.settings.ranges.items():
+                trial.suggest_float(name, low, high, log=True)
+            return trial
+
+    def _claimed(self, worker: str, gone: Callable[[FrozenTrial], bool]) -> int | None:
+        while True:
+            rows = self._rows()
+            for row in rows[: self.settings.trials]:
+                if row.state == TrialState.RUNNING and gone(row) and self._taken_over(row, worker):
+                    return row.number
+                if row.state == TrialState.WAITING and self._taken(row, worker):
+                    return row.number
+            if len(rows) >= self.settings.trials:
+                return None
+            self.storage.create_new_trial(self._study_id, optuna.create_trial(state=TrialState.WAITING))
+
+    def _taken(self, row: FrozenTrial, worker: str) -> bool:
+        trial_id = self.id_of(row.number)
+        try:
+            if not self.storage.set_trial_state_values(trial_id, TrialState.RUNNING):
+                return False
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+        self.storage.set_trial_user_attr(trial_id, "worker", worker)
+        return True
+
+    def _taken_over(self, row: FrozenTrial, worker: str) -> bool:
+        trial_id = self.id_of(row.number)
+        try:
+            self.storage.set_trial_user_attr(trial_id, "worker", worker)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            return False
+        if self._lock is None:  # the last of those who wanted it has it
+            time.sleep(_SETTLE)
+        return self.is_worked_on_by(trial_id, worker)
+
+    def is_worked_on_by(self, trial_id: int, worker: str) -> bool:
+        """Whether the trial is running and that worker's."""
+        trial = self.storage.get_trial(trial_id)
+        return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker
+
+    def folder(self, number: int) -> RunFolder:
+        """The run folder of a trial.
+
+        Raises:
+            RunError: a link is in its place.
+        """
+        path = self.out / "trials" / f"{number:03d}"
+        try:
+            refuse_link(path / "checkpoints", self.out)
+        except LinkError as error:
+            raise RunError(cannot_write(error, path)) from error
+        return RunFolder(path)
+
+    def write_settings(self) -> None:
+        """Write search.yaml.
+
+        Raises:
+            RunError: the folder is another search's.
+        """
+        file = self.out / STUDY_FILE
+        with self.writing():
+            _refuse_other_search(self.out, self.config, self.settings)  # another may have come first
+            settings = self.settings
+            if settings.storage is not None:
+                url = sqlalchemy.engine.make_url(settings.storage)
+                settings = replace(settings, storage=url.render_as_string(hide_password=True))
+            values = {"search": to_dict(settings), "config": to_dict(self.config)}
+            head = f"# metaheed search --resume {self.out}\n"
+            write_whole(file, seal_text((head + yaml.safe_dump(values, sort_keys=False)).encode()))
+
+    def writing(self) -> contextlib.AbstractContextManager[None]:
+        """Alone among the workers that write into this study folder."""
+        return exclusive(self.out / "search.lock")
+
+
+def _make(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name in ("trials", "workers"):
+            make_folder(out / name, out)
+        for trial in sorted((out / "trials").iterdir()):
+            refuse_link(trial)
+    except LinkError as error:
+        raise RunError(cannot_write(error, out)) from error
+    except OSError as error:
+        raise RunError(f"the study folder {out} cannot be made: {error.strerror}. Choose another --out") from error
+
+
+def refuse_links_to_database(file: Path) -> None:
+    """Raise RunError where a study folder's own database, or a file that SQLite keeps beside it, is a link."""
+    try:
+        for suffix in ("", "-journal", "-wal", "-shm"):
+            refuse_link(file.with_name(file.name + suffix))
+    except LinkError as error:
+        raise RunError(cannot_write(error, file)) from error
+
+
+def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
+    """What a study folder's search.yaml says: the config of every trial, and what is searched.
+
+    Raises:
+        RunError: it is missing, or is none.
+    """
+    file = out / STUDY_FILE
+    try:
+        values = from_yaml(unseal_text(read_bounded(file, YAML_BYTES)))
+        return from_dict(values["config"]), build(SearchConfig, values["search"], "search")
+    except OSError as error:
+        raise RunError(f"{out} is not a study folder: search.yaml cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{file} is not of a search of this program: {brief(str(error), 400)}") from error
+
+
+def _refuse_other_search(out: Path, config: RunConfig, settings: SearchConfig) -> None:
+    if (out / STUDY_FILE).exists():
+        theirs, mine = (
+            {"study": search.study, **_record(of_trials, search)}
+            for of_trials, search in (read_settings(out), (config, settings))
+        )
+        refuse_difference(str(out), theirs, mine)
+
+
+def count_finished(trials: list[FrozenTrial]) -> int:
+    """How many are."""
+    return sum(trial.state.is_finished() for trial in trials)
+
+
+def _record(config: RunConfig, settings: SearchConfig) -> dict[str, Any]:
+    """What must be alike in all workers of a study, as JSON gives it back."""
+    alike = {"config": of_trial(config)}
+    for name, value in to_dict(settings).items():
+        if name not in ("trials", "storage", "study"):
+            alike[name] = value
+    record: dict[str, Any] = json.loads(json.dumps(alike))
+    return record
+
+
+def of_trial(config: RunConfig) -> dict[str, Any]:
+    """What decides a trial, without what belongs to a machine."""
+    values = to_dict(recipes.without_run(config))
+    for group, names in recipes.OF_A_RUN.items():
+        for name in names:
+            values[group].pop(name, None)
+    return {**values, "seed": config.training.seed}
+
+
+def refuse_difference(what: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    """Raise RunError where two records differ, naming the first setting that does."""
+    then, now = dict(_flat(theirs)), dict(_flat(ours))
+    for name in {**now, **then}:
+        if then.get(name) != now.get(name):
+            option = name.rpartition(".")[2].replace("_", "-")
+            raise RunError(
+                f"{what} was begun with {option} {_said(then.get(name))}, and this search has "
+                f"{_said(now.get(name))}: set it as there, or choose another --out (and --study, in a shared database)"
+            )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _said(value: Any) -> str:
+    return brief(" ".join(map(str, value)) if isinstance(value, list) else str(value))
