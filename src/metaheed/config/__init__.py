@@ -16,6 +16,7 @@ from metaheed.config.learners import (
     MetaLSTMConfig,
     MetaSGDConfig,
     ProtoNetConfig,
+    ReptileConfig,
 )
 from metaheed.config.presets import PRESETS, Preset, preset
 from metaheed.config.rules import (
@@ -29,6 +30,7 @@ from metaheed.config.rules import (
     SequentialConfig,
     Uniform2BConfig,
     UniformConfig,
+    WorstCaseConfig,
     check_equity_parameter,
 )
 from metaheed.config.run import ALGORITHMS, RunConfig, default_config, default_pair
@@ -63,6 +65,7 @@ __all__ = [
     "ReplayedConfig",
     "ReportConfig",
     "ReproduceConfig",
+    "ReptileConfig",
     "RuleConfig",
     "RunConfig",
     "SearchConfig",
@@ -72,6 +75,7 @@ __all__ = [
     "TrialConfig",
     "Uniform2BConfig",
     "UniformConfig",
+    "WorstCaseConfig",
     "build",
     "check_equity_parameter",
     "checked",

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -9,12 +10,17 @@ from typing import Any, ClassVar, Self
 from metaheed.config.checks import at_least, check_types, positive, require
 from metaheed.config.presets import USUAL
 
+Algorithms = Mapping[str, tuple[str, str]]
+"""The other half of a pair of learner and rule -> the pair's (name, description)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearnerConfig:
     """How one task is adapted: what all learners share."""
 
     name: ClassVar[str]
+    algorithms: ClassVar[Algorithms] = {}
+    """The algorithms that this learner makes with a rule: rule -> (name, description)."""
     clip_norm: ClassVar[float | None] = None
     """What --clip-norm is unless it is given."""
     has_start: ClassVar[bool] = True
@@ -55,6 +61,11 @@ class MAMLConfig(LearnerConfig):
     """MAML's settings."""
 
     name: ClassVar[str] = "maml"
+    algorithms: ClassVar[Algorithms] = {
+        "uniform": ("maml", "MAML (Finn et al. 2017): every task weighs the same."),
+        "equity": ("taml", "TAML (Jamal & Qi 2019): MAML with a penalty on the inequality of the tasks' losses."),
+        "attended": ("ta-maml", "Task-attended MAML (Aimen et al. 2021): an attention module weighs the tasks."),
+    }
     adaptation_steps: int = USUAL.adaptation_steps
     """T, gradient steps on the support set, the same in training and test."""
     fast_lr: float = 0.1
@@ -76,6 +87,10 @@ class ANILConfig(MAMLConfig):
     """ANIL's settings: MAML's, adapting the head only."""
 
     name: ClassVar[str] = "anil"
+    algorithms: ClassVar[Algorithms] = {
+        "uniform": ("anil", "ANIL (Raghu et al. 2020): MAML that adapts the head only."),
+        "attended": ("ta-anil", "Task-attended ANIL."),
+    }
     head: str | None = None
     """Name of the head's module in the network; none: the last one registered that has parameters."""
 
@@ -85,6 +100,10 @@ class BOILConfig(ANILConfig):
     """BOIL's settings: MAML's, adapting everything but the head."""
 
     name: ClassVar[str] = "boil"
+    algorithms: ClassVar[Algorithms] = {
+        "uniform": ("boil", "BOIL (Oh et al. 2021): MAML that adapts the body only."),
+        "attended": ("ta-boil", "Task-attended BOIL."),
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +111,10 @@ class MetaSGDConfig(MAMLConfig):
     """MetaSGD's settings: MAML's, every parameter at a learned rate of its own."""
 
     name: ClassVar[str] = "metasgd"
+    algorithms: ClassVar[Algorithms] = {
+        "uniform": ("metasgd", "MetaSGD (Li et al. 2017): MAML with a learned rate for every parameter."),
+        "attended": ("ta-metasgd", "Task-attended MetaSGD."),
+    }
     fast_lr: float = MAMLConfig.fast_lr
     """Where the learned rate of every parameter starts."""
 
@@ -101,6 +124,11 @@ class MetaLSTMConfig(LearnerConfig):
     """MetaLSTM's settings. `default_config` and the command line clip the outer gradient with it (--clip-norm 0.25)."""
 
     name: ClassVar[str] = "metalstm"
+    algorithms: ClassVar[Algorithms] = {
+        "sequential": ("metalstm", "MetaLSTM (Ravi & Larochelle 2017): a learned optimiser, a step a task."),
+        "uniform": ("metalstm++", "MetaLSTM++ (Aimen et al. 2021): MetaLSTM trained on whole meta-batches."),
+        "attended": ("ta-metalstm++", "Task-attended MetaLSTM++."),
+    }
     clip_norm: ClassVar[float | None] = 0.25
     adaptation_steps: int = USUAL.adaptation_steps
     """T, steps of the learned optimiser on the support set, the same in training and test."""
@@ -132,6 +160,10 @@ class ProtoNetConfig(LearnerConfig):
     """ProtoNet's settings: nothing to set but which layer is replaced."""
 
     name: ClassVar[str] = "protonet"
+    algorithms: ClassVar[Algorithms] = {
+        "uniform": ("protonet", "ProtoNet (Snell et al. 2017): the nearest class mean of the embeddings."),
+        "attended": ("ta-protonet", "Task-attended ProtoNet."),
+    }
     has_start: ClassVar[bool] = False
     has_closed_form: ClassVar[bool] = False
     any_ways: ClassVar[bool] = True
@@ -139,6 +171,28 @@ class ProtoNetConfig(LearnerConfig):
     """Name of the head's module in the network; none: the last one registered that has parameters."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReptileConfig(LearnerConfig):
+    """Reptile's settings."""
+
+    name: ClassVar[str] = "reptile"
+    algorithms: ClassVar[Algorithms] = {
+        "uniform": ("reptile", "Reptile (Nichol et al. 2018): θ moves towards where gradient descent on a task ends."),
+    }
+    adaptation_steps: int = USUAL.adaptation_steps
+    """T, gradient steps on the support set, the same in training and test; in training T more follow on the query
+    set."""
+    fast_lr: float = 0.1
+    """α, the rate of those steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(self, 1, "adaptation_steps")
+        positive(self, "fast_lr")
+
+
 LEARNERS: dict[str, type[LearnerConfig]] = {
-    c.name: c for c in (MAMLConfig, ANILConfig, BOILConfig, MetaSGDConfig, MetaLSTMConfig, ProtoNetConfig)
+    c.name: c
+    for c in (MAMLConfig, MetaSGDConfig, MetaLSTMConfig, ANILConfig, BOILConfig, ProtoNetConfig, ReptileConfig)
 }
+"""Every learner by name."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from metaheed.config.checks import check_types, positive, require
+from metaheed.config.learners import Algorithms
 from metaheed.errors import unknown
 
 
@@ -14,9 +15,20 @@ class RuleConfig:
     """How the tasks of a meta-batch are combined: what all rules share."""
 
     name: ClassVar[str]
+    algorithms: ClassVar[Algorithms] = {}
+    """The algorithms that this rule makes with a learner: learner -> (name, description)."""
 
     def __post_init__(self) -> None:
         check_types(self)
+
+    @property
+    def batches(self) -> int:
+        """How many meta-batches of tasks an iteration takes gradients of."""
+        return 1
+
+    def updates(self, meta_batch_size: int) -> int:
+        """How many outer steps an iteration makes."""
+        return 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +44,21 @@ class Uniform2BConfig(RuleConfig):
 
     name: ClassVar[str] = "uniform-2b"
 
+    @property
+    def batches(self) -> int:
+        """The training batch and the probe batch."""
+        return 2
+
 
 @dataclass(frozen=True, kw_only=True)
 class SequentialConfig(RuleConfig):
     """An outer step after every task; nothing to set."""
 
     name: ClassVar[str] = "sequential"
+
+    def updates(self, meta_batch_size: int) -> int:
+        """One after every task."""
+        return meta_batch_size
 
 
 EQUITY_PARAMETERS: dict[str, float | None] = {
@@ -148,6 +169,28 @@ class AttendedConfig(RuleConfig):
                 f"the released code has no such thing: with --faithful-to-release leave it {other}",
             )
 
+    @property
+    def batches(self) -> int:
+        """The training batch and the probe batch, which with reuse is the next iteration's training batch."""
+        return 1 if self.attention_reuse_probe else 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstCaseConfig(RuleConfig):
+    """Tasks are weighted by how far they are from the best case: the larger a task's loss, the more it weighs."""
+
+    name: ClassVar[str] = "worst-case"
+    algorithms: ClassVar[Algorithms] = {
+        "maml": ("tr-maml", "TR-MAML (Collins et al. 2020): the worst case over tasks instead of their mean."),
+    }
+    ascent_rate: float = 1.0
+    """η, the rate of the ascent step that moves weight from tasks of small to tasks of large query loss. The larger it
+    is, the nearer are the weights to the worst task alone."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(self, "ascent_rate")
+
 
 RULES: dict[str, type[RuleConfig]] = {
     c.name: c
@@ -159,5 +202,7 @@ RULES: dict[str, type[RuleConfig]] = {
         Uniform2BConfig,
         LossSoftmaxConfig,
         ReplayedConfig,
+        WorstCaseConfig,
     )
 }
+"""Every rule by name."""

@@ -71,22 +71,15 @@ class RunConfig:
 
 
 ALGORITHMS: dict[str, tuple[str, str, str]] = {
-    "maml": ("maml", "uniform", "MAML (Finn et al. 2017): every task weighs the same."),
-    "taml": ("maml", "equity", "TAML (Jamal & Qi 2019): MAML with a penalty on the inequality of the tasks' losses."),
-    "ta-maml": ("maml", "attended", "Task-attended MAML (Aimen et al. 2021): an attention module weighs the tasks."),
-    "metasgd": ("metasgd", "uniform", "MetaSGD (Li et al. 2017): MAML with a learned rate for every parameter."),
-    "ta-metasgd": ("metasgd", "attended", "Task-attended MetaSGD."),
-    "metalstm": ("metalstm", "sequential", "MetaLSTM (Ravi & Larochelle 2017): a learned optimiser, a step a task."),
-    "metalstm++": ("metalstm", "uniform", "MetaLSTM++ (Aimen et al. 2021): MetaLSTM trained on whole meta-batches."),
-    "ta-metalstm++": ("metalstm", "attended", "Task-attended MetaLSTM++."),
-    "anil": ("anil", "uniform", "ANIL (Raghu et al. 2020): MAML that adapts the head only."),
-    "ta-anil": ("anil", "attended", "Task-attended ANIL."),
-    "boil": ("boil", "uniform", "BOIL (Oh et al. 2021): MAML that adapts the body only."),
-    "ta-boil": ("boil", "attended", "Task-attended BOIL."),
-    "protonet": ("protonet", "uniform", "ProtoNet (Snell et al. 2017): the nearest class mean of the embeddings."),
-    "ta-protonet": ("protonet", "attended", "Task-attended ProtoNet."),
+    name: (learner, rule, description)
+    for learner, kind in LEARNERS.items()
+    for rule, (name, description) in vars(kind).get("algorithms", {}).items()
+} | {
+    name: (learner, rule, description)
+    for rule, kind in RULES.items()
+    for learner, (name, description) in vars(kind).get("algorithms", {}).items()
 }
-"""Algorithm name -> (learner, rule, description)."""
+"""Algorithm name -> (learner, rule, description), as the learners and the rules state them."""
 
 
 def default_config(

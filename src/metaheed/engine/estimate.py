@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 
-from metaheed.learners.learner import Learner, loss_gradient, task_loss
+from metaheed.learners.learner import Estimate, Learner, OwnEstimate, loss_gradient, task_loss
 from metaheed.networks.derivatives import detached, ordinary, recorded, transformed
 from metaheed.trees import global_norm
 from metaheed.types import Episode, Params, TaskInfo
@@ -37,7 +37,7 @@ def task_gradient(learner: Learner, meta: Params, episode: Episode, initial: boo
     """g = ∇_θ L*(φᵀ) of one task, and what attention sees of it.
 
     With v = ∇_φ L*(φᵀ), g is v pulled back through the adaptation; so ‖v‖ costs nothing extra and the query pass needs
-    no second derivative.
+    no second derivative. A learner with an `estimate` of its own (Reptile) says itself what g is.
 
     θ counts as a constant: no graph is kept to it even if it requires gradients.
 
@@ -52,15 +52,23 @@ def task_gradient(learner: Learner, meta: Params, episode: Episode, initial: boo
         where the learner `takes_batches`: all with a leading B.
     """
     meta = detached(meta)
-    adapted, pullback = recorded(lambda m: learner.adapt(m, episode.support_x, episode.support_y), meta)
-    v, loss, logits = loss_gradient(learner, adapted, episode.query_x, episode.query_y)
+    if isinstance(learner, OwnEstimate):
+        gradient, v, loss, logits = learner.estimate(meta, episode)
+    else:
+        gradient, v, loss, logits = _derivative_of_query_loss(learner, meta, episode)
     before = initial_outcome(learner, meta, episode)[0] if initial else torch.full_like(loss, torch.nan)
-    return pullback(v), TaskInfo(
+    return gradient, TaskInfo(
         query_loss=loss,
         query_accuracy=accuracy(logits, episode.query_y),
         initial_loss=before,
         grad_norm=global_norm(v, episode.query_y.shape[:-1]),
     )
+
+
+def _derivative_of_query_loss(learner: Learner, meta: Params, episode: Episode) -> Estimate:
+    adapted, pullback = recorded(lambda m: learner.adapt(m, episode.support_x, episode.support_y), meta)
+    v, loss, logits = loss_gradient(learner, adapted, episode.query_x, episode.query_y)
+    return Estimate(pullback(v), v, loss, logits)
 
 
 def plain_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, TaskInfo]:

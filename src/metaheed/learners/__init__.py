@@ -7,6 +7,7 @@ from metaheed.learners.maml import MAML
 from metaheed.learners.meta_lstm import MetaLSTM
 from metaheed.learners.meta_sgd import MetaSGD
 from metaheed.learners.protonet import ProtoNet
+from metaheed.learners.reptile import Reptile
 from metaheed.networks.conv4 import BACKBONES, Conv4, build_backbone, find_backbone
 from metaheed.networks.functional import Backbone
 
@@ -22,6 +23,7 @@ __all__ = [
     "MetaSGD",
     "NetworkLearner",
     "ProtoNet",
+    "Reptile",
     "build_backbone",
     "build_learner",
     "find_backbone",

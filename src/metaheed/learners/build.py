@@ -8,6 +8,7 @@ from metaheed.config import (
     MetaLSTMConfig,
     MetaSGDConfig,
     ProtoNetConfig,
+    ReptileConfig,
 )
 from metaheed.errors import ConfigError
 from metaheed.learners.anil_boil import ANIL, BOIL
@@ -16,6 +17,7 @@ from metaheed.learners.maml import MAML
 from metaheed.learners.meta_lstm import MetaLSTM
 from metaheed.learners.meta_sgd import MetaSGD
 from metaheed.learners.protonet import ProtoNet
+from metaheed.learners.reptile import Reptile
 from metaheed.networks.conv4 import ImageShape, build_backbone
 
 _CLASSES = {
@@ -25,6 +27,7 @@ _CLASSES = {
     MetaSGDConfig: MetaSGD,
     MetaLSTMConfig: MetaLSTM,
     ProtoNetConfig: ProtoNet,
+    ReptileConfig: Reptile,
 }
 
 

@@ -1,7 +1,7 @@
 """What a learner is: the way one task is adapted, apart from how tasks are combined."""
 
 from collections.abc import Sequence
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from metaheed.networks.functional import Backbone
 from metaheed.networks.loss_gradient import fused_step, predicted_gradient
 from metaheed.networks.loss_gradient import loss_gradient as loss_gradient_of_network
 from metaheed.networks.losses import predicted_loss
-from metaheed.types import Params
+from metaheed.types import Episode, Params
 
 
 class Learner(Protocol):
@@ -34,6 +34,28 @@ class Learner(Protocol):
 
     def predict(self, adapted: Params, x: Tensor) -> Tensor:
         """Logits of base parameters φ."""
+        ...
+
+
+class Estimate(NamedTuple):
+    """What a learner finds out about one task in training."""
+
+    gradient: Params
+    """g, the task's meta-gradient: θ's names, shapes and dtype."""
+    slope: Params
+    """∇_φ L*(φᵀ), whose norm attention sees."""
+    loss: Tensor
+    """L*(φᵀ), the mean query cross-entropy after adaptation, 0-d."""
+    logits: Tensor
+    """(n, N), of the query images at φᵀ."""
+
+
+@runtime_checkable
+class OwnEstimate(Protocol):
+    """A learner whose meta-gradient is another than the derivative of the query loss, and that computes it itself."""
+
+    def estimate(self, meta: Params, episode: Episode) -> Estimate:
+        """What training needs to know of one task; θ is a constant in it. The engine runs it over the meta-batch."""
         ...
 
 

@@ -42,6 +42,7 @@ from metaheed.rules.optimizers import OptState, OuterOptimizer, adam, clipped, s
 from metaheed.rules.rule import OuterState, Rule, StepRecord, Tools
 from metaheed.rules.sequential import sequential
 from metaheed.rules.uniform import uniform
+from metaheed.rules.worst_case import worst_case
 
 __all__ = [
     "FEATURES",
@@ -98,4 +99,5 @@ __all__ = [
     "weight_gradient",
     "weighted_sum",
     "workers_ended",
+    "worst_case",
 ]

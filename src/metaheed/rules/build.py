@@ -13,6 +13,7 @@ from metaheed.config import (
     SequentialConfig,
     Uniform2BConfig,
     UniformConfig,
+    WorstCaseConfig,
 )
 from metaheed.errors import ConfigError
 from metaheed.rules.attended import attended
@@ -25,6 +26,7 @@ from metaheed.rules.optimizers import OuterOptimizer, adam, clipped, sgd
 from metaheed.rules.rule import Rule
 from metaheed.rules.sequential import sequential
 from metaheed.rules.uniform import uniform
+from metaheed.rules.worst_case import worst_case
 
 
 def build_optimizer(config: OuterConfig) -> OuterOptimizer:
@@ -41,7 +43,7 @@ def build_rule(config: RunConfig, generator: torch.Generator, logged: Tensor | N
         generator: draws what the rule starts from.
         logged: (iterations, B), the weights to replay; needed by `replayed` only.
     """
-    rule, outer = config.rule, config.outer
+    rule = config.rule
     match rule:
         case UniformConfig():
             return uniform()
@@ -51,28 +53,37 @@ def build_rule(config: RunConfig, generator: torch.Generator, logged: Tensor | N
             return sequential()
         case LossSoftmaxConfig():
             return loss_softmax(rule.loss_temperature)
+        case WorstCaseConfig():
+            return worst_case(rule.ascent_rate)
         case EquityConfig():
-            losses = rule.equity_losses
-            if losses == "auto":
-                losses = "query" if config.learner.has_start else "adapted"
-            return equity(rule.equity_lambda, rule.equity_index, rule.equity_parameter, losses)
+            return _equity(rule, config)
         case AttendedConfig():
-            attention = TaskAttention(
-                outer.meta_batch_size,
-                rule.attention_architecture,
-                rule.attention_standardize,
-                generator=generator,
-                omit=rule.attention_omit,
-            )
-            delta_step = adam(rule.attention_lr)
-            return attended(
-                attention,
-                delta_step,
-                outer.meta_lr,
-                rule.attention_jacobian,
-                rule.attention_reuse_probe,
-                rule.faithful_to_release,
-            )
+            return _attended(rule, config, generator)
         case ReplayedConfig() if logged is not None:
             return replayed(logged, config.training.seed)
     raise ConfigError(f"no rule is built from {type(rule).__name__}")
+
+
+def _equity(rule: EquityConfig, config: RunConfig) -> Rule:
+    losses = rule.equity_losses
+    if losses == "auto":
+        losses = "query" if config.learner.has_start else "adapted"
+    return equity(rule.equity_lambda, rule.equity_index, rule.equity_parameter, losses)
+
+
+def _attended(rule: AttendedConfig, config: RunConfig, generator: torch.Generator) -> Rule:
+    attention = TaskAttention(
+        config.outer.meta_batch_size,
+        rule.attention_architecture,
+        rule.attention_standardize,
+        generator=generator,
+        omit=rule.attention_omit,
+    )
+    return attended(
+        attention,
+        adam(rule.attention_lr),
+        config.outer.meta_lr,
+        rule.attention_jacobian,
+        rule.attention_reuse_probe,
+        rule.faithful_to_release,
+    )

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from metaheed.config import CHUNKED, RunConfig, SequentialConfig, TrainingConfig
+from metaheed.config import CHUNKED, RunConfig, TrainingConfig
 from metaheed.errors import ConfigError, MetaheedError, OutOfMemoryError, StartError, WorkerError
 from metaheed.learners import Learner, NetworkLearner
 from metaheed.outer import build_execution, explain_failure, tasks_at_once
@@ -189,7 +189,7 @@ def check_batch_fits(
     """
     N, K, Q = config.episodes.train_shape
     B, images = config.outer.meta_batch_size, N * (K + Q)
-    gradient = 0 if isinstance(config.rule, SequentialConfig) else parameters
+    gradient = 0 if config.rule.updates(B) > 1 else parameters  # one task's gradient at a time is the network's own
     index, pixel = 8, 4  # bytes of an image's row in the data set, and of a number as float32
     on_host, on_device = images * index, images * math.prod(image_shape) * pixel + gradient
     need = {device: on_device, torch.device("cpu"): on_host}

@@ -18,8 +18,6 @@ from metaheed.config import (
     AttendedConfig,
     ReplayedConfig,
     RunConfig,
-    SequentialConfig,
-    Uniform2BConfig,
     to_dict,
 )
 from metaheed.errors import RunError
@@ -99,16 +97,12 @@ class Arm:
     @property
     def tasks_per_iteration(self) -> int:
         """Tasks that training sees in an iteration: B, or 2B where the rule draws a second batch that is not reused."""
-        rule, B = self.config.rule, self.config.outer.meta_batch_size
-        twice = isinstance(rule, Uniform2BConfig) or (
-            isinstance(rule, AttendedConfig) and not rule.attention_reuse_probe
-        )
-        return 2 * B if twice else B
+        return self.config.rule.batches * self.config.outer.meta_batch_size
 
     @property
     def updates_per_iteration(self) -> int:
         """Outer steps on θ in an iteration."""
-        return self.config.outer.meta_batch_size if isinstance(self.config.rule, SequentialConfig) else 1
+        return self.config.rule.updates(self.config.outer.meta_batch_size)
 
 
 class Comparison(NamedTuple):
