@@ -49,7 +49,7 @@ from metaheed.data.sources import Quiet, Source, SourceSplit, array_stream
 from metaheed.files.writing import write_whole
 from metaheed.running.folder import RunFolder
 from metaheed.running.process import cpu_threads, keep_freed_memory, make_deterministic
-from metaheed.running.reporter import Silent
+from metaheed.running.reporter import Reporter
 from metaheed.running.train import train
 from metaheed.types import Episode
 
@@ -294,7 +294,7 @@ def config(setting: Setting, algorithm: str, name: str, root: Path, iterations: 
     )
 
 
-class _Clock(Silent):
+class _Clock(Reporter):
     """When each iteration was done."""
 
     def __init__(self) -> None:

@@ -31,7 +31,7 @@ from metaheed.learners import MAML
 from metaheed.outer import TaskAttention
 from metaheed.running.folder import RunFolder
 from metaheed.running.process import Signals, StopRequested, check_batch_fits, is_out_of_memory, memory_explained
-from metaheed.running.reporter import Silent
+from metaheed.running.reporter import Reporter
 from metaheed.running.train import resume, train
 from metaheed.studies.report.reading import read_run
 from tests.conftest import ROOT, Run, as_format_1
@@ -212,7 +212,7 @@ class TestMeddling:
     def test_it_is_noticed(self, case: str, tmp_path: Path) -> None:
         run, meddle = tmp_path / "run", self.CASES[case]
 
-        class Meddler(Silent):
+        class Meddler(Reporter):
             def step(self, iteration: int, loss: float, accuracy: float) -> None:
                 if iteration == 5:
                     meddle(run)
@@ -225,7 +225,7 @@ class TestMeddling:
     def test_another_s_new_run_in_its_place_is_left_alone(self, tmp_path: Path) -> None:
         run = tmp_path / "run"
 
-        class Meddler(Silent):
+        class Meddler(Reporter):
             def step(self, iteration: int, loss: float, accuracy: float) -> None:
                 shutil.rmtree(run)
                 run.mkdir()

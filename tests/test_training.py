@@ -29,7 +29,7 @@ from metaheed.engine.executions import processes
 from metaheed.engine.executions.processes import AVAILABLE
 from metaheed.running import session as training
 from metaheed.running.folder import RunFolder
-from metaheed.running.reporter import Silent
+from metaheed.running.reporter import Reporter
 from metaheed.running.train import train
 from tests.conftest import ROOT, Run, edit
 
@@ -622,7 +622,7 @@ def test_a_worker_killed_in_training_is_said(metaheed: Run, tmp_path: Path, monk
     assert metaheed("train", "--resume", tmp_path / "run")[0] == 0
 
 
-class Resident(Silent):
+class Resident(Reporter):
     """Resident memory in bytes after every iteration."""
 
     def __init__(self) -> None:

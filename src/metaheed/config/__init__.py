@@ -33,7 +33,7 @@ from metaheed.config.rules import (
     WorstCaseConfig,
     check_equity_parameter,
 )
-from metaheed.config.run import ALGORITHMS, RunConfig, default_config, default_pair
+from metaheed.config.run import ALGORITHMS, RunConfig, configure, default_config, default_pair
 from metaheed.config.studies import ReportConfig, ReproduceConfig, SearchConfig, ToyConfig
 from metaheed.config.training import CHUNKED, TASKS_AT_ONCE, ExecutionName, OuterConfig, TrainingConfig, TrialConfig
 from metaheed.config.values import build, from_dict, to_dict
@@ -79,6 +79,7 @@ __all__ = [
     "build",
     "check_equity_parameter",
     "checked",
+    "configure",
     "default_config",
     "default_pair",
     "from_dict",

@@ -1,6 +1,6 @@
 """A whole run: its five groups of settings, and the algorithms by name."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from metaheed.config.checks import require
@@ -118,3 +118,28 @@ def default_pair(
         rule=RULES[rule](),
         outer=OuterConfig(meta_batch_size=paper.meta_batch_size, clip_norm=kind.clip_norm),
     )
+
+
+def configure(algorithm: str, **settings: Any) -> RunConfig:
+    """The config of an algorithm with the settings given, by the names they have on the command line.
+
+        configure("ta-maml", data="omniglot", data_root="data", ways=20, shots=1, attention_lr=1e-4)
+
+    Args:
+        algorithm: a key of ALGORITHMS.
+        settings: fields of any of the config's five groups.
+
+    Raises:
+        ConfigError: no algorithm or setting has that name, or a setting is out of its bounds.
+    """
+    preset_by = {name: settings[name] for name in ("data", "ways", "shots") if name in settings}
+    config = default_config(algorithm, **preset_by)
+    groups = {group.name: {f.name for f in fields(getattr(config, group.name))} for group in fields(config)}
+    for name in settings:
+        if not any(name in names for names in groups.values()):
+            raise unknown(f"setting of {algorithm}", name, sorted(set().union(*groups.values())))
+    changed = {
+        group: replace(getattr(config, group), **{n: v for n, v in settings.items() if n in names})
+        for group, names in groups.items()
+    }
+    return replace(config, **changed)

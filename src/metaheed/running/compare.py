@@ -35,7 +35,10 @@ ONE_SEED = "covers test tasks only, one training seed"
 
 
 def compare(
-    runs: Sequence[str | Path], against: Sequence[str | Path], data: str | None = None, shape: Asked = _OWN
+    runs: str | Path | Sequence[str | Path],
+    against: str | Path | Sequence[str | Path],
+    data: str | None = None,
+    shape: Asked = _OWN,
 ) -> Difference:
     """Paired differences on the same frozen tasks.
 
@@ -43,7 +46,7 @@ def compare(
     several: the seed is the unit, a t-interval over the per-seed mean differences.
 
     Args:
-        runs: one algorithm's, one a seed.
+        runs: one algorithm's, one a seed; a single one may be given as it is.
         against: another's, of the same seeds.
         data: compare on this data set, on which all were evaluated; none: on the one they were trained on.
         shape: compare on tasks of this shape, on which all were evaluated.
@@ -52,7 +55,7 @@ def compare(
         RunError: a run has not been evaluated, the tasks differ, the seeds of the two sides do not match, or the runs
             were trained on different data sets.
     """
-    left, right = _by_seed(runs, data, shape), _by_seed(against, data, shape)
+    left, right = (_by_seed([side] if isinstance(side, str | Path) else side, data, shape) for side in (runs, against))
     if len(left) == len(right) == 1:
         (seed,), (other_seed,) = left, right
         if seed != other_seed:

@@ -87,7 +87,7 @@ def evaluate(
 @starts_explained()
 def evaluate_run(
     path: str | Path,
-    config: EvaluationConfig,
+    config: EvaluationConfig | None = None,
     data_root: str | Path | None = None,
     device: str | None = None,
     on_tasks: Callable[[int], None] | None = None,
@@ -105,7 +105,7 @@ def evaluate_run(
 
     Args:
         path: the run folder.
-        config: which tasks, which checkpoint.
+        config: which tasks and which checkpoint; the defaults if None.
         data_root: where the data lies now; none: where it lay in training.
         device: none: the run's own, if it is here.
         on_tasks: see `evaluate`.
@@ -125,6 +125,7 @@ def evaluate_run(
         OutOfMemoryError: the tasks computed at once do not fit.
         StartError, WorkerError: a thread or worker process cannot be started, or a worker died.
     """
+    config = config or EvaluationConfig()
     folder = RunFolder(path)
     path, data_root = folder.path, None if data_root is None else Path(data_root)
     run = folder.read_config(trust)

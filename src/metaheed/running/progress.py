@@ -17,6 +17,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from metaheed.running.reporter import Reporter
+
 
 def make_reporter(brief: bool = False) -> "Bar | Lines":
     """A bar if standard error is a terminal, else lines; brief: a bar that vanishes at its end, or a line a minute."""
@@ -24,7 +26,7 @@ def make_reporter(brief: bool = False) -> "Bar | Lines":
     return Bar(console, brief) if console.is_terminal else Lines(60.0 if brief else 10.0)
 
 
-class Bar:
+class Bar(Reporter):
     """A live progress bar with loss, accuracy, iterations a second and time left."""
 
     def __init__(self, console: Console, transient: bool = False) -> None:
@@ -74,7 +76,7 @@ class Bar:
             self._progress = None
 
 
-class Lines:
+class Lines(Reporter):
     """A line every so many seconds at most, and one for each validation."""
 
     def __init__(self, every: float = 10.0) -> None:

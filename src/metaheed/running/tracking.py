@@ -1,13 +1,8 @@
-"""What a run logs of its iterations: metrics, tasks, seconds, and TensorBoard's events."""
+"""What a run logs of its iterations: metrics, tasks, seconds, and what reporters are told of them."""
 
 import math
 import time
-from typing import Any
 
-from metaheed.config import RunConfig
-from metaheed.errors import (
-    ConfigError,
-)
 from metaheed.outer import (
     StepRecord,
 )
@@ -18,6 +13,7 @@ from metaheed.running.process import (
     describe_processor,
     peak_memory,
 )
+from metaheed.running.reporter import Reporter
 from metaheed.running.session import Session
 
 
@@ -29,9 +25,10 @@ def open_logs(folder: RunFolder, progress: Progress) -> tuple[JsonLines, JsonLin
     )
 
 
-def _log(
-    record: StepRecord, iteration: int, metrics: JsonLines, tasks: JsonLines, events: "_Events"
+def log_step(
+    record: StepRecord, iteration: int, metrics: JsonLines, tasks: JsonLines, reporter: Reporter
 ) -> tuple[float, float]:
+    """Log an outer step and tell the reporter its numbers; the means over its tasks of query loss and accuracy."""
     columns = {name: values.tolist() for name, values in record.info._asdict().items()}
     columns["weights"] = record.weights.tolist()
     means = {name: sum(values) / len(values) for name, values in columns.items()}
@@ -46,7 +43,7 @@ def _log(
     )
     tasks.write({"iteration": iteration, **{name: [short(v) for v in values] for name, values in columns.items()}})
     weights = columns["weights"]
-    events.write(
+    reporter.log(
         iteration,
         {
             "train/loss": loss,
@@ -64,37 +61,7 @@ def short(value: float) -> float | None:
     return None if math.isnan(value) else float(f"{value:.8g}")
 
 
-def check_tensorboard(config: RunConfig) -> None:
-    """Raise ConfigError where TensorBoard is asked for and not installed."""
-    if config.training.tensorboard:
-        try:
-            import torch.utils.tensorboard  # noqa: F401
-        except ImportError as error:
-            raise ConfigError(f"--tensorboard needs 'pip install metaheed[tensorboard]' ({error})") from error
-
-
-class _Events:
-    """TensorBoard's scalars, where they were asked for."""
-
-    def __init__(self, config: RunConfig, folder: RunFolder, iteration: int) -> None:
-        self._writer: Any = None
-        if config.training.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            # Events of iterations that a cut-off process did after its last checkpoint are purged.
-            self._writer = SummaryWriter(str(folder.events), purge_step=iteration + 1)
-
-    def write(self, iteration: int, values: dict[str, float]) -> None:
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(name, value, iteration)
-
-    def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-
-class _Clock:
+class Clock:
     """timing.jsonl: seconds in iterations, those in validations and checkpoints left out, and memory."""
 
     def __init__(self, session: Session, folder: RunFolder, iteration: int) -> None:
@@ -126,4 +93,5 @@ class _Clock:
         self._written, self._seconds = iteration, 0.0
 
     def close(self) -> None:
+        """Close the file."""
         self._lines.close()

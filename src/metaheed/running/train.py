@@ -40,9 +40,10 @@ from metaheed.running.process import (
     signals_received,
     starts_explained,
 )
-from metaheed.running.reporter import Reporter, Silent
+from metaheed.running.reporter import Reporter, Several
 from metaheed.running.session import Session, _to, prepare
-from metaheed.running.tracking import _Clock, _Events, _log, check_tensorboard, open_logs, short
+from metaheed.running.trackers import TensorBoard, check_tensorboard
+from metaheed.running.tracking import Clock, log_step, open_logs, short
 
 
 def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = False) -> Path:
@@ -89,7 +90,8 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
     if isinstance(rule, ReplayedConfig) and rule.replay is not None:
         rule = replace(rule, replay=rule.replay.expanduser().absolute())
     config = replace(config, training=training, episodes=episodes, learner=learner, rule=rule)
-    check_tensorboard(config)
+    if config.training.tensorboard:
+        check_tensorboard()
     assert training.out is not None  # set above
     folder = RunFolder(training.out)
     made = [path for path in (folder.path, *folder.path.parents) if not path.exists()]
@@ -102,7 +104,7 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
                 )
             try:
                 folder.write_config(config)
-                _run(folder, config, reporter or Silent())
+                _run(folder, config, reporter or Reporter())
             except (Interrupted, NonFiniteError):
                 raise
             except Exception:  # whatever it was, a run that has not begun leaves no folder that refuses the next
@@ -153,7 +155,7 @@ def resume(
     Raises:
         As `train`; RunError also where the folder holds no run.
     """
-    reporter = reporter or Silent()
+    reporter = reporter or Reporter()
     folder = RunFolder(path)
     learner = folder.read_config(trust).learner
     # Refuses what is not a run, or may not be run, before anything is made there.
@@ -179,7 +181,8 @@ def resume(
         if data_root is not None:
             episodes = replace(episodes, data_root=Path(data_root).expanduser().absolute())
         config = replace(config, training=training, episodes=episodes)
-        check_tensorboard(config)
+        if config.training.tensorboard:
+            check_tensorboard()
         _run(folder, config, reporter)
     return folder.path
 
@@ -260,8 +263,7 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
     )
     metrics, tasks = open_logs(folder, progress)
     folder.watch_config()
-    clock = _Clock(session, folder, progress.iteration)
-    events = _Events(session.config, folder, progress.iteration)
+    clock = Clock(session, folder, progress.iteration)
 
     def save() -> None:
         nonlocal progress
@@ -279,6 +281,8 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
         if received:
             raise StopRequested
 
+    if training.tensorboard:
+        reporter = Several(reporter, TensorBoard(folder.events))
     reporter.start(progress.iteration, training.iterations)
     try:
         while not _finished(progress, session.config):
@@ -299,7 +303,7 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
                     best = dict(meta)
                 line = {"iteration": done, "validation_accuracy": accuracy, "validation_loss": short(loss)}
                 metrics.write(line)
-                events.write(done, {"validation/accuracy": accuracy, "validation/loss": loss})
+                reporter.log(done, {"validation/accuracy": accuracy, "validation/loss": loss})
                 reporter.validation(done, accuracy, half_width, better)
                 # Kept at once: a validation costs as much as many steps.
                 save()
@@ -311,7 +315,7 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
                 with clock:
                     for record in steps.advance(done, min(ahead, steps.block), lambda: bool(received)):
                         progress = progress._replace(iteration=progress.iteration + 1)
-                        loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
+                        loss, accuracy = log_step(record, progress.iteration, metrics, tasks, reporter)
                         reporter.step(progress.iteration, loss, accuracy)
             except NonFiniteError as error:
                 raise NonFiniteError(f"iteration {progress.iteration + 1}: {error}. {_REMEDY}") from error
@@ -326,7 +330,6 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
     finally:
         reporter.stop()
         steps.close()
-        events.close()
         metrics.close()
         tasks.close()
         clock.close()

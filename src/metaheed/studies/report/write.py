@@ -46,7 +46,7 @@ HTML, MARKDOWN = "report.html", "report.md"
 
 
 def report(
-    runs: Sequence[str | Path],
+    runs: str | Path | Sequence[str | Path],
     out: str | Path,
     config: ReportConfig | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -70,7 +70,7 @@ def report(
     out = Path(out)
     place = out.resolve()
     _check_replaceable(place)
-    found = find([*map(Path, runs)])
+    found = find([*map(Path, [runs] if isinstance(runs, str | Path) else runs)])
     arms, doubled = group(found.runs)
     if not any(arm.results for arm in arms):
         reasons = [*((run.name, run.problem or "") for run in found.runs), *found.unreadable]

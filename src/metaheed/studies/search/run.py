@@ -39,7 +39,7 @@ from metaheed.files.trust import allow
 from metaheed.learners import build_learner, find_backbone
 from metaheed.running.folder import STUDY_FILE
 from metaheed.running.process import check_batch_fits, pick_device
-from metaheed.running.reporter import Reporter, Silent
+from metaheed.running.reporter import Reporter
 from metaheed.studies.search.database import FAILURES, reason, shown_as, sqlite_file, sqlite_url
 from metaheed.studies.search.draws import first_rung, search_name
 from metaheed.studies.search.results import Summary, write_results
@@ -47,7 +47,7 @@ from metaheed.studies.search.study import SharedStudy, read_settings, refuse_lin
 from metaheed.studies.search.worker import Presence, Worker, how_to_go_on
 
 
-def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Reporter] = Silent) -> Summary:
+def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Reporter] = Reporter) -> Summary:
     """Work on a study until all its trials are finished, beginning it or going on with it.
 
     Args:

@@ -7,7 +7,7 @@ import shlex
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -245,7 +245,7 @@ class Worker:
         return f", about {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
 
 
-class _Report:
+class _Report(Reporter):
     """Passes on how a trial's training goes, and stops it where it was taken over or is not worth going on with."""
 
     def __init__(self, inner: Reporter, trial: Trial, beat: "_Beat", said: set[str], iterations: int) -> None:
@@ -269,6 +269,9 @@ class _Report:
         # A trial that has reached its end is whole: it has cost what it costs.
         if iteration < self._last and self._trial.should_prune():
             raise optuna.TrialPruned
+
+    def log(self, iteration: int, values: Mapping[str, float]) -> None:
+        self._inner.log(iteration, values)
 
     def message(self, text: str) -> None:
         if text not in self._said:  # what all trials say is said once
