@@ -30,14 +30,10 @@ _WITHOUT_EFFECT = ("learner.recompute",)
 """Settings that change where memory goes, and no number."""
 RATES = (
     *("learner.fast_lr", "learner.forget_bias", "learner.input_bias", "outer.meta_lr", "outer.clip_norm"),
-    *("rule.attention_lr", "rule.equity_lambda", "rule.loss_temperature"),
+    *("rule.attention_lr", "rule.equity_lambda", "rule.loss_temperature", "rule.ascent_rate"),
 )
 """What is tuned for each algorithm alone: it may differ between the sides of a pair, and is then said."""
 
-_LEARNER_LABELS = {
-    **{"maml": "MAML", "anil": "ANIL", "boil": "BOIL", "metasgd": "MetaSGD", "metalstm": "MetaLSTM"},
-    "protonet": "ProtoNet",
-}
 CONTROLS = {
     "uniform-2b": "uniform over 2B tasks",
     "loss-softmax": "softmax of the loss",
@@ -141,10 +137,15 @@ def algorithm_label(config: RunConfig) -> str:
     name, learner, rule = config.algorithm, config.learner.name, config.rule.name
     if name in LABELS:
         return LABELS[name]
-    base = _LEARNER_LABELS.get(learner, learner)
+    base = _stated_name(next(iter(LEARNERS[learner].algorithms.values()), (learner, learner))[1])
     if name in ALGORITHMS:
-        return f"TA-{base}" if isinstance(config.rule, AttendedConfig) else base
+        return f"TA-{base}" if isinstance(config.rule, AttendedConfig) else _stated_name(ALGORITHMS[name][2])
     return f"{base}, {CONTROLS.get(rule, rule)}"
+
+
+def _stated_name(description: str) -> str:
+    """The name at the beginning of an algorithm's description, before its source: "MAML (Finn et al. 2017): …"."""
+    return description.split(" (")[0]
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
