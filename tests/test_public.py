@@ -94,7 +94,7 @@ def test_a_run_from_python(tmp_path: Path) -> None:
 def test_a_setting_that_is_not_there_is_named() -> None:
     with pytest.raises(ConfigError, match="attention_lr"):
         metaheed.configure("maml", attention_lr=0.1)
-    with pytest.raises(ConfigError, match="fast.lr"):
+    with pytest.raises(ConfigError, match=r"fast.lr"):
         metaheed.configure("maml", fast_lr=-1.0)
 
 

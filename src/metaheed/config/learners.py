@@ -193,6 +193,14 @@ class ReptileConfig(LearnerConfig):
 
 LEARNERS: dict[str, type[LearnerConfig]] = {
     c.name: c
-    for c in (MAMLConfig, MetaSGDConfig, MetaLSTMConfig, ANILConfig, BOILConfig, ProtoNetConfig, ReptileConfig)
+    for c in (
+        MAMLConfig,
+        MetaSGDConfig,
+        MetaLSTMConfig,
+        ANILConfig,
+        BOILConfig,
+        ProtoNetConfig,
+        ReptileConfig,
+    )
 }
 """Every learner by name."""
