@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from benchmarks.entry import Entry
-from benchmarks.settings import FAST_LR, META_LR, Setting
+from benchmarks.settings import AUTOGRAD, FAST_LR, META_LR, Setting
 from benchmarks.tasks import start, stream
 from metaheed.config import AttendedConfig, MAMLConfig, MetaSGDConfig, RunConfig, default_config
-from metaheed.learners import build_learner
+from metaheed.learners import NetworkLearner, build_learner
 from metaheed.outer import (
     OuterOptimizer,
     OuterState,
@@ -39,7 +39,7 @@ def speed_settings() -> None:
 
 def run_config(setting: Setting, algorithm: str) -> RunConfig:
     """The config of such a run, its threads and execution decided as the command line decides them."""
-    names = {"fomaml": "maml", RECOMPUTED: "maml", "ta-maml-reuse": "ta-maml"}
+    names = {"fomaml": "maml", RECOMPUTED: "maml", AUTOGRAD: "maml", "ta-maml-reuse": "ta-maml"}
     config = default_config(names.get(algorithm, algorithm), ways=setting.ways, shots=setting.shots)
     learner: dict[str, Any] = {"adaptation_steps": setting.steps, "recompute": algorithm == RECOMPUTED}
     if isinstance(config.learner, MAMLConfig | MetaSGDConfig):
@@ -69,6 +69,9 @@ def build(setting: Setting, algorithm: str) -> Entry:
     atexit.register(process.close)
 
     learner = build_learner(config.learner, setting.ways, setting.image_shape, seed=0)
+    if algorithm == AUTOGRAD:
+        assert isinstance(learner, NetworkLearner)
+        learner.backbone.known = learner.backbone.known_on_cuda = None
     drawn, meta = learner.init(torch.Generator().manual_seed(0)), start(setting, algorithm)
     if {n: p.shape for n, p in drawn.items()} != {n: p.shape for n, p in meta.items()}:
         raise ValueError(f"the learner's parameters are {sorted(drawn)}, but it is to start from {sorted(meta)}")

@@ -6,7 +6,7 @@ import torch
 from tests.reference import gradient, maml_query_loss, meta_lstm_query_loss, meta_sgd_query_loss, with_grad
 from torch import Tensor
 
-from benchmarks.settings import FAST_LR, Setting
+from benchmarks.settings import AUTOGRAD, FAST_LR, Setting
 from benchmarks.tasks import network, start, stream
 from metaheed.types import Episode, Params
 
@@ -20,7 +20,7 @@ PyTorch's own autograd included. Leaving out second derivatives is off by a half
 
 def base_algorithm(algorithm: str) -> str:
     """The algorithm whose per-task gradients these are: attention only weighs MAML's."""
-    return "maml" if algorithm.startswith("ta-") else algorithm
+    return "maml" if algorithm.startswith("ta-") or algorithm == AUTOGRAD else algorithm
 
 
 def task_gradients(setting: Setting, algorithm: str) -> Params:

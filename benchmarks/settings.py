@@ -6,8 +6,9 @@ from typing import Any
 FAST_LR, META_LR, HIDDEN = 0.01, 1e-3, 32
 """α of the inner steps, the rate of the outer Adam, filters of Conv4."""
 
-ALGORITHMS = ("maml", "fomaml", "metasgd", "metalstm++", "ta-maml", "ta-maml-reuse")
-"""ta-maml-reuse: with probe reuse."""
+AUTOGRAD = "maml-autograd"
+ALGORITHMS = ("maml", AUTOGRAD, "fomaml", "metasgd", "metalstm++", "ta-maml", "ta-maml-reuse")
+"""maml-autograd: our MAML with the closed form switched off, each task by autograd; ta-maml-reuse: with probe reuse."""
 
 PEERS: dict[str, tuple[str, ...]] = {
     "learn2learn": ("maml", "fomaml"),

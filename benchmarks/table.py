@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from benchmarks.settings import AUTOGRAD
 from metaheed.files.writing import write_whole
 
 LABELS = {
@@ -23,6 +24,7 @@ LABELS = {
 }
 ALGORITHM_LABELS = {
     "maml": "MAML",
+    AUTOGRAD: "MAML, by autograd",
     "fomaml": "FOMAML",
     "metasgd": "MetaSGD",
     "metalstm++": "MetaLSTM++",

@@ -16,6 +16,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from metaheed.engine.executions.basic import Execution, map_together, merge
+from metaheed.engine.batching import has_closed_form
+from metaheed.engine.executions.basic import Execution, map_looped, map_together, merge
 from metaheed.errors import ConfigError, StartError, WorkerError
 from metaheed.learners.learner import Learner
 from metaheed.types import Episode, Params
@@ -207,7 +209,9 @@ def _answer(learner: Learner, memory: mmap.mmap, pipe: Connection) -> None:
         if now != threads:  # to set it makes libraries forget what they have prepared
             torch.set_num_threads(threads)
             now = threads
-        execution: Execution[Any] = map_together(learner, function)
+        # Without a closed form one task after another is faster than torch.func.vmap.
+        one_by_one = map_looped(partial(function, learner))
+        execution: Execution[Any] = map_together(learner, function) if has_closed_form(learner) else one_by_one
         return _stored(execution(_loaded(memory, meta), Episode(*_loaded(memory, batch))), _Writer(memory))
 
     # OpenMP's threads belong to the thread that began them. Those of the one that was forked have stayed behind, and it
