@@ -115,7 +115,7 @@ def test_derivatives_through_adaptation_of_any_order_by_plain_autograd() -> None
     results = []
     for network in (Conv4(WAYS, (1, 16, 16), hidden=3), Subclass(WAYS, (1, 16, 16), hidden=3)):
         learner = MAML(network, adaptation_steps=2, fast_lr=0.2)
-        assert (learner.backbone.known is None) == isinstance(network, Subclass)
+        assert (learner.backbone.closed_form_on_cpu is None) == isinstance(network, Subclass)
         meta = {n: p.double().requires_grad_() for n, p in learner.init(torch.Generator().manual_seed(0)).items()}
         adapted = learner.adapt(meta, x, y)
         loss = nn.functional.cross_entropy(learner.predict(adapted, query_x), query_y)

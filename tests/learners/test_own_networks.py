@@ -570,7 +570,7 @@ def test_learners_pickle_and_copy(kind: str, network: str, used: bool) -> None:
         expected = _adapted(learner, meta, episode)
     for other in others:
         assert torch.equal(_adapted(other, meta, episode), expected)
-        assert (other.backbone.known is None) == (learner.backbone.known is None)
+        assert (other.backbone.closed_form_on_cpu is None) == (learner.backbone.closed_form_on_cpu is None)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated", "ignore:weight norm", "ignore:the singular vectors")

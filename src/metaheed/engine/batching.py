@@ -12,7 +12,7 @@ def has_closed_form(learner: Learner) -> bool:
     """Whether its own arithmetic is elementwise in the parameters, and its network known in closed form."""
     if not isinstance(learner, NetworkLearner) or not _is_elementwise(type(learner)):  # type: ignore[arg-type]
         return False
-    return learner.network is not None and learner.network.known is not None
+    return learner.network is not None and learner.network.closed_form_on_cpu is not None
 
 
 @functools.cache

@@ -17,12 +17,12 @@ from metaheed.engine.steps import (
     OneByOne,
     Stop,
     Streams,
-    _copied,
+    copy_state,
     finite_tasks,
     first_non_finite,
     raise_non_finite_state,
     raise_non_finite_task,
-    watched,
+    watched_tools,
 )
 from metaheed.rules.rule import Gradients, OuterState, Rule, StepRecord, Tools
 from metaheed.types import Episode, Params, TaskInfo
@@ -78,7 +78,7 @@ class Buffered:
         if self._single is not None:
             return self._single.state
         assert self._buffers is not None  # one of the two is there
-        return _copied(self._buffers.state)
+        return copy_state(self._buffers.state)
 
     def advance(self, t: int, count: int, stop: Stop) -> Iterator[StepRecord]:
         """See `Steps`."""
@@ -109,7 +109,7 @@ class Buffered:
 
     def _try_capture(self, buffers: "_Buffers", t: int, count: int) -> None:
         """Capture the step, or give the buffers up."""
-        before = _copied(buffers.state)
+        before = copy_state(buffers.state)
         try:
             self._graph = captured(buffers, before, t, min(count, 2))
         except RuntimeError as error:
@@ -144,10 +144,10 @@ class _Buffers:
         state: OuterState,
         asked: Mapping[str, set[int]],
     ) -> None:
-        self.state = _copied(state)
+        self.state = copy_state(state)
         self.spans = {stream: range(min(offsets), max(offsets) + 1) for stream, offsets in asked.items()}
         self._rule, self._streams, self._block = rule, streams, block
-        self._tools: Tools | None = watched(tools, self._noted, self._batch)
+        self._tools: Tools | None = watched_tools(tools, self._noted, self._batch)
         self.device = device = next(iter(self.state.meta.values())).device
         self._t, self._first = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._places = torch.arange(block, device=device)

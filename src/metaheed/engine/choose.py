@@ -24,7 +24,7 @@ from metaheed.engine.executions.basic import (
 )
 from metaheed.engine.executions.im2col import map_im2col
 from metaheed.engine.executions.processes import AVAILABLE as PROCESSES_AVAILABLE
-from metaheed.engine.executions.processes import Workers, shared_out
+from metaheed.engine.executions.processes import Workers, workers_and_threads
 from metaheed.engine.executions.streams import map_streamed
 from metaheed.engine.steps import Interrupting, OneByOne, Steps, Streams
 from metaheed.errors import ConfigError
@@ -36,7 +36,7 @@ _POOLS: weakref.WeakKeyDictionary[Learner, Workers] = weakref.WeakKeyDictionary(
 
 
 @contextlib.contextmanager
-def workers_ended() -> Iterator[None]:
+def closing_workers() -> Iterator[None]:
     """Ends at its own end the worker processes of all executions; a later use starts new ones."""
     try:
         yield
@@ -138,7 +138,7 @@ def describe_execution(
     at_once, threads = tasks_at_once(config, device, tasks, learner), config.threads or torch.get_num_threads()
     what = "a task" if at_once == 1 else f"{at_once} tasks"
     if device.type == "cpu":
-        processes, each = shared_out(threads, tasks) if config.execution == "processes" else (1, threads)
+        processes, each = workers_and_threads(threads, tasks) if config.execution == "processes" else (1, threads)
         where = "1 thread each" if config.execution == "threaded" else f"{each} thread{'s' * (each > 1)}"
         if config.execution == "processes":
             where = f"{processes} process{'es' * (processes > 1)} of {where}"

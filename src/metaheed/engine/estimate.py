@@ -54,7 +54,7 @@ def task_gradient(learner: Learner, meta: Params, episode: Episode, initial: boo
     meta = detached(meta)
     adapted, pullback = recorded(lambda m: learner.adapt(m, episode.support_x, episode.support_y), meta)
     v, loss, logits = loss_gradient(learner, adapted, episode.query_x, episode.query_y)
-    before = initial_outcome(learner, meta, episode)[0] if initial else torch.full_like(loss, torch.nan)
+    before = evaluate_initial(learner, meta, episode)[0] if initial else torch.full_like(loss, torch.nan)
     return pullback(v), TaskInfo(
         query_loss=loss,
         query_accuracy=accuracy(logits, episode.query_y),
@@ -63,7 +63,7 @@ def task_gradient(learner: Learner, meta: Params, episode: Episode, initial: boo
     )
 
 
-def plain_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, TaskInfo]:
+def gradient_without_initial_loss(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, TaskInfo]:
     """`task_gradient` without L*⁰."""
     return task_gradient(learner, meta, episode, initial=False)
 
@@ -76,14 +76,14 @@ def initial_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[
     return pullback(v), loss
 
 
-def initial_outcome(learner: Learner, meta: Params, episode: Episode) -> tuple[Tensor, Tensor]:
+def evaluate_initial(learner: Learner, meta: Params, episode: Episode) -> tuple[Tensor, Tensor]:
     """Query loss and accuracy (0-d) at φ⁰; no graph is kept."""
     with torch.no_grad():
         loss, logits = task_loss(learner, learner.initial(meta), episode.query_x, episode.query_y)
         return loss, accuracy(logits, episode.query_y)
 
 
-def adapted_outcome(learner: Learner, meta: Params, episode: Episode) -> tuple[Tensor, Tensor]:
+def evaluate_adapted(learner: Learner, meta: Params, episode: Episode) -> tuple[Tensor, Tensor]:
     """Query loss and accuracy (0-d) at φᵀ; no graph is kept. The adaptation is the learner's own, as in training."""
     with torch.no_grad():
         adapted = learner.adapt(meta, episode.support_x, episode.support_y)

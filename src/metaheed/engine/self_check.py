@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaheed.engine.estimate import adapted_outcome, initial_gradient, initial_outcome, task_gradient
+from metaheed.engine.estimate import evaluate_adapted, evaluate_initial, initial_gradient, task_gradient
 from metaheed.engine.executions.basic import Execution, map_looped
 from metaheed.errors import ConfigError, MetaheedError
 from metaheed.learners.learner import Learner, NetworkLearner
@@ -63,7 +63,7 @@ def check_gradient(learner: Learner, meta: Params, episode: Episode, executed: E
     learner, meta = _small(learner), {name: p.detach().double() for name, p in meta.items()}
     batch = Episode(*(part.unsqueeze(0) for part in _few(episode)))
     exact = not isinstance(learner, NetworkLearner) or learner.has_exact_gradient
-    gradient, outcome = (task_gradient, adapted_outcome) if exact else (initial_gradient, initial_outcome)
+    gradient, outcome = (task_gradient, evaluate_adapted) if exact else (initial_gradient, evaluate_initial)
     judged = executed(learner, outcome)
 
     def loss(at: Params) -> float:
@@ -107,7 +107,7 @@ def _cause(learner: Learner, meta: Params, batch: Episode, exact: bool, slope: P
         return "it is zero everywhere, so take torch.no_grad() or detach() out of the network's forward"
     if exact:
         slope = {name: g[0] for name, g in _looped(learner, initial_gradient)(meta, batch)[0].items()}
-        judged = _looped(learner, initial_outcome)
+        judged = _looped(learner, evaluate_initial)
         if _compare(lambda at: float(judged(at, batch)[0]), meta, slope, _direction(meta)) is None:
             return (
                 "the first derivative is right, so the second derivative of an operation that they go through is "
@@ -235,7 +235,7 @@ def explain_failure(
         execution: its name.
         judging: tasks were judged; otherwise their gradients were computed.
     """
-    function = adapted_outcome if judging else task_gradient
+    function = evaluate_adapted if judging else task_gradient
 
     def works(executed: Executed, learner: Learner) -> bool:
         try:

@@ -143,11 +143,11 @@ def _checked_leaves(state: OuterState) -> Iterator[tuple[str, str, Tensor]]:
                 yield group, name, leaf
 
 
-def watched(tools: Tools, look: Callable[[Gradients], Gradients], batch: Callable[[str, Any], Episode]) -> Tools:
+def watched_tools(tools: Tools, look: Callable[[Gradients], Gradients], batch: Callable[[str, Any], Episode]) -> Tools:
     """The tools with a look at every gradient, and with batches of the streams from elsewhere."""
     return tools._replace(
         gradients=look(tools.gradients),
-        plain_gradients=look(tools.plain),
+        gradients_without_initial_loss=look(tools.cheapest_gradients),
         train=partial(batch, "training"),
         probe=partial(batch, "probe"),
     )
@@ -180,7 +180,7 @@ class OneByOne:
         self._ahead = {stream: Ahead(episodes) for stream, episodes in streams.episodes.items()}
         self.asked: dict[str, set[int]] = {}
         """Stream -> which of its batches were asked for, counted from t."""
-        self._tools: Tools | None = watched(tools, self._checked, self._batch)
+        self._tools: Tools | None = watched_tools(tools, self._checked, self._batch)
 
     def _batch(self, stream: str, t: int) -> Episode:
         self.asked.setdefault(stream, set()).add(t - self._t)
@@ -215,5 +215,5 @@ class OneByOne:
         self._tools = None
 
 
-def _copied(state: OuterState) -> OuterState:
+def copy_state(state: OuterState) -> OuterState:
     return OuterState(*({name: leaf.clone() for name, leaf in tree.items()} for tree in state))

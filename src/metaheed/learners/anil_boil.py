@@ -28,9 +28,9 @@ class _Partial(MAML):
     def __init__(self, backbone: nn.Module, config: ANILConfig, moves_head: bool) -> None:
         super().__init__(backbone, config.adaptation_steps, config.fast_lr, config.first_order, config.recompute)
         self.head = self.backbone.find_head(config.head)
-        self._unsure = config.head is None  # a guess, to be checked when the network is first run
-        of_head = self.backbone.names_of(self.head)
-        self.moving = tuple(name for name in self.backbone.names if (name in of_head) == moves_head)
+        self._head_is_guessed = config.head is None  # a guess, to be checked when the network is first run
+        head_names = self.backbone.names_of(self.head)
+        self.moving = tuple(name for name in self.backbone.names if (name in head_names) == moves_head)
         if not self.moving:
             raise ConfigError(
                 f"the backbone's head {self.head!r} has no parameter that learns: there is nothing for ANIL to adapt"
@@ -40,9 +40,9 @@ class _Partial(MAML):
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φᵀ after T gradient steps of the moving part on the support set."""
-        if self._unsure:
-            self.backbone.into_head(self.initial(meta), support_x, self.head)
-            self._unsure = False
+        if self._head_is_guessed:
+            self.backbone.head_input(self.initial(meta), support_x, self.head)
+            self._head_is_guessed = False
         return super().adapt(meta, support_x, support_y)
 
 

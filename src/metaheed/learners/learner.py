@@ -156,9 +156,9 @@ class NetworkLearner:
         is_adapted = set(params) == set(self.backbone.names)
         return self.backbone.filled(params if is_adapted else self.initial(params))
 
-    def hold(self, meta: Params) -> None:
+    def write_into_module(self, meta: Params) -> None:
         """Put φ⁰ into the network inside, for those who look there; the learner itself never does."""
-        self.backbone.hold(self.initial(meta))
+        self.backbone.write_into_module(self.initial(meta))
 
     def steps(self, step: Step, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """T times state ← step(θ, state, support set)."""

@@ -50,8 +50,8 @@ class ProtoNet(NetworkLearner):
                 f"{type(linear).__name__}: name a torch.nn.Linear inside the network with --head (in Python: head=...)"
             )
         self.ways, self.features = linear.out_features, linear.in_features
-        of_head = plain.names_of(self.head)
-        self.body = tuple(name for name in plain.names if name not in of_head)
+        head_names = plain.names_of(self.head)
+        self.body = tuple(name for name in plain.names if name not in head_names)
         if not self.body:
             raise ConfigError("the backbone has nothing to learn besides its head, which ProtoNet replaces")
         self._plain = plain  # draws the body's start as every other learner does
@@ -75,7 +75,7 @@ class ProtoNet(NetworkLearner):
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φ: the embedding with the head that the prototypes make."""
-        z = self.backbone.into_head(self.initial(meta), support_x, self.head)
+        z = self.backbone.head_input(self.initial(meta), support_x, self.head)
         if z.dim() != 2:
             raise ConfigError(
                 f"ProtoNet needs features (n, {self.features}) before the head {self.head!r}, but they are "

@@ -64,9 +64,9 @@ class Backbone:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = converted(module)
-        self.known = closed_form(self.module)
+        self.closed_form_on_cpu = closed_form(self.module)
         """The network's closed form, if it is one of those that have one."""
-        self.known_on_cuda = closed_form(self.module, ClosedFormCUDA)
+        self.closed_form_on_cuda = closed_form(self.module, ClosedFormCUDA)
         """The same on a CUDA device."""
         # While a call runs, other tensors stand in the module; so who looks into it takes the lock, or looked before.
         self._names = [name for name, p in self.module.named_parameters() if p.requires_grad]
@@ -74,7 +74,11 @@ class Backbone:
         self._lock = _ForkSafeLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_lock", "known", "known_on_cuda")  # a closed form holds on to the module's parts
+        made_again = (
+            "_lock",
+            "closed_form_on_cpu",
+            "closed_form_on_cuda",
+        )  # a closed form holds on to the module's parts
         with self._lock:
             module = without_parametrised_classes(self.module)
         return {**{name: value for name, value in vars(self).items() if name not in made_again}, "module": module}
@@ -82,7 +86,10 @@ class Backbone:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=_ForkSafeLock())
         with_parametrised_classes(self.module)
-        self.known, self.known_on_cuda = closed_form(self.module), closed_form(self.module, ClosedFormCUDA)
+        self.closed_form_on_cpu, self.closed_form_on_cuda = (
+            closed_form(self.module),
+            closed_form(self.module, ClosedFormCUDA),
+        )
 
     @property
     def names(self) -> list[str]:
@@ -110,7 +117,7 @@ class Backbone:
         first: str = next(n for n, part in self.module.named_modules() if part is self.module.get_submodule(name))
         return first
 
-    def into_head(self, params: Params, x: Tensor, head: str) -> Tensor:
+    def head_input(self, params: Params, x: Tensor, head: str) -> Tensor:
         """What the network hands to its head on the way from images to logits; of a batch of tasks, in the first one.
 
         Raises:
@@ -157,7 +164,7 @@ class Backbone:
             learned = dict(self.module.named_parameters())
             return {name: learned[name].detach().clone() for name in self.names}
 
-    def hold(self, params: Params) -> None:
+    def write_into_module(self, params: Params) -> None:
         """Put these values into the module itself, for those who look inside it; calls do not use them."""
         with self._lock:
             _fill(self.module, {name: params[name] for name in self.names})
@@ -202,7 +209,7 @@ class Backbone:
     @property
     def is_ours(self) -> bool:
         """Whether the network is one of this package's own, as it was built."""
-        return self.known is not None and self.known.applies
+        return self.closed_form_on_cpu is not None and self.closed_form_on_cpu.applies
 
     @property
     def is_examined(self) -> bool:
@@ -229,15 +236,15 @@ class Backbone:
 
     def closed_form(self, params: Params, x: Tensor) -> ClosedForm | None:
         """The network's derivatives without autograd, where they are known and apply to these very tensors."""
-        fast = self.known_at(x)
+        fast = self.closed_form_for(x)
         if fast is None or not ordinary_tensors([x, *params.values()]) or x.requires_grad or set(params) != fast.names:
             return None
         # Many tasks at once have no other form to fall back to: `takes_batches` has asked about network and shapes.
         return fast if x.dim() == 5 or (fast.applies and fast.fits(params, x)) else None
 
-    def known_at(self, x: Tensor) -> ClosedForm | None:
+    def closed_form_for(self, x: Tensor) -> ClosedForm | None:
         """The closed form for the device that images lie on, if there is one."""
-        return self.known_on_cuda if x.device.type == "cuda" else self.known
+        return self.closed_form_on_cuda if x.device.type == "cuda" else self.closed_form_on_cpu
 
     def place_constants(self, device: torch.device) -> None:
         """Move frozen parameters and buffers to where the network is called, lest every call copy them there."""

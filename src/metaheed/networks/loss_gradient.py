@@ -72,7 +72,7 @@ def fused_step(
     The derivative is one node of autograd's graph: v ← v − α ∇²L v. The arguments are `NetworkLearner.descend`'s.
     None if there is no such form: another device, a single task, a learned rate, or a network without a closed form.
     """
-    if x.dim() != 5 or not isinstance(rate, float | int) or not isinstance(network.known_at(x), ClosedFormCUDA):
+    if x.dim() != 5 or not isinstance(rate, float | int) or not isinstance(network.closed_form_for(x), ClosedFormCUDA):
         return None  # a rate that is a tensor may be learned: then it is a part of the graph
     at = detached(adapted) if first_order else adapted
     fast = network.closed_form(at, x)

@@ -79,7 +79,7 @@ def attended(
         combined = weighted_sum(weights, task_grads)
         if release_leak:
             ahead = {name: p - meta_lr * combined[name] for name, p in state.meta.items()}
-            probe_grads, probe_info = tools.plain(ahead, tools.probe(t))
+            probe_grads, probe_info = tools.cheapest_gradients(ahead, tools.probe(t))
             leaked = weighted_sum(torch.ones_like(probe_info.query_loss), probe_grads)
             meta, optimizer = tools.optimizer.step(
                 state.meta, state.optimizer, {name: g + leaked[name] for name, g in combined.items()}
@@ -89,7 +89,7 @@ def attended(
             if reuse_probe:
                 probe_grads, probe_info = tools.gradients(meta, tools.train(t + 1))
             else:
-                probe_grads, probe_info = tools.plain(meta, tools.probe(t))
+                probe_grads, probe_info = tools.cheapest_gradients(meta, tools.probe(t))
         G = weighted_sum(uniform_weights(probe_info), probe_grads)
 
         def pull(v: Params) -> Params:

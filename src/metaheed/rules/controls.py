@@ -55,7 +55,7 @@ def uniform_2b() -> Rule:
     """
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
-        results = [tools.plain(state.meta, stream(t)) for stream in (tools.train, tools.probe)]
+        results = [tools.cheapest_gradients(state.meta, stream(t)) for stream in (tools.train, tools.probe)]
         info = TaskInfo(*(torch.cat(parts) for parts in zip(*(i for _, i in results), strict=True)))
         weights = uniform_weights(info)
         B = len(results[0][1].query_loss)

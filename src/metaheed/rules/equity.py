@@ -33,7 +33,7 @@ def equity(
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
         batch = tools.train(t)
-        task_grads, info = tools.plain(state.meta, batch)
+        task_grads, info = tools.cheapest_gradients(state.meta, batch)
         if losses == "adapted":
             slopes, values = task_grads, info.query_loss
         else:

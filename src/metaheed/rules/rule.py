@@ -34,13 +34,13 @@ class Tools(NamedTuple):
     """t -> training batch t, the same under every rule at equal seed."""
     probe: Callable[[int], Episode]
     """t -> batch t of the second stream, disjoint from the first."""
-    plain_gradients: Gradients | None = None
+    gradients_without_initial_loss: Gradients | None = None
     """`gradients` without L*⁰ (NaN), for rules that do not look at it; none: `gradients`."""
 
     @property
-    def plain(self) -> Gradients:
+    def cheapest_gradients(self) -> Gradients:
         """The cheapest gradients there are."""
-        return self.plain_gradients or self.gradients
+        return self.gradients_without_initial_loss or self.gradients
 
 
 class OuterState(NamedTuple):
@@ -76,7 +76,7 @@ def weighted(weigh: Callable[[int, TaskInfo], Tensor]) -> Rule:
     """θ' = outer step on Σ_i w_i g_i, w = weigh(t, infos)."""
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
-        task_grads, info = tools.plain(state.meta, tools.train(t))
+        task_grads, info = tools.cheapest_gradients(state.meta, tools.train(t))
         weights = weigh(t, info)
         meta, optimizer = tools.optimizer.step(state.meta, state.optimizer, weighted_sum(weights, task_grads))
         return OuterState(meta, optimizer, state.rule), StepRecord(info, weights)

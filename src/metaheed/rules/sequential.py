@@ -20,7 +20,7 @@ def sequential() -> Rule:
         infos = []
         for index in range(len(batch.support_y)):
             try:
-                task_grads, info = tools.plain(meta, Episode(*(part[index : index + 1] for part in batch)))
+                task_grads, info = tools.cheapest_gradients(meta, Episode(*(part[index : index + 1] for part in batch)))
             except NonFiniteTaskError as error:  # the tool saw a batch of one
                 raise NonFiniteTaskError(error.what, index + 1, error.stream) from None
             meta, optimizer = tools.optimizer.step(meta, optimizer, weighted_sum(uniform_weights(info), task_grads))

@@ -16,7 +16,7 @@ from metaheed.engine.batching import takes_batches
 from metaheed.engine.estimate import task_gradient
 from metaheed.errors import ConfigError
 from metaheed.learners.learner import Learner, NetworkLearner
-from metaheed.networks.closed_form.cuda import copies
+from metaheed.networks.closed_form.cuda import copies_for_kernels
 from metaheed.types import Episode, Params, TaskInfo
 
 T = TypeVar("T")
@@ -97,16 +97,18 @@ def map_together(
         # A processor's cache is to hold what is computed at once; a GPU is to have enough to do.
         at_once = chunk_size or (TASKS_AT_ONCE if batch.support_x.device.type == "cpu" else len(batch.support_x))
         chunks = zip(*(torch.split(part, at_once) for part in batch), strict=True)
-        result: T = merge([function(learner, _copies(meta, len(c[0])), Episode(*c)) for c in chunks], torch.cat)
+        result: T = merge(
+            [function(learner, _meta_for_each_task(meta, len(c[0])), Episode(*c)) for c in chunks], torch.cat
+        )
         return result
 
     return run
 
 
-def _copies(meta: Params, tasks: int) -> Params:
+def _meta_for_each_task(meta: Params, tasks: int) -> Params:
     """θ for each task; weights of convolutions lie in memory as the closed form wants them, and so will φ."""
     if next(iter(meta.values())).device.type != "cpu":
-        return copies(meta, tasks)
+        return copies_for_kernels(meta, tasks)
     laid = {n: p.contiguous(memory_format=torch.channels_last) if p.dim() == 4 else p for n, p in meta.items()}
     return {name: p.expand(tasks, *p.shape) for name, p in laid.items()}
 

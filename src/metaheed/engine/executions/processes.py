@@ -73,7 +73,7 @@ class Workers:
             StartError: the system starts no further process.
             WorkerError: a worker died. Whatever the function raises in one.
         """
-        processes, threads = shared_out(self.threads, len(batch.support_y))
+        processes, threads = workers_and_threads(self.threads, len(batch.support_y))
         shares = list(zip(*(torch.tensor_split(part, processes) for part in batch), strict=True))
         # Results are a gradient a task at most, and a few numbers.
         results = len(shares[0][0]) * (_room(meta.values()) + 4096)
@@ -105,7 +105,7 @@ class Workers:
         self._running.clear()
 
 
-def shared_out(threads: int, tasks: int) -> tuple[int, int]:
+def workers_and_threads(threads: int, tasks: int) -> tuple[int, int]:
     """How many workers are at work on so many tasks, and with how many threads each."""
     processes = min(threads, tasks)
     return processes, threads // processes

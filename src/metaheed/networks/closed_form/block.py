@@ -82,7 +82,7 @@ class _Dots(NamedTuple):
     z: Tensor
 
 
-def _forward(shape: Shape, params: Params, x: Tensor, keep: bool, alone: bool) -> Block:
+def block_forward(shape: Shape, params: Params, x: Tensor, keep: bool, alone: bool) -> Block:
     """The block's output and what the reverse pass needs (alone: there is none, and p makes room for z)."""
     W, gain, beta = _parameters(shape, params)
     sign = np.where(gain < 0, -1, 1).astype(gain.dtype) if np.any(gain < 0) else None
@@ -92,7 +92,7 @@ def _forward(shape: Shape, params: Params, x: Tensor, keep: bool, alone: bool) -
     height, width = ((side - 1) // shape.stride + 1 for side in x.shape[2:])
     slices = -(-n * C * height * width * x.element_size() // _SLICE_BYTES)
     rows = -(-n // slices)
-    p = _empty(x, n, C, height // 2, width // 2) if shape.pool else _empty(x, n, C, height, width)
+    p = empty_plane(x, n, C, height // 2, width // 2) if shape.pool else empty_plane(x, n, C, height, width)
     bias = _centring(shape, x, weight)
     kept: list[Tensor] = []
     places: list[Tensor | None] = []
@@ -114,7 +114,7 @@ def _forward(shape: Shape, params: Params, x: Tensor, keep: bool, alone: bool) -
     mean = rest.astype(gain.dtype)
     r = (1 / np.sqrt(variance + shape.eps)).astype(gain.dtype)
     scale = gain * r
-    z = p if alone else _empty(p, *p.shape)
+    z = p if alone else empty_plane(p, *p.shape)
     shift, slope = _c(beta - scale * mean), _c(scale)
     # Slice by slice, so that the second pass finds in the cache what the first has written.
     for part, out in zip(torch.split(p, rows), torch.split(z, rows), strict=True):
@@ -164,7 +164,7 @@ def _planes(
     return y, _flat(torch.add(_corners(n, C, height * width), place, alpha=C, out=place))
 
 
-def _gradient(shape: Shape, block: Block, dz: Tensor, inward: bool, keep: bool) -> tuple[Tensor, Slope, Tensor]:
+def block_gradient(shape: Shape, block: Block, dz: Tensor, inward: bool, keep: bool) -> tuple[Tensor, Slope, Tensor]:
     """∂L/∂x (empty unless `inward`), what `backward_dots` needs, and ∂L/∂(s W). Takes dz's memory."""
     M, r = block.M, block.r
     e = _aten.threshold_backward.grad_input(dz, block.z, 0, grad_input=dz)
@@ -381,7 +381,7 @@ def _flat(plane: Tensor) -> Tensor:
     return plane.as_strided((plane.numel(),), (1,))
 
 
-def _empty(like: Tensor, *size: int) -> Tensor:
+def empty_plane(like: Tensor, *size: int) -> Tensor:
     return torch.empty(size, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
@@ -389,4 +389,4 @@ def _channels_last(plane: Tensor) -> Tensor:
     """In that layout by its strides, also where a size of 1 leaves it open."""
     _, C, height, width = plane.shape
     there = plane.stride() == (C * height * width, 1, width * C, C)
-    return plane if there else _empty(plane, *plane.shape).copy_(plane)
+    return plane if there else empty_plane(plane, *plane.shape).copy_(plane)

@@ -42,15 +42,15 @@ from metaheed.networks.closed_form.block import (
     Block,
     Shape,
     Slope,
-    _empty,
-    _forward,
-    _gradient,
     backward_dots,
+    block_forward,
+    block_gradient,
+    empty_plane,
     forward_dots,
     named,
     numbers,
 )
-from metaheed.networks.closed_form.recognition import _Part, _unchanged, as_built
+from metaheed.networks.closed_form.recognition import Part, as_built, unchanged
 from metaheed.networks.conv4 import Conv4
 from metaheed.networks.losses import mean_cross_entropy
 from metaheed.types import Params
@@ -71,7 +71,7 @@ class ClosedForm:
 
     def __init__(self, module: Conv4) -> None:
         blocks: list[Any] = [block for block in module.body if isinstance(block, nn.Sequential)]
-        self._parts = [*map(_Part.of, module.modules())]
+        self._parts = [*map(Part.of, module.modules())]
         self.names = frozenset(name for name, _ in module.named_parameters())
         self._shapes = [
             Shape(f"body.{i}", block.conv.stride[0], hasattr(block, "pool"), block.norm.eps)
@@ -85,7 +85,7 @@ class ClosedForm:
         hook in it or for all, nor another forward.
         """
         for_all = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        return not for_all and _unchanged(self._parts)
+        return not for_all and unchanged(self._parts)
 
     def fits(self, params: Params, x: Tensor) -> bool:
         """Whether it holds for these values: no γ is zero, and every norm has more than one place to average over.
@@ -151,7 +151,7 @@ class ClosedForm:
         for index in range(len(blocks) - 1, lowest - 1, -1):
             shape = self._shapes[index]
             block = blocks[index] if keep else blocks.pop()  # its planes are freed as soon as may be
-            dz, slope, dweight = _gradient(shape, block, dz, inward=index > lowest, keep=keep)
+            dz, slope, dweight = block_gradient(shape, block, dz, inward=index > lowest, keep=keep)
             found |= named(shape, block, dweight, slope.S1, slope.S0)
             slopes.insert(0, slope)
         gradient = {name: found[name] for name in (params if names is None else names)}
@@ -194,11 +194,11 @@ class ClosedForm:
         blocks: list[Block] = []
         head = params["head.weight"]
         B, n, C, *size = x.shape
-        z = _empty(head, n, B * C, *size)
+        z = empty_plane(head, n, B * C, *size)
         z.view(n, B, C, *size).copy_(x.transpose(0, 1))
         for shape in self._shapes:
             stored = keep == "all" or (keep == "upper" and bool(blocks))
-            block = _forward(shape, params, z, stored, alone=keep == "none")
+            block = block_forward(shape, params, z, stored, alone=keep == "none")
             z = block.z
             if keep != "none":
                 blocks.append(block)
@@ -218,7 +218,7 @@ class ClosedForm:
             each = (cotangent / (size[0] * size[1]))[:, :, :, None, None]
         else:
             each = cotangent.view(B, n, channels // B, *size)
-        plane = _empty(z, *z.shape)
+        plane = empty_plane(z, *z.shape)
         plane.view(n, B, channels // B, *size).copy_(each.transpose(0, 1))
         return plane
 

@@ -264,7 +264,7 @@ def _parameters(name: str, params: Params) -> tuple[Tensor, Tensor, Tensor]:
     return weight, params[f"{name}.norm.weight"].contiguous(), params[f"{name}.norm.bias"].contiguous()
 
 
-def copies(tree: Params, tasks: int) -> Params:
+def copies_for_kernels(tree: Params, tasks: int) -> Params:
     """θ for each of so many tasks; weights of convolutions lie in memory as the kernels want them, and so will φ."""
 
     def copied(p: Tensor) -> Tensor:

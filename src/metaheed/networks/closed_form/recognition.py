@@ -28,7 +28,7 @@ _METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
 """Of a module's class, which an instance may have others of."""
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """A module as it was when a closed form was made; it is asked for at every step, so by comparisons alone."""
 
     module: nn.Module
@@ -38,7 +38,7 @@ class _Part(NamedTuple):
     settings: Any
 
     @classmethod
-    def of(cls, module: nn.Module) -> "_Part":
+    def of(cls, module: nn.Module) -> "Part":
         read: Callable[[dict[str, Any]], Any] = _SETTINGS.get(type(module), _nothing)
         return cls(module, type(module), (*module._modules.items(),), read, read(module.__dict__))
 
@@ -47,7 +47,7 @@ def _nothing(attributes: dict[str, Any]) -> None:
     """Of a module that has no settings."""
 
 
-def _unchanged(parts: list[_Part]) -> bool:
+def unchanged(parts: list[Part]) -> bool:
     for module, kind, inside, read, settings in parts:
         attributes = module.__dict__  # which are quicker to come by than a module's own
         if type(module) is not kind or (*attributes["_modules"].items(),) != inside or read(attributes) != settings:
