@@ -1,4 +1,4 @@
-"""The outer level by name: per-task gradients, their executions, batch rules, attention and outer optimisers."""
+"""The public names of the outer level: per-task gradients, executions, batch rules, attention and outer optimisers."""
 
 from metaheed.engine.captured import Buffered
 from metaheed.engine.choose import (
