@@ -387,7 +387,7 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "", frozen: bool = False) -> None:
         self.replays, self.resets = 0, 0
         outer, made = self, list[Any]()
-        original = module.captured
+        original = module.capture_step
 
         class Graph:
             def replay(self) -> None:
@@ -427,7 +427,7 @@ class FakeCuda:
         }
         for name, value in fake.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(module, "captured", noted)
+        monkeypatch.setattr(module, "capture_step", noted)
         self.modes = modes
 
 

@@ -49,9 +49,7 @@ def task_loss(learner: Learner, adapted: Params, x: Tensor, y: Tensor) -> tuple[
 
 
 def loss_gradient(learner: Learner, at: Params, x: Tensor, y: Tensor) -> tuple[Params, Tensor, Tensor]:
-    """The gradient of the mean cross-entropy on a set of images at base parameters φ, the loss (0-d), and the logits
-    (n, N).
-    """
+    """∇L of the mean cross-entropy on a set of images at base parameters φ, L (0-d), and the logits (n, N)."""
     if isinstance(learner, NetworkLearner):
         return learner.loss_gradient(at, x, y)
     return predicted_gradient(learner.predict, at, x, y)
@@ -85,7 +83,7 @@ class NetworkLearner:
 
     @property
     def has_exact_gradient(self) -> bool:
-        """Whether the meta-gradient is the full derivative of the query loss; False if second derivatives are dropped."""
+        """Whether the meta-gradient is the full derivative of the query loss; False if parts of it are dropped."""
         return True
 
     @property
@@ -112,8 +110,7 @@ class NetworkLearner:
     def loss_gradient(
         self, at: Params, x: Tensor, y: Tensor, names: Sequence[str] | None = None
     ) -> tuple[Params, Tensor, Tensor]:
-        """The gradient of the mean cross-entropy on a set of images at base parameters φ, the loss (0-d), and the
-        logits (n, N).
+        """∇L of the mean cross-entropy on a set of images at base parameters φ, L (0-d), and the logits (n, N).
 
         The gradient is differentiable.
 
@@ -171,9 +168,7 @@ class NetworkLearner:
         return self.backbone.filled(params if is_adapted else self.initial(params))
 
     def write_into_module(self, meta: Params) -> None:
-        """Write φ⁰ into the network that the learner holds, for users who look inside it. The learner itself does not
-        use it.
-        """
+        """Write φ⁰ into the network inside, for users who look there; the learner itself does not use it."""
         self.backbone.write_into_module(self.initial(meta))
 
     def steps(self, step: Step, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:

@@ -34,9 +34,7 @@ _WEIGHTS = (
     *("forget_gate.weight", "forget_gate.bias", "input_gate.weight", "input_gate.bias"),
 )
 _BLOCK_BYTES = 1 << 20
-"""Size of the gates (4H, n) of the n coordinates that are taken at once: an L2 cache holds them and what is made of
-them.
-"""
+"""Size of the gates (4H, n) of the n coordinates in a block: an L2 cache holds them and what is made of them."""
 
 
 class State(NamedTuple):

@@ -37,8 +37,7 @@ class Tools(NamedTuple):
     probe: Callable[[int], Episode]
     """t -> batch t of a second stream, whose tasks are other ones than the first stream's."""
     gradients_without_initial_loss: Gradients | None = None
-    """As `gradients`, but L*⁰ is NaN: cheaper, for rules that do not use it. If None, `gradients` is used in its place.
-    """
+    """As `gradients`, but L*⁰ is NaN: cheaper, for rules that do not use it. `gradients` if None."""
 
     @property
     def cheapest_gradients(self) -> Gradients:
