@@ -166,7 +166,7 @@ class _Buffers:
         self._tasks: list[tuple[str, int]] = []
 
     def begin(self, t: int, rows: Mapping[str, np.ndarray]) -> None:
-        """Begin a block at iteration t, with the rows of its batches; the host only copies them and fills two numbers."""
+        """Begin a block at iteration t, with the rows of its batches; the host copies them and fills two numbers."""
         for stream, drawn in rows.items():
             self._rows[stream][: len(drawn)].copy_(torch.from_numpy(drawn))
         self._t.fill_(t)

@@ -183,7 +183,7 @@ def _rounded_to(learner: Learner, meta: Params, batch: Episode) -> str | None:
 
 
 def _few(episode: Episode) -> Episode:
-    """A task of a few of the images, from as many classes as possible; its queries belong to its support set's classes."""
+    """A task of a few of the images, from as many classes as possible; its queries are of its support classes."""
 
     def chosen(which: Tensor) -> Tensor:
         return which[torch.linspace(0, len(which) - 1, min(len(which), _IMAGES)).round().long().to(which.device)]

@@ -1,6 +1,6 @@
-"""What a few forward passes show of a network that nothing else can: its output, what it writes, keeps and hides.
+"""Examines a network by a few forward passes: its output, what it writes into, what it remembers, what it hides.
 
-Made once for each network of a user's own, on the first images that it is given; our own networks need none.
+Every network of a user's own is examined once, on the first images that it is given. Our own networks do not need it.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,23 +16,23 @@ from metaheed.types import Params
 
 
 class Findings(NamedTuple):
-    """What was found."""
+    """What the examination found."""
 
     written: frozenset[str]
     """The buffers and frozen parameters that the forward pass writes into."""
 
 
 def check_logits(logits: Any, images: int, ways: int | None = None, device: torch.device | None = None) -> None:
-    """Refuse what is not one tensor of logits.
+    """Check that a network returned one tensor of logits.
 
     Args:
         logits: what the network returned for `images` images.
         images: n.
-        ways: N, where it is known.
-        device: where the images lie; none: it is not looked at.
+        ways: N, if it is known.
+        device: the device of the images; not checked if None.
 
     Raises:
-        ConfigError: it is no plain, dense floating-point tensor of shape (n, N) on that device.
+        ConfigError: it is not a plain, dense floating-point tensor of shape (n, N) on that device.
     """
     if type(logits) is not Tensor:
         held = ""
@@ -64,20 +64,20 @@ def check_logits(logits: Any, images: int, ways: int | None = None, device: torc
 def examine(
     module: nn.Module, call: Callable[[Params, Params, Tensor], Any], params: Params, constants: Params, x: Tensor
 ) -> Findings:
-    """Run the network, and a copy of it in another order, and look at both.
+    """Run the network, and a copy of it with other inputs first, and examine both results.
 
     The caller's tensors and the random state stay as they are.
 
     Args:
-        module: the network, for the names of what it holds.
+        module: the network, for the names of its parts.
         call: (parameters, constants, images) -> what the network returns.
         params: the learned parameters.
         constants: its buffers and frozen parameters.
         x: images (n, C, H, W).
 
     Raises:
-        ConfigError: it does not return logits, it writes into its own parameters, or its logits depend on what it was
-            called with before.
+        ConfigError: it does not return logits, it writes into its own parameters, or its logits depend on earlier
+            calls.
     """
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
@@ -123,7 +123,8 @@ def _refuse_memory(module: nn.Module, params: Params, constants: Params, x: Tens
 
     Args:
         module: an unused copy, which is called with other parameters and images first.
-        params, constants, x: what gave `expected` when it came first.
+        params, constants, x: the inputs for which the network returned `expected` in its first call.
+        expected: logits.
     """
 
     def logits(scale: float, images: Tensor) -> Tensor:
@@ -139,13 +140,13 @@ def _refuse_memory(module: nn.Module, params: Params, constants: Params, x: Tens
         logits(0.9, 0.5 * x.detach().flip(-1))
         kept = [name for name, value in _attributes(module).items() if before.get(name) != value]
         after = logits(1.0, x.detach().clone())
-    except Exception as error:  # a function that a module was given may hold on to the network that was copied
+    except Exception as error:  # a function stored in a module may refer to the original network
         warn(
             "whether the network keeps something from one call to the next could not be tried on a copy of it "
             f"({type(error).__name__}: {brief(str(error))})"
         )
         return
-    # Rounding may differ from call to call on a GPU.
+    # On a GPU rounding may differ from call to call.
     coarse = min(1000 * torch.finfo(expected.dtype).eps, 0.01) * expected.nan_to_num().abs().amax()
     if after.shape != expected.shape or bool(((after - expected).nan_to_num().abs() > coarse).any()):
         where = f" in {', '.join(kept)}" if kept else ""
@@ -157,7 +158,7 @@ def _refuse_memory(module: nn.Module, params: Params, constants: Params, x: Tens
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name -> identity and version of what the modules hold besides parameters, buffers and modules."""
+    """Name -> (identity, version) of all that the modules hold besides parameters, buffers and modules."""
     return {
         f"{prefix}.{name}" if prefix else name: (id(value), value._version if isinstance(value, Tensor) else 0)
         for prefix, part in module.named_modules()
@@ -170,11 +171,12 @@ _OF_TORCH = {*vars(nn.Module())}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, NaN counting as 0."""
     return torch.equal(one.nan_to_num(), other.nan_to_num()) if one.is_floating_point() else torch.equal(one, other)
 
 
 def _hidden(module: nn.Module, leaves: Params, logits: Tensor) -> list[str]:
-    """The learning tensors in the logits' history that were not handed to the network by name."""
+    """The names of learning tensors in the logits' history that were not given to the network by name."""
     given = {id(leaf) for leaf in leaves.values()}
     found: dict[int, Tensor] = {}
     waiting, seen = [logits.grad_fn], set()
@@ -183,7 +185,7 @@ def _hidden(module: nn.Module, leaves: Params, logits: Tensor) -> list[str]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)  # of a leaf of the graph
+        variable = getattr(node, "variable", None)  # only leaves of the graph have one
         if variable is not None and id(variable) not in given:
             found[id(variable)] = variable
         waiting += [before for before, _ in node.next_functions]
@@ -191,7 +193,7 @@ def _hidden(module: nn.Module, leaves: Params, logits: Tensor) -> list[str]:
 
 
 def _name(module: nn.Module, variable: Tensor) -> str:
-    # A lambda may hold on to the network that was copied, whose parameters have the values that the copy's began with.
+    # A lambda may refer to the original network, whose parameters have the values that the copy's had at first.
     for name, p in module.named_parameters():
         if p is variable or (p.shape == variable.shape and torch.equal(p.detach().cpu(), variable.detach().cpu())):
             return name
