@@ -61,7 +61,7 @@ def value_and_pullback(function: Callable[[Params], T], at: Params) -> tuple[T, 
 def recorded(function: Callable[[Params], Params], at: Params) -> tuple[Params, Callable[[Params], Params]]:
     """As `value_and_pullback`, but the pullback can be called only once, and frees the graph as it goes.
 
-    It uses plain autograd, which the learners' closed forms are part of. Under a transform of torch.func it uses
+    It uses plain autograd, whose graph can contain the closed forms; under a transform of torch.func, that of
     torch.func.
     """
     if transformed() or needs_graph(at):

@@ -272,8 +272,10 @@ class Backbone:
 
 
 def ordinary_tensors(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are ordinary tensors, all on a CPU or all on one CUDA device, and no transform or mode is active
-    that changes what is computed from them.
+    """Whether these are ordinary tensors, all on a CPU or all on one CUDA device, and are computed with in the ordinary
+    way.
+
+    That is: no transform of torch.func, no autocast, no forward-mode derivatives, and no torch.compile.
     """
     dtype, device = tensors[-1].dtype, tensors[-1].device
     if device.type not in ("cpu", "cuda") or transformed() or torch.is_autocast_enabled(device.type):
