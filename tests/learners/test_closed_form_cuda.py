@@ -265,7 +265,7 @@ def test_a_label_that_is_no_class_gives_no_loss(label: int) -> None:
 @pytest.mark.parametrize("y", [torch.zeros(2, 2), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 2, WAYS)])
 def test_what_is_not_a_label_is_refused(y: Tensor) -> None:
     net = Conv4(WAYS, (1, 16, 16), hidden=1)
-    with pytest.raises(ValueError, match=r"need \(2, 2\) of torch.int64: one class in \[0, 3\) an image"):
+    with pytest.raises(ValueError, match=r"need \(2, 2\) of torch.int64: one class in \[0, 3\) for each image"):
         known(net).gradient(drawn(net, 2, 1), torch.randn(2, 2, 1, 16, 16), y)
 
 

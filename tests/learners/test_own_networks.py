@@ -359,7 +359,7 @@ class Remembering(nn.Module):
 def test_a_slow_memory_is_found(episode: Episode) -> None:
     learner = MAML(Remembering())
     with pytest.raises(
-        ConfigError, match=r"other logits once it was called with others: it keeps something of a call in memory"
+        ConfigError, match=r"different logits after a call with other images: it keeps something of a call in memory"
     ):
         check_gradient(learner, learner.init(torch.Generator()), episode)
 

@@ -458,8 +458,8 @@ def test_what_cannot_be_captured_goes_on_step_by_step(
     blocks = training.buffered(3, capture=True, notice=notices.append)
     assert advance(blocks, 0, 6) == advance(plain, 0, 6)
     assert same_bits(blocks.state, plain.state)
-    reason = trouble.get("fails", "replayed, it gives other numbers than called")
+    reason = trouble.get("fails", "a replay gives other numbers than a call")
     assert len(notices) == 1
     assert reason in notices[0]
-    assert "going on step by step" in notices[0]
+    assert "the steps are made one by one" in notices[0]
     blocks.close()

@@ -118,7 +118,7 @@ class Buffered:
             while isinstance(first.__context__, RuntimeError):  # ending a failed capture fails too
                 first = first.__context__
             reason = str(first).strip().partition("\n")[0]
-            self._notice(f"the outer step is not captured in a CUDA graph ({reason}): going on step by step")
+            self._notice(f"the outer step is not captured in a CUDA graph ({reason}): the steps are made one by one")
             self._single, self._buffers, self._given_up = self._one_by_one(before), None, True
 
     def close(self) -> None:
@@ -327,7 +327,7 @@ def capture_step(buffers: _Buffers, before: OuterState, t: int, compared: int) -
         buffers.restore(before, t)
     # NaN is reported by the training loop, and kernels may round differently from call to call.
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-4, equal_nan=True):
-        raise RuntimeError("replayed, it gives other numbers than called: it keeps something from call to call")
+        raise RuntimeError("a replay gives other numbers than a call: something is kept from one call to the next")
     return graph
 
 

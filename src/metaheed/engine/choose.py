@@ -184,8 +184,8 @@ def build_steps(
     if not (there and _buffered(config, device)):
         if not there and _buffered(config, device):
             notice(
-                f"the images are too large for the memory of {device} and stay on the host, so that the outer step is "
-                "made step by step, not captured in a CUDA graph"
+                f"the images do not fit into the memory of {device} and stay on the host, so the outer steps are made "
+                "one by one and not captured in a CUDA graph"
             )
         return OneByOne(rule, tools, streams, state, interrupting)
     return Buffered(rule, tools, streams, state, config.block, _capturable(config, device), notice, interrupting)

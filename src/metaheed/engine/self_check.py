@@ -81,8 +81,8 @@ def check_gradient(learner: Learner, meta: Params, episode: Episode, executed: E
     after = loss(meta)
     if abs(after - before) > 1e-9 * abs(before):
         raise ConfigError(
-            f"the network gave the same task the losses {before!r} and {after!r}: adaptation must be one and the same "
-            "function every time, so remove from it what is random or changes with each call"
+            f"the network gave the same task the losses {before!r} and {after!r}: adaptation must be the same "
+            "function every time, so remove from the network what is random or changes with each call"
         )
     if verdict is None:
         return None
@@ -284,7 +284,7 @@ def explain_failure(
     elif "inplace" in said or "in-place" in said:
         advice.append("make its forward write into no tensor in place")
     elif "derivative for" in said or "double backwards" in said or "once_differentiable" in said:
-        advice.append("second derivatives are there if the operation is written in plain tensor operations")
+        advice.append("write the operation in plain tensor operations, which have second derivatives")
     if not advice:
         advice.append("this is an error of the network's own forward, and no setting avoids it")
     doing = "judged" if judging else "meta-learned"

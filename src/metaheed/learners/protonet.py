@@ -92,8 +92,8 @@ class ProtoNet(NetworkLearner):
         member = (support_y.unsqueeze(1) == torch.arange(self.ways, device=z.device)).to(z.dtype)  # (N·K, N)
         count = member.sum(0)
         c = (member.T @ z) / count.clamp(min=1).unsqueeze(1)  # (N, D)
-        nobody = torch.finfo(z.dtype).min / 2
-        return self._with_head(meta, 2 * c, torch.where(count > 0, -c.square().sum(1), nobody))
+        never_predicted = torch.finfo(z.dtype).min / 2
+        return self._with_head(meta, 2 * c, torch.where(count > 0, -c.square().sum(1), never_predicted))
 
     def _with_head(self, meta: Params, weight: Tensor, bias: Tensor) -> Params:
         return {**meta, f"{self.head}.weight": weight, f"{self.head}.bias": bias}

@@ -36,11 +36,11 @@ def converted(module: nn.Module) -> nn.Module:
     refuse(module)
     network = copied(module).train()
     changes = {
-        "running statistics of {} are made batch statistics, on a copy of the network": _use_batch_statistics,
+        "running statistics of {} are replaced by batch statistics, on a copy of the network": _use_batch_statistics,
         "weight norm of {} is computed by plain operations on a copy of the network, because the second derivative of "
         "PyTorch's fused operation is wrong": _use_plain_weight_norm,
         "the singular vectors of the spectral norm of {} are kept as they are, on a copy of the network: each forward "
-        "pass would move them, and the same task would get other logits every time": _freeze_spectral_norm,
+        "pass would change them, and the same task would get other logits every time": _freeze_spectral_norm,
     }
     for message, change in changes.items():
         # The parametrisations of a layer are modules inside it.

@@ -48,7 +48,7 @@ def ordinary(tensor: Tensor) -> Tensor:
 
 
 def value_and_pullback(function: Callable[[Params], T], at: Params) -> tuple[T, Callable[[T], Params]]:
-    """function(at), and its vector-Jacobian product there, which maps a cotangent of the value to a cotangent of `at`."""
+    """function(at), and its vector-Jacobian product there: a cotangent of the value -> a cotangent of `at`."""
     value, pull = vjp(function, at)  # type: ignore[misc]  # torch's annotation covers its has_aux form too
 
     def pullback(cotangent: T) -> Params:

@@ -50,7 +50,8 @@ def check_logits(logits: Any, images: int, ways: int | None = None, device: torc
         raise ConfigError("the backbone returns a sparse or nested tensor, but logits must be a dense one")
     if device is not None and logits.device != device:
         raise ConfigError(
-            f"the backbone's images and parameters lie on {device}, but its output on {logits.device}: leave it there"
+            f"the backbone's images and parameters lie on {device}, but its output on {logits.device}: return it "
+            f"on {device}"
         )
     if logits.dim() != 2 or logits.shape[0] != images or (ways is not None and logits.shape[1] != ways):
         raise ConfigError(
@@ -90,14 +91,14 @@ def examine(
         overwritten = [name for name, leaf in leaves.items() if not _same(leaf, params[name])]
         if overwritten:
             raise ConfigError(
-                f"the backbone writes into its parameters {', '.join(overwritten)} during its forward pass, so that a "
-                "task would change the meta-parameters of all: compute with a changed copy of them instead"
+                f"the backbone writes into its parameters {', '.join(overwritten)} during its forward pass, so one "
+                "task would change the meta-parameters for all: compute with a changed copy of them instead"
             )
         hidden = _hidden(module, leaves, logits)
         _refuse_memory(other, params, constants, x, logits.detach())
     if hidden:
         warn(
-            f"the network uses {', '.join(hidden)} by a way that PyTorch does not see (a plain Python list or dict, a "
+            f"the network uses {', '.join(hidden)} in a way that PyTorch does not see (a plain Python list or dict, a "
             "lambda or a bound method made in __init__, a module that is not registered): there it keeps its first "
             "values, is never adapted and never learns. Use it as self.NAME in forward, or hold it in an "
             "nn.ParameterList or nn.ModuleList",
@@ -105,8 +106,8 @@ def examine(
     written = frozenset(name for name, c in constants.items() if handed[name]._version or not _same(handed[name], c))
     if written:
         warn(
-            f"the network writes into {', '.join(sorted(written))} during its forward pass, so that the same task "
-            "would get other logits every time: every pass begins from the values that these have now"
+            f"the network writes into {', '.join(sorted(written))} during its forward pass, which would give the "
+            "same task other logits every time: so every pass begins from the values that they have now"
         )
     return Findings(written)
 
@@ -151,9 +152,9 @@ def _refuse_memory(module: nn.Module, params: Params, constants: Params, x: Tens
     if after.shape != expected.shape or bool(((after - expected).nan_to_num().abs() > coarse).any()):
         where = f" in {', '.join(kept)}" if kept else ""
         raise ConfigError(
-            "the backbone gives the same images other logits once it was called with others: it keeps something of a "
-            f"call{where} and uses it in the next, or is random. Compute it anew in each forward pass, or, if it is to "
-            "stay as it is, hold it as a buffer (register_buffer) that is filled before the network is handed over"
+            "the backbone gives the same images different logits after a call with other images: it keeps something "
+            f"of a call{where} and uses it in the next, or is random. Compute it anew in each forward pass; if it is to "
+            "stay the same, hold it in a buffer (register_buffer) that is filled before the network is handed over"
         )
 
 

@@ -142,8 +142,8 @@ class Backbone:
                 hook.remove()
         if not seen or seen[-1][1] is not logits or seen[-1][2] != logits._version:
             raise ConfigError(
-                f"the network's logits are not what its module {head!r} puts out, so that is not its head: name the "
-                "head's module with --head (in Python: head=...); if this is it, return its output as it is"
+                f"the network's logits are not the output of its module {head!r}, so that is not its head: name the "
+                "head's module with --head (in Python: head=...), or return that module's output unchanged"
             )
         return seen[-1][0]
 

@@ -85,7 +85,7 @@ class Workers:
         while len(self._running) < len(shares):
             learner = self._learner()
             if learner is None:
-                raise RuntimeError("the learner of these workers is gone: keep it as long as they are used")
+                raise RuntimeError("the learner of these workers was deleted: keep a reference to it")
             room = self._running[0].room if self._running else 2 * needed
             self._running.append(_Worker(learner, room))
         at_work = self._running[: len(shares)]
@@ -261,7 +261,7 @@ class _Writer:
         place = _Place(self._end, tuple(tensor.shape), tensor.dtype)
         self._end += _room([tensor])
         if self._end > len(self._memory):
-            raise RuntimeError(f"a result of {self._end} bytes does not fit into the {len(self._memory)} shared ones")
+            raise RuntimeError(f"a result of {self._end} bytes exceeds the {len(self._memory)} bytes of shared memory")
         _view(self._memory, place).copy_(tensor)
         return place
 

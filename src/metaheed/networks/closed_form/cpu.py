@@ -124,9 +124,8 @@ class ClosedForm:
         expected = params["head.weight"].shape[-1] // params[f"{self._shapes[-1].name}.conv.weight"].shape[-4]
         if places != expected:
             raise ConfigError(
-                f"the images have {x.shape[-2]}×{x.shape[-1]} pixels, of which the network's last block leaves "
-                f"{places} places, but its head was built for {expected}: resize the images, or build the network for "
-                "this size"
+                f"images of {x.shape[-2]}×{x.shape[-1]} pixels leave {places} places after the network's last block, "
+                f"but its head was built for {expected}: resize the images, or build the network for this size"
             )
 
     def logits(self, params: Params, x: Tensor) -> Tensor:

@@ -661,7 +661,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if y.shape != logits.shape[:2] or y.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"labels are {tuple(y.shape)} of {y.dtype}, but logits {tuple(logits.shape)} need "
-            f"{tuple(logits.shape[:2])} of torch.int64: one class in [0, {logits.shape[2]}) an image"
+            f"{tuple(logits.shape[:2])} of torch.int64: one class in [0, {logits.shape[2]}) for each image"
         )
     B, n, N = logits.shape
     p, slope_of, loss = torch.empty_like(logits), torch.empty_like(logits), logits.new_empty(B, n)

@@ -29,7 +29,7 @@ _METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
 
 
 class Part(NamedTuple):
-    """A module as it was when the closed form was made. It is compared at every step, so the comparison must be quick."""
+    """A module as it was when the closed form was made; compared at every step, so the comparison must be quick."""
 
     module: nn.Module
     kind: type[nn.Module]
