@@ -153,8 +153,8 @@ def _refuse_memory(module: nn.Module, params: Params, constants: Params, x: Tens
         where = f" in {', '.join(kept)}" if kept else ""
         raise ConfigError(
             "the backbone gives the same images different logits after a call with other images: it keeps something "
-            f"of a call{where} and uses it in the next, or is random. Compute it anew in each forward pass; if it is to "
-            "stay the same, hold it in a buffer (register_buffer) that is filled before the network is handed over"
+            f"of a call{where} and uses it in the next, or is random. Compute it anew in each forward pass; if it is "
+            "to stay the same, hold it in a buffer (register_buffer) that is filled before the network is handed over"
         )
 
 
