@@ -40,8 +40,7 @@ def task_gradient(learner: Learner, meta: Params, episode: Episode, initial: boo
     """g = ∇_θ L*(φᵀ) of one task, and the numbers of it that attention sees.
 
     With v = ∇_φ L*(φᵀ), g is v pulled back through the adaptation. So ‖v‖ costs nothing extra, and the query pass needs
-    no
-    second derivative. θ counts as a constant: no graph is kept to it, even if it requires gradients.
+    no second derivative. θ counts as a constant: no graph is kept to it, even if it requires gradients.
 
     Args:
         learner: how the task is adapted.

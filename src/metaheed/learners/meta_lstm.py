@@ -14,8 +14,8 @@ each coordinate has its own state.
    c_t = σ(f̃_t) ∘ c_{t−1} − σ(ĩ_t) ∘ g_t
 3. φᵀ = c_T. θ = {c_0, LSTM, W_F, b_F, W_I, b_I} is judged by the query loss there.
 
-Legend: D coordinates of φ, H hidden size. A coordinate is a column, (features, D), so that the gates
-are contiguous. If many tasks are adapted at once, everything has a leading axis of tasks.
+Legend: D coordinates of φ, H hidden size. A coordinate is a column, (features, D), so that the gates are
+contiguous. If many tasks are adapted at once, everything has a leading axis of tasks.
 """
 
 import math

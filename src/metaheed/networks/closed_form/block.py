@@ -133,8 +133,7 @@ def _centring(shape: Shape, x: Tensor, weight: Tensor) -> Tensor:
     """Minus the mean of conv(x, W), (C,): that mean is W times the mean of what each tap of the convolution sees.
 
     As the convolution's bias it costs no pass over the planes, and the sums of squares that follow do not cancel.
-    Otherwise a constant background would shift all places alike by a rounding error, and ReLUs and maxima would
-    flip.
+    Otherwise a constant background would shift all places alike by a rounding error, and ReLUs and maxima would flip.
     """
     n, channels, height, width = x.shape
     B = _groups(x, weight)
