@@ -69,7 +69,7 @@ class Buffered:
         self._capture, self._notice = capture, notice
         self._given_up = False
         # A device gets all steps of a block at once. If steps are slow, blocks must be short, so that a stop is quick.
-        self._most = self._planned = min(block, 2) if capture else block
+        self._most_steps = self._most_steps_next = min(block, 2) if capture else block
         """The most steps of this block, and of the next one, whose batches are drawn meanwhile."""
         self._drawing = _Drawing(streams)
 
@@ -90,13 +90,13 @@ class Buffered:
                 self._single.close()
                 self._buffers, self._single = self._over_buffers(self._single.state, self._single.asked), None
             return
-        count = min(count, self._most)
+        count = min(count, self._most_steps)
         self._buffers.begin(t, self._drawing.take(self._buffers.spans, t, count))
         if self._capture and self._graph is None:
             self._try_capture(self._buffers, t, count)
             if self._graph is None:
                 return  # the caller calls again, and `OneByOne` makes the step
-        self._drawing.ahead(self._buffers.spans, t + count, self._planned)
+        self._drawing.ahead(self._buffers.spans, t + count, self._most_steps_next)
         step = self._buffers.step if self._graph is None else self._graph.replay
         began, done = time.monotonic(), 0
         while done < count and not stop():
@@ -105,7 +105,8 @@ class Buffered:
         for number, record in enumerate(self._buffers.read(done)):
             if number == 0 and self._graph is not None:  # the device has finished the block
                 taken = max(time.monotonic() - began, 1e-9)
-                self._most, self._planned = self._planned, max(1, min(self.block, int(_PATIENCE * done / taken)))
+                self._most_steps = self._most_steps_next
+                self._most_steps_next = max(1, min(self.block, int(_PATIENCE * done / taken)))
             yield record
 
     def _try_capture(self, buffers: "_Buffers", t: int, count: int) -> None:

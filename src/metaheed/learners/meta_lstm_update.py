@@ -91,12 +91,12 @@ def _lstm_cell(meta: Params, x: Tensor, h: Tensor, m: Tensor) -> tuple[Tensor, T
     return torch.sigmoid(o) * torch.tanh(m), m
 
 
-class _Gates(NamedTuple):
+class _Workspace(NamedTuple):
     """Working memory for a block of n coordinates; every block of the same size uses it again."""
 
-    line: Tensor
+    gates: Tensor
     """(4H, n): the gates i, f, o, n; the three sigmoids come first, side by side."""
-    shown: Tensor
+    tanh_m: Tensor
     """(H, n): tanh(m_t)."""
     inputs: Tensor
     """(H+3, n): h_{t−1}, prep(g_t), 1."""
@@ -104,31 +104,31 @@ class _Gates(NamedTuple):
     """(6H, n), for the reverse pass."""
 
     @classmethod
-    def room(cls, h: Tensor, n: int, work: bool) -> "_Gates":
+    def of_size(cls, h: Tensor, n: int, work: bool) -> "_Workspace":
         H = h.shape[-2]
         return cls(*(h.new_empty(rows, n) for rows in (4 * H, H, H + 3, 6 * H if work else 0)))
 
-    def fill(self, cell: Tensor, h: Tensor, shown_g: Tensor) -> None:
+    def fill(self, cell: Tensor, h: Tensor, g_inputs: Tensor) -> None:
         """Compute the gates of a block from the weights (4H, H+3)."""
         H = len(h)
         self.inputs[:H] = h
-        self.inputs[H:-1] = shown_g
+        self.inputs[H:-1] = g_inputs
         self.inputs[-1] = 1.0
-        torch.mm(cell, self.inputs, out=self.line)
-        self.line[: 3 * H].sigmoid_()
-        self.line[3 * H :].tanh_()
+        torch.mm(cell, self.inputs, out=self.gates)
+        self.gates[: 3 * H].sigmoid_()
+        self.gates[3 * H :].tanh_()
 
 
-def _blocks(h: Tensor, work: bool) -> Iterator[tuple[slice, _Gates]]:
+def _blocks(h: Tensor, work: bool) -> Iterator[tuple[slice, _Workspace]]:
     """The blocks of coordinates, each with its working memory; only a shorter last block gets memory of its own."""
     D = h.shape[-1]
     size = max(16, _BLOCK_BYTES // (4 * h.shape[-2] * h.element_size()) // 16 * 16)
-    room = _Gates.room(h, min(size, D), work)
+    space = _Workspace.of_size(h, min(size, D), work)
     for start in range(0, D, size):
         n = min(size, D - start)
-        if n < room.line.shape[1]:
-            room = _Gates.room(h, n, work)
-        yield slice(start, start + n), room
+        if n < space.gates.shape[1]:
+            space = _Workspace.of_size(h, n, work)
+        yield slice(start, start + n), space
 
 
 class _Update(torch.autograd.Function):
@@ -139,32 +139,32 @@ class _Update(torch.autograd.Function):
         (c, h, m, forget, take), weights = State(*leaves[:5]), leaves[5:]
         ih, hh, bias_ih, bias_hh, forget_weight, forget_bias, take_weight, take_bias = weights
         B, _, D = h.shape
-        shown_g = preprocess(g)  # (B, 2, D)
+        g_inputs = preprocess(g)  # (B, 2, D)
         # The loss is the same for all coordinates, so its share of the product belongs to the bias.
         bias = (ih[..., :2] @ preprocess(loss)).squeeze(-1) + bias_ih + bias_hh
         cell = _sigmoids_first(torch.cat([hh, ih[..., 2:], bias.unsqueeze(-1)], -1))  # (B, 4H, H+3)
-        of_h, of_c, of_fed_back = _gate_weights(forget_weight, take_weight)
+        weight_h, weight_c, weight_fed_back = _gate_weights(forget_weight, take_weight)
         next_h, next_m, scores = torch.empty_like(h), torch.empty_like(m), h.new_empty(B, 2, D)  # f̃, ĩ
-        for at, room in _blocks(h, work=False):
-            i, f, o, new = room.line.chunk(4)
+        for at, space in _blocks(h, work=False):
+            i, f, o, new = space.gates.chunk(4)
             for b in range(B):
-                room.fill(cell[b], h[b, :, at], shown_g[b, :, at])
+                space.fill(cell[b], h[b, :, at], g_inputs[b, :, at])
                 m_now, h_now = next_m[b, :, at], next_h[b, :, at]
                 torch.mul(m[b, :, at], f, out=m_now).addcmul_(i, new)
-                torch.tanh(m_now, out=room.shown)
-                torch.mul(o, room.shown, out=h_now)
-                scores[b, :, at] = of_h[b] @ h_now
-        scores += of_c * c + of_fed_back * torch.cat([forget, take], 1)
+                torch.tanh(m_now, out=space.tanh_m)
+                torch.mul(o, space.tanh_m, out=h_now)
+                scores[b, :, at] = weight_h[b] @ h_now
+        scores += weight_c * c + weight_fed_back * torch.cat([forget, take], 1)
         scores += torch.stack([forget_bias, take_bias], 1)
         next_forget, next_take = (row.clone() for row in scores.chunk(2, 1))
         next_c = torch.sigmoid(next_forget) * c - torch.sigmoid(next_take) * g
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(loss, g, *leaves, cell, shown_g, next_m, next_forget, next_take)
+        ctx.save_for_backward(loss, g, *leaves, cell, g_inputs, next_m, next_forget, next_take)
         return next_c, next_h, next_m, next_forget, next_take
 
     @staticmethod
     def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
-        loss, g, *leaves, cell, shown_g, next_m, next_forget, next_take = ctx.saved_tensors
+        loss, g, *leaves, cell, g_inputs, next_m, next_forget, next_take = ctx.saved_tensors
         if torch.is_grad_enabled() or many_vectors(cotangents):  # second derivatives, or many vectors at once
             with torch.enable_grad():
                 return None, None, *_by_autograd(loss, g, leaves, cotangents)
@@ -180,46 +180,49 @@ class _Update(torch.autograd.Function):
         for row, d in enumerate(dscores):
             if d is not None:
                 slopes[:, row : row + 1] += d
-        of_h, of_c, of_fed_back = _gate_weights(forget_weight, take_weight)
-        c_before = of_c.mT @ slopes
+        weight_h, weight_c, weight_fed_back = _gate_weights(forget_weight, take_weight)
+        c_before = weight_c.mT @ slopes
         if dc is not None:
             c_before += dc * keeps
-        fed_back = of_fed_back * slopes
+        fed_back = weight_fed_back * slopes
         h_before = torch.empty_like(h) if ctx.needs_input_grad[3] else None
         m_before = torch.empty_like(m) if ctx.needs_input_grad[4] else None
-        dcell, above = torch.zeros_like(cell), h.new_zeros(B, 2, H)  # above: the gradient of the gates' weights of h
-        for at, room in _blocks(h, work=True):
-            i, f, o, new = room.line.chunk(4)
-            da, dh_now, dm_now = room.work[: 4 * H], room.work[4 * H : 5 * H], room.work[5 * H :]
+        dcell, dweight_h = (
+            torch.zeros_like(cell),
+            h.new_zeros(B, 2, H),
+        )
+        for at, space in _blocks(h, work=True):
+            i, f, o, new = space.gates.chunk(4)
+            da, dh_now, dm_now = space.work[: 4 * H], space.work[4 * H : 5 * H], space.work[5 * H :]
             di, df, do, dnew = da.chunk(4)
             for b in range(B):
-                room.fill(cell[b], h[b, :, at], shown_g[b, :, at])
-                torch.tanh(next_m[b, :, at], out=room.shown)
+                space.fill(cell[b], h[b, :, at], g_inputs[b, :, at])
+                torch.tanh(next_m[b, :, at], out=space.tanh_m)
                 slope = slopes[b, :, at]
-                torch.mm(of_h[b].T, slope, out=dh_now)
+                torch.mm(weight_h[b].T, slope, out=dh_now)
                 if dh is not None:
                     dh_now += dh[b, :, at]
                 torch.mul(dh_now, o, out=dm_now)
-                torch.ops.aten.tanh_backward.grad_input(dm_now, room.shown, grad_input=dm_now)
+                torch.ops.aten.tanh_backward.grad_input(dm_now, space.tanh_m, grad_input=dm_now)
                 if dm is not None:
                     dm_now += dm[b, :, at]
                 torch.mul(dm_now, new, out=di)
                 torch.mul(dm_now, m[b, :, at], out=df)
-                torch.mul(dh_now, room.shown, out=do)
+                torch.mul(dh_now, space.tanh_m, out=do)
                 torch.mul(dm_now, i, out=dnew)
-                torch.ops.aten.sigmoid_backward.grad_input(da[: 3 * H], room.line[: 3 * H], grad_input=da[: 3 * H])
+                torch.ops.aten.sigmoid_backward.grad_input(da[: 3 * H], space.gates[: 3 * H], grad_input=da[: 3 * H])
                 torch.ops.aten.tanh_backward.grad_input(dnew, new, grad_input=dnew)
                 if m_before is not None:
                     torch.mul(dm_now, f, out=m_before[b, :, at])
                 if h_before is not None:
                     h_before[b, :, at] = cell[b, :, :H].T @ da
-                dcell[b].addmm_(da, room.inputs.T)
-                above[b].addmm_(slope, torch.mul(o, room.shown, out=dh_now).T)  # slope ⊗ h_t
+                dcell[b].addmm_(da, space.inputs.T)
+                dweight_h[b].addmm_(slope, torch.mul(o, space.tanh_m, out=dh_now).T)  # slope ⊗ h_t
         dcell = _sigmoids_first(dcell)
         dbias = dcell[..., -1]
         dih = torch.cat([dbias.unsqueeze(-1) * preprocess(loss).mT, dcell[..., H:-1]], -1)
         rows = [slopes @ c.mT, (slopes * torch.cat([forget, take], 1)).sum(-1, keepdim=True)]
-        dupper, dupper_bias = torch.cat([above, *rows], -1), slopes.sum(-1)
+        dupper, dupper_bias = torch.cat([dweight_h, *rows], -1), slopes.sum(-1)
         dweights = (dih, dcell[..., :H], dbias, dbias)
         dgates = (dupper[:, :1], dupper_bias[:, :1], dupper[:, 1:], dupper_bias[:, 1:])
         return None, None, c_before, h_before, m_before, *fed_back.chunk(2, 1), *dweights, *dgates

@@ -25,8 +25,7 @@ class Conv4(nn.Module):
     """Four blocks of [3×3 convolution, batch norm, halving, ReLU] and a linear head.
 
     Vinyals et al. 2016; Finn et al. 2017. Batch norm uses the statistics of the batch that it is given, in training and
-    in
-    test. So predictions are transductive: a query's logits depend on the other queries beside it.
+    in test. So predictions are transductive: a query's logits depend on the other queries beside it.
 
     Args:
         ways: N, the outputs of the head.
