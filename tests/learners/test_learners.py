@@ -160,7 +160,7 @@ def test_a_head_in_unusual_clothes(rng: torch.Generator) -> None:
         assert learner.head == "3"
         task_gradient(learner, learner.init(rng), episode)
     scaled = ProtoNet(Scaled(), head="head")
-    with pytest.raises(ConfigError, match=r"return its output as it is"):
+    with pytest.raises(ConfigError, match=r"return that module's output unchanged"):
         scaled.adapt(scaled.init(rng), episode.support_x, episode.support_y)
 
 
