@@ -48,6 +48,7 @@ from metaheed.outer import (
     Tools,
     adam,
     attended,
+    gradient_without_initial_loss,
     initial_gradient,
     loss_softmax,
     map_im2col,
@@ -55,7 +56,6 @@ from metaheed.outer import (
     map_streamed,
     map_together,
     map_vectorized,
-    plain_gradient,
     replayed,
     sequential,
     task_gradient,
@@ -191,7 +191,7 @@ def tools_of(learner: Learner, execution: str, optimizer: OuterOptimizer, stream
         optimizer=optimizer,
         train=lambda t: streams.batch("training", t),
         probe=lambda t: streams.batch("probe", t),
-        plain_gradients=run(plain_gradient),
+        gradients_without_initial_loss=run(gradient_without_initial_loss),
     )
 
 

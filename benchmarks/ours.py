@@ -19,9 +19,9 @@ from metaheed.outer import (
     build_execution,
     build_optimizer,
     build_rule,
+    gradient_without_initial_loss,
     initial_gradient,
     pick_for_run,
-    plain_gradient,
     task_gradient,
 )
 from metaheed.running.process import cpu_threads, keep_freed_memory, make_deterministic
@@ -71,7 +71,7 @@ def build(setting: Setting, algorithm: str) -> Entry:
     learner = build_learner(config.learner, setting.ways, setting.image_shape, seed=0)
     if algorithm == AUTOGRAD:
         assert isinstance(learner, NetworkLearner)
-        learner.backbone.known = learner.backbone.known_on_cuda = None
+        learner.backbone.closed_form_on_cpu = learner.backbone.closed_form_on_cuda = None
     drawn, meta = learner.init(torch.Generator().manual_seed(0)), start(setting, algorithm)
     if {n: p.shape for n, p in drawn.items()} != {n: p.shape for n, p in meta.items()}:
         raise ValueError(f"the learner's parameters are {sorted(drawn)}, but it is to start from {sorted(meta)}")
@@ -90,7 +90,7 @@ def build(setting: Setting, algorithm: str) -> Entry:
         optimizer=OuterOptimizer(optimizer.init, step_and_note),
         train=train,
         probe=stream(setting, "probe") if algorithm == "ta-maml" else train,
-        plain_gradients=build_execution(config.training, _CPU, learner, plain_gradient),
+        gradients_without_initial_loss=build_execution(config.training, _CPU, learner, gradient_without_initial_loss),
     )
     rule = build_rule(config, torch.Generator().manual_seed(1))
     seen["state"] = OuterState(meta, optimizer.init(meta), rule.init(meta))

@@ -22,11 +22,11 @@ from metaheed.outer import (
     TaskAttention,
     Tools,
     adam,
-    adapted_outcome,
     attended,
     clipped,
+    evaluate_adapted,
+    evaluate_initial,
     initial_gradient,
-    initial_outcome,
     looped,
     loss_softmax,
     map_im2col,
@@ -220,7 +220,7 @@ def test_meta_gradient_is_the_finite_difference(learner: Learner, meta: Params, 
 
         def at(step: float, direction: Params = direction) -> float:
             moved = {n: p + step * direction[n] for n, p in meta.items()}
-            loss, _ = adapted_outcome(learner, moved, episode)
+            loss, _ = evaluate_adapted(learner, moved, episode)
             return float(loss)
 
         difference = (8 * (at(h) - at(-h)) - (at(2 * h) - at(-2 * h))) / (12 * h)
@@ -269,8 +269,8 @@ def test_tasks_do_not_touch_each_other(execution: str, learner: Learner, meta: P
 def test_training_and_test_adapt_identically(learner: Learner, meta: Params, batch: Episode) -> None:
     """The loss of the training step and that of evaluation are the same bits."""
     _, info = looped(learner)(meta, batch)
-    losses, accuracies = map_looped(lambda m, e: adapted_outcome(learner, m, e))(meta, batch)
-    before, _ = map_looped(lambda m, e: initial_outcome(learner, m, e))(meta, batch)
+    losses, accuracies = map_looped(lambda m, e: evaluate_adapted(learner, m, e))(meta, batch)
+    before, _ = map_looped(lambda m, e: evaluate_initial(learner, m, e))(meta, batch)
     assert torch.equal(info.query_loss, losses)
     assert torch.equal(info.query_accuracy, accuracies)
     assert torch.equal(info.initial_loss, before)

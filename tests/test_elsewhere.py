@@ -171,8 +171,8 @@ def test_protonet_at_any_number_of_ways(runs: Runs, metaheed: Run) -> None:
         tasks = Episodes(load_dataset("glyphs"), "test", ways, 1, 5, 0)
         learner, meta = package.load(run, ways=ways)
         task = tasks[4]
-        z = learner.backbone.into_head(learner.initial(meta), task.support_x, learner.head)  # type: ignore[attr-defined]
-        q = learner.backbone.into_head(learner.initial(meta), task.query_x, learner.head)  # type: ignore[attr-defined]
+        z = learner.backbone.head_input(learner.initial(meta), task.support_x, learner.head)  # type: ignore[attr-defined]
+        q = learner.backbone.head_input(learner.initial(meta), task.query_x, learner.head)  # type: ignore[attr-defined]
         right = torch.cdist(q, z).argmin(1) == task.query_y  # one shot: an image is its class's prototype
         assert float(right.double().mean()) == pytest.approx(result["accuracies"][4], abs=1e-6)
 

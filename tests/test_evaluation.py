@@ -14,7 +14,7 @@ import metaheed as package
 from metaheed.data import Dataset, Episodes, load_dataset
 from metaheed.files.seals import unseal_values
 from metaheed.learners import MAML
-from metaheed.outer import adapted_outcome, map_looped
+from metaheed.outer import evaluate_adapted, map_looped
 from metaheed.running.compare import ONE_SEED, compare
 from metaheed.running.evaluate import evaluate
 from metaheed.running.statistics import interval, t_interval, t_quantile
@@ -229,7 +229,7 @@ from functools import partial
 from metaheed.data import Episodes, load_dataset
 from metaheed.running.evaluate import evaluate
 from metaheed.learners import MAML, Conv4
-from metaheed.outer import adapted_outcome, map_looped
+from metaheed.outer import evaluate_adapted, map_looped
 torch.set_num_threads(1)
 learner = MAML(Conv4(5, (1, 28, 28), hidden=8), adaptation_steps=2)
 meta = learner.init(torch.Generator().manual_seed(0))
@@ -238,7 +238,7 @@ peaks = []
 def note(done):
     if done in (100, 1000):
         peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-evaluate(map_looped(partial(adapted_outcome, learner)), meta, episodes, 1000, note)
+evaluate(map_looped(partial(evaluate_adapted, learner)), meta, episodes, 1000, note)
 print(peaks[1] - peaks[0])
 """
 
@@ -254,9 +254,9 @@ def test_evaluation_keeps_no_graph(small_dataset: Dataset) -> None:
     learner = MAML(Tiny(3, (1, 16, 16)))
     meta = {n: p.requires_grad_() for n, p in learner.init(torch.Generator()).items()}
     episodes = Episodes(small_dataset, "test", 3, 1, 3, 0)
-    loss, accuracy = adapted_outcome(learner, meta, episodes[0])
+    loss, accuracy = evaluate_adapted(learner, meta, episodes[0])
     assert not loss.requires_grad
     assert not accuracy.requires_grad
-    outcomes = evaluate(map_looped(lambda m, e: adapted_outcome(learner, m, e)), meta, episodes, 23)
+    outcomes = evaluate(map_looped(lambda m, e: evaluate_adapted(learner, m, e)), meta, episodes, 23)
     assert outcomes.accuracies.shape == (23,)
     assert float(outcomes.losses[0]) == pytest.approx(float(loss))

@@ -42,7 +42,7 @@ OURS = [*SMALL, "--backbone", "conv4-32", "--val-every", 1, "--val-tasks", 2]
     [
         ("maml", "FusedWeightNorm", r"meta-gradient of the network is wrong"),
         ("maml", "FusedWeightNorm", r"the first derivative is right, so the second derivative of an operation"),
-        ("maml", "Distances", r"What helps: it works with --first-order; second derivatives are there if"),
+        ("maml", "Distances", r"What helps: it works with --first-order; write the operation in plain tensor"),
         ("metasgd", "Distances", r"it works with --first-order"),
         ("maml", "Attending", r"it works with --first-order; attention has second derivatives with torch.nn.attention"),
         ("maml", "Checkpointed", r"remove torch.utils.checkpoint from it, and save memory with --recompute"),

@@ -395,13 +395,13 @@ def test_networks_that_cannot_be_meta_learned_are_refused(
 
 
 def test_a_non_finite_validation_stops_too(metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = estimate.adapted_outcome
+    original = estimate.evaluate_adapted
 
     def poisoned(learner: object, meta: object, episode: object) -> tuple[torch.Tensor, torch.Tensor]:
         loss, accuracy = original(learner, meta, episode)  # type: ignore[arg-type]
         return loss * float("nan"), accuracy
 
-    monkeypatch.setattr("metaheed.running.session.adapted_outcome", poisoned)
+    monkeypatch.setattr("metaheed.running.session.evaluate_adapted", poisoned)
     status, _, err = metaheed("train", "maml", *SMALL, "--iterations", 10, "--out", tmp_path / "run")
     assert (status, "validation after iteration 4: the loss of task 1 of the val tasks is not finite" in err) == (
         1,

@@ -1,8 +1,8 @@
-"""The values that every part exchanges, and the legend of shapes.
+"""The values that all parts exchange, and the legend of shapes.
 
-Legend: N ways, K shots, Q queries per class, B tasks in a meta-batch, C×H×W an image.
-A *batched* Episode or TaskInfo has a leading axis B in every field; batched Params (one gradient a task) have it in
-every leaf.
+Legend: N ways, K shots, Q queries per class, B tasks in a meta-batch; an image is C×H×W.
+A *batched* Episode or TaskInfo has a leading axis B in every field. Batched Params hold one gradient a task and have
+that axis in every leaf.
 """
 
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 Params = dict[str, Tensor]
-"""Parameters, or gradients of them, by dotted name, as `nn.Module.named_parameters` names them."""
+"""Parameters, or gradients of them, by the dotted names that `nn.Module.named_parameters` gives."""
 
 
 class Episode(NamedTuple):
-    """One task: a small classification problem and the questions it is judged by."""
+    """One task: a support set to adapt on, and a query set to be judged on."""
 
     support_x: Tensor
     """(N·K, C, H, W) images to adapt on, class by class."""
@@ -27,7 +27,7 @@ class Episode(NamedTuple):
 
 
 class TaskInfo(NamedTuple):
-    """What attention sees of one task, 0-d each; batched: (B,). All in θ's dtype."""
+    """The numbers of one task that attention sees, 0-d each; batched: (B,). All are in θ's dtype."""
 
     query_loss: Tensor
     """L*ᵀ: mean query cross-entropy after adaptation, in nats."""

@@ -115,7 +115,7 @@ def test_derivatives_through_adaptation_of_any_order_by_plain_autograd() -> None
     results = []
     for network in (Conv4(WAYS, (1, 16, 16), hidden=3), Subclass(WAYS, (1, 16, 16), hidden=3)):
         learner = MAML(network, adaptation_steps=2, fast_lr=0.2)
-        assert (learner.backbone.known is None) == isinstance(network, Subclass)
+        assert (learner.backbone.closed_form_on_cpu is None) == isinstance(network, Subclass)
         meta = {n: p.double().requires_grad_() for n, p in learner.init(torch.Generator().manual_seed(0)).items()}
         adapted = learner.adapt(meta, x, y)
         loss = nn.functional.cross_entropy(learner.predict(adapted, query_x), query_y)
@@ -455,7 +455,7 @@ def test_float32_on_images_with_a_constant_background(shots: int) -> None:
 def test_images_of_another_size_are_refused() -> None:
     learner = MAML(Conv4(WAYS, (1, 32, 32), hidden=4), adaptation_steps=1)
     meta, x, y = learner.init(torch.Generator()), torch.rand(3, 1, 64, 64), torch.arange(3)
-    message = r"64×64 pixels, of which the network's last block leaves 16 places.*for 4"
+    message = r"64×64 pixels leave 16 places after the network's last block.*for 4"
     with pytest.raises(ConfigError, match=message):
         learner.adapt(meta, x, y)
     with pytest.raises(ConfigError, match=message):

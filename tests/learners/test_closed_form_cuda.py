@@ -149,8 +149,8 @@ LEARNERS: dict[str, Callable[[nn.Module], Learner]] = {
 
 def on_kernels(learner: Any) -> Any:
     """The learner, made to use the kernels where it would use the closed form of a CPU."""
-    learner.backbone.known = learner.backbone.known_on_cuda
-    assert isinstance(learner.backbone.known, ClosedFormCUDA)
+    learner.backbone.closed_form_on_cpu = learner.backbone.closed_form_on_cuda
+    assert isinstance(learner.backbone.closed_form_on_cpu, ClosedFormCUDA)
     return learner
 
 
@@ -265,7 +265,7 @@ def test_a_label_that_is_no_class_gives_no_loss(label: int) -> None:
 @pytest.mark.parametrize("y", [torch.zeros(2, 2), torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, 2, WAYS)])
 def test_what_is_not_a_label_is_refused(y: Tensor) -> None:
     net = Conv4(WAYS, (1, 16, 16), hidden=1)
-    with pytest.raises(ValueError, match=r"need \(2, 2\) of torch.int64: one class in \[0, 3\) an image"):
+    with pytest.raises(ValueError, match=r"need \(2, 2\) of torch.int64: one class in \[0, 3\) for each image"):
         known(net).gradient(drawn(net, 2, 1), torch.randn(2, 2, 1, 16, 16), y)
 
 
@@ -275,7 +275,7 @@ def test_a_rate_that_is_learned_has_a_gradient() -> None:
     for learner in (MAML(net, adaptation_steps=1), on_kernels(MAML(net, adaptation_steps=1))):
         rate = torch.tensor(0.2, requires_grad=True)
         learner.fast_lr = rate
-        meta = module.copies(learner.init(torch.Generator().manual_seed(0)), 2)
+        meta = module.copies_for_kernels(learner.init(torch.Generator().manual_seed(0)), 2)
         adapted = learner.adapt(meta, batch.support_x, batch.support_y)
         slopes += torch.autograd.grad(torch.stack([p.square().sum() for p in adapted.values()]).sum(), rate)
     torch.testing.assert_close(slopes[0], slopes[1], rtol=1e-4, atol=1e-5)
@@ -286,7 +286,7 @@ def test_a_gradient_that_is_changed_changes_no_derivative() -> None:
     learner = on_kernels(MAML(net))
     products = []
     for factor in (1, 100):
-        start = module.copies(learner.init(torch.Generator().manual_seed(0)), 2)
+        start = module.copies_for_kernels(learner.init(torch.Generator().manual_seed(0)), 2)
         at = {n: p.requires_grad_() for n, p in start.items()}
         gradient, _, _ = learner.loss_gradient(at, batch.support_x, batch.support_y)
         total = torch.stack([g.sum() for g in gradient.values()]).sum()
@@ -380,7 +380,7 @@ def test_importing_the_package_does_not_import_triton() -> None:
 def test_copies_lie_as_the_kernels_want_them(rng: torch.Generator) -> None:
     net = Conv4(WAYS, (3, 16, 16), hidden=4)
     meta = MAML(net).init(rng)
-    copied = module.copies(meta, 3)
+    copied = module.copies_for_kernels(meta, 3)
     for name, p in meta.items():
         assert torch.equal(copied[name], p.expand(3, *p.shape))
     weight: Tensor = copied["body.1.conv.weight"]

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from metaheed.errors import ConfigError
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD, ProtoNet
 from metaheed.learners.meta_lstm_update import preprocess
-from metaheed.outer import initial_gradient, initial_outcome, looped, task_gradient, vectorized
+from metaheed.outer import evaluate_initial, initial_gradient, looped, task_gradient, vectorized
 from tests.conftest import make_batch, task
 from tests.networks import Tiny
 
@@ -160,7 +160,7 @@ def test_a_head_in_unusual_clothes(rng: torch.Generator) -> None:
         assert learner.head == "3"
         task_gradient(learner, learner.init(rng), episode)
     scaled = ProtoNet(Scaled(), head="head")
-    with pytest.raises(ConfigError, match=r"return its output as it is"):
+    with pytest.raises(ConfigError, match=r"return that module's output unchanged"):
         scaled.adapt(scaled.init(rng), episode.support_x, episode.support_y)
 
 
@@ -169,7 +169,7 @@ def test_protonet_before_adaptation_finds_all_classes_alike(rng: torch.Generator
     theta = learner.init(rng)
     assert set(theta) == {n for n, _ in Conv4(WAYS, SHAPE, hidden=4).named_parameters() if not n.startswith("head")}
     episode = task(make_batch(1, WAYS, 2, 2, SHAPE, torch.float32), 0)
-    loss, _ = initial_outcome(learner, theta, episode)
+    loss, _ = evaluate_initial(learner, theta, episode)
     assert float(loss) == pytest.approx(math.log(WAYS))
     g, _ = initial_gradient(learner, theta, episode)
     assert all(not leaf.any() for leaf in g.values())

@@ -359,7 +359,7 @@ class Remembering(nn.Module):
 def test_a_slow_memory_is_found(episode: Episode) -> None:
     learner = MAML(Remembering())
     with pytest.raises(
-        ConfigError, match=r"other logits once it was called with others: it keeps something of a call in memory"
+        ConfigError, match=r"different logits after a call with other images: it keeps something of a call in memory"
     ):
         check_gradient(learner, learner.init(torch.Generator()), episode)
 
@@ -570,7 +570,7 @@ def test_learners_pickle_and_copy(kind: str, network: str, used: bool) -> None:
         expected = _adapted(learner, meta, episode)
     for other in others:
         assert torch.equal(_adapted(other, meta, episode), expected)
-        assert (other.backbone.known is None) == (learner.backbone.known is None)
+        assert (other.backbone.closed_form_on_cpu is None) == (learner.backbone.closed_form_on_cpu is None)
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated", "ignore:weight norm", "ignore:the singular vectors")

@@ -148,7 +148,7 @@ def test_stands_alone() -> None:
         "import sys, importlib.util as u, metaheed.types;"
         "before = {m for m in sys.modules if m.startswith('metaheed')};"
         "from pathlib import Path; import metaheed;"
-        "path = Path(metaheed.__file__).parent / 'outer/attention.py';"
+        "path = Path(metaheed.__file__).parent / 'rules/attention.py';"
         "spec = u.spec_from_file_location('alone', path); module = u.module_from_spec(spec);"
         "spec.loader.exec_module(module);"
         "assert {m for m in sys.modules if m.startswith('metaheed')} == before, sys.modules"

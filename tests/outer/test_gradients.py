@@ -11,7 +11,7 @@ from torch import nn
 from metaheed.errors import ConfigError
 from metaheed.learners import MAML, Conv4
 from metaheed.outer import (
-    adapted_outcome,
+    evaluate_adapted,
     initial_gradient,
     looped,
     map_im2col,
@@ -28,7 +28,7 @@ from tests.networks import Tiny
 from tests.reference import assert_close
 
 SHAPE = (1, 16, 16)
-FUNCTIONS: list[Callable[..., Any]] = [task_gradient, initial_gradient, adapted_outcome]
+FUNCTIONS: list[Callable[..., Any]] = [task_gradient, initial_gradient, evaluate_adapted]
 EXECUTIONS: dict[str, Callable[..., Any]] = {
     "looped": lambda learner, function: map_looped(partial(function, learner)),
     "threaded": lambda learner, function: map_threaded(learner, function, 2),

@@ -19,7 +19,7 @@ from metaheed.config import default_config
 from metaheed.engine.executions.processes import AVAILABLE, Workers
 from metaheed.errors import ConfigError, WorkerError
 from metaheed.learners import MAML, Conv4, Learner, MetaLSTM
-from metaheed.outer import adapted_outcome, task_gradient, vectorized
+from metaheed.outer import evaluate_adapted, task_gradient, vectorized
 from metaheed.running.process import memory_explained
 from metaheed.types import Episode, Params
 from tests.conftest import ROOT, make_batch
@@ -67,7 +67,7 @@ def test_bits_are_those_of_the_same_tasks_together(tasks: int) -> None:
             for name in meta:
                 assert torch.equal(gradient[name], torch.cat([g[name] for g, _ in parts]))
             assert torch.equal(info.grad_norm, torch.cat([i.grad_norm for _, i in parts]))
-            losses, _ = workers.map(adapted_outcome, meta, batch)
+            losses, _ = workers.map(evaluate_adapted, meta, batch)
             assert torch.equal(losses, info.query_loss)
     finally:
         torch.set_num_threads(before)
@@ -202,7 +202,7 @@ def test_workers_do_not_keep_the_modes_of_their_first_use(mode: Callable[[], Abs
     workers = Workers(learner, 2)
     batch = make_batch(2, 3, 1, 2, SHAPE, torch.float32)
     with mode():
-        workers.map(adapted_outcome, meta, batch)
+        workers.map(evaluate_adapted, meta, batch)
     gradient, _ = workers.map(task_gradient, meta, batch)
     expected, _ = Workers(learner, 2).map(task_gradient, meta, batch)
     for name in meta:

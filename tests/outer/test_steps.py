@@ -387,7 +387,7 @@ class FakeCuda:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "", frozen: bool = False) -> None:
         self.replays, self.resets = 0, 0
         outer, made = self, list[Any]()
-        original = module.captured
+        original = module.capture_step
 
         class Graph:
             def replay(self) -> None:
@@ -427,7 +427,7 @@ class FakeCuda:
         }
         for name, value in fake.items():
             monkeypatch.setattr(torch.cuda, name, value)
-        monkeypatch.setattr(module, "captured", noted)
+        monkeypatch.setattr(module, "capture_step", noted)
         self.modes = modes
 
 
@@ -458,8 +458,8 @@ def test_what_cannot_be_captured_goes_on_step_by_step(
     blocks = training.buffered(3, capture=True, notice=notices.append)
     assert advance(blocks, 0, 6) == advance(plain, 0, 6)
     assert same_bits(blocks.state, plain.state)
-    reason = trouble.get("fails", "replayed, it gives other numbers than called")
+    reason = trouble.get("fails", "a replay gives other numbers than a call")
     assert len(notices) == 1
     assert reason in notices[0]
-    assert "going on step by step" in notices[0]
+    assert "the steps are made one by one" in notices[0]
     blocks.close()

@@ -1,1 +1,1 @@
-"""How the meta-gradients of a batch are computed on a machine: estimated, executed, and made into outer steps."""
+"""The engine: computes a batch's meta-gradients on a machine and makes outer steps of them."""

@@ -1,4 +1,4 @@
-"""Which learners work on the tasks of a batch side by side, every argument with a leading axis of tasks."""
+"""Which learners can adapt many tasks side by side, where every argument has a leading axis of tasks."""
 
 import functools
 
@@ -9,18 +9,18 @@ from metaheed.types import Params
 
 
 def has_closed_form(learner: Learner) -> bool:
-    """Whether its own arithmetic is elementwise in the parameters, and its network known in closed form."""
+    """Whether the learner's own arithmetic is elementwise in the parameters, and its network has a closed form."""
     if not isinstance(learner, NetworkLearner) or not _is_elementwise(type(learner)):  # type: ignore[arg-type]
         return False
-    return learner.network is not None and learner.network.known is not None
+    return learner.network is not None and learner.network.closed_form_on_cpu is not None
 
 
 @functools.cache
 def _is_elementwise(kind: type) -> bool:
-    """Whether a class of learners says so of its arithmetic, or inherits all arithmetic from one that does.
+    """Whether a class of learners declares `elementwise = True`, or inherits all its arithmetic from one that does.
 
-    A subclass that only adds to a learner (a constructor, a method of another name) computes as that one does. One that
-    replaces a part of it may do anything, and has to say `elementwise = True` itself.
+    A subclass that only adds to a learner (a constructor, new methods) computes the same as the learner. A subclass
+    that replaces one of the learner's methods may compute anything, and has to declare `elementwise = True` itself.
     """
     for place, ancestor in enumerate(kind.__mro__):
         if "elementwise" in vars(ancestor):
@@ -30,13 +30,13 @@ def _is_elementwise(kind: type) -> bool:
 
 
 def takes_batches(learner: Learner, meta: Params, x: Tensor) -> bool:
-    """Whether the learner's functions also work on many tasks at once: every argument with a leading axis of tasks.
+    """Whether the learner's functions also take many tasks at once, every argument with a leading axis of tasks.
 
-    So they do where it has a closed form, and that applies to these tensors.
+    This is so if the learner has a closed form that applies to these tensors.
 
     Args:
-        learner: a subclass of ours that replaces a part of it counts as unknown, unless it says `elementwise = True`.
-        meta: θ, without that axis.
+        learner: any learner. A subclass of ours that replaces a method must declare `elementwise = True`.
+        meta: θ, without the axis of tasks.
         x: images (B, n, C, H, W).
     """
     if x.dim() != 5 or not has_closed_form(learner):

@@ -1,4 +1,7 @@
-"""Outer steps in blocks over buffers of fixed place, which on CUDA are captured in a graph."""
+"""Outer steps in blocks over static buffers, which on CUDA are captured in a graph.
+
+steps.py describes the buffers and the steps over them, with the legend of shapes.
+"""
 
 import contextlib
 import time
@@ -17,35 +20,33 @@ from metaheed.engine.steps import (
     OneByOne,
     Stop,
     Streams,
-    _copied,
+    copy_state,
     finite_tasks,
     first_non_finite,
     raise_non_finite_state,
     raise_non_finite_task,
-    watched,
+    watched_tools,
 )
 from metaheed.rules.rule import Gradients, OuterState, Rule, StepRecord, Tools
 from metaheed.types import Episode, Params, TaskInfo
 
-_PATIENCE = 2.0  # seconds that a block takes at most where its steps take as long as those before
-
-
-_COLUMNS = len(TaskInfo._fields) + 1  # what attention sees of a task, and its weight
+_PATIENCE = 2.0  # the most seconds for a block, estimated from the steps before it
+_COLUMNS = len(TaskInfo._fields) + 1  # what attention sees of a task, and the task's weight
 
 
 class Buffered:
-    """The same steps over static buffers, in blocks; where it can be, captured in a CUDA graph.
+    """Makes the steps in blocks over static buffers; captured in a CUDA graph if that is asked for and possible.
 
-    The first step is made one by one: rules that keep something for the next step begin with it, and it shows which
-    batches the rule asks for. A step that cannot be captured, since its network or rule reads a value on the host, is
-    made one by one for good, with a notice.
+    The first step is made by `OneByOne`: rules that keep something for the next step begin with it, and it shows which
+    batches the rule asks for. If a step cannot be captured, because the network or the rule reads a value on the host,
+    `OneByOne` makes all steps from then on, with a notice.
 
     Args:
         rule, tools, streams, state: as for `OneByOne`.
-        block: k.
-        capture: into a CUDA graph; the state lies on a CUDA device.
-        notice: told why a step could not be captured.
-        interrupting: as for `OneByOne`, around the steps that are made one by one.
+        block: k, the most steps in a block.
+        capture: capture the step in a CUDA graph; the state must lie on a CUDA device.
+        notice: is called with the reason if a step cannot be captured.
+        interrupting: as for `OneByOne`, for the steps that it makes.
     """
 
     def __init__(
@@ -67,18 +68,18 @@ class Buffered:
         self._graph: torch.cuda.CUDAGraph | None = None
         self._capture, self._notice = capture, notice
         self._given_up = False
-        # A device is given a block's steps all at once: of slow ones few, or a stop asked for would be waited for long.
-        self._most = self._planned = min(block, 2) if capture else block
-        """Steps of this block at most, and of the next one, whose batches are drawn meanwhile."""
+        # A device gets all steps of a block at once. If steps are slow, blocks must be short, so that a stop is quick.
+        self._most_steps = self._most_steps_next = min(block, 2) if capture else block
+        """The most steps of this block, and of the next one, whose batches are drawn meanwhile."""
         self._drawing = _Drawing(streams)
 
     @property
     def state(self) -> OuterState:
-        """See `Steps`; a copy."""
+        """See `Steps`; here it is a copy."""
         if self._single is not None:
             return self._single.state
         assert self._buffers is not None  # one of the two is there
-        return _copied(self._buffers.state)
+        return copy_state(self._buffers.state)
 
     def advance(self, t: int, count: int, stop: Stop) -> Iterator[StepRecord]:
         """See `Steps`."""
@@ -89,39 +90,40 @@ class Buffered:
                 self._single.close()
                 self._buffers, self._single = self._over_buffers(self._single.state, self._single.asked), None
             return
-        count = min(count, self._most)
+        count = min(count, self._most_steps)
         self._buffers.begin(t, self._drawing.take(self._buffers.spans, t, count))
         if self._capture and self._graph is None:
             self._try_capture(self._buffers, t, count)
             if self._graph is None:
-                return  # to be called again, for a step by itself
-        self._drawing.ahead(self._buffers.spans, t + count, self._planned)
+                return  # the caller calls again, and `OneByOne` makes the step
+        self._drawing.ahead(self._buffers.spans, t + count, self._most_steps_next)
         step = self._buffers.step if self._graph is None else self._graph.replay
         began, done = time.monotonic(), 0
         while done < count and not stop():
             step()
             done += 1
         for number, record in enumerate(self._buffers.read(done)):
-            if number == 0 and self._graph is not None:  # the device has made them all
+            if number == 0 and self._graph is not None:  # the device has finished the block
                 taken = max(time.monotonic() - began, 1e-9)
-                self._most, self._planned = self._planned, max(1, min(self.block, int(_PATIENCE * done / taken)))
+                self._most_steps = self._most_steps_next
+                self._most_steps_next = max(1, min(self.block, int(_PATIENCE * done / taken)))
             yield record
 
     def _try_capture(self, buffers: "_Buffers", t: int, count: int) -> None:
-        """Capture the step, or give the buffers up."""
-        before = _copied(buffers.state)
+        """Capture the step; if that fails, give the buffers up and go on with `OneByOne`."""
+        before = copy_state(buffers.state)
         try:
-            self._graph = captured(buffers, before, t, min(count, 2))
+            self._graph = capture_step(buffers, before, t, min(count, 2))
         except RuntimeError as error:
             first: BaseException = error
-            while isinstance(first.__context__, RuntimeError):  # a capture that failed fails to end, too
+            while isinstance(first.__context__, RuntimeError):  # ending a failed capture fails too
                 first = first.__context__
             reason = str(first).strip().partition("\n")[0]
-            self._notice(f"the outer step is not captured in a CUDA graph ({reason}): going on step by step")
+            self._notice(f"the outer step is not captured in a CUDA graph ({reason}): the steps are made one by one")
             self._single, self._buffers, self._given_up = self._one_by_one(before), None, True
 
     def close(self) -> None:
-        """Stop the drawing, and give the graph's memory back."""
+        """End the thread that draws, and free the graph's memory."""
         self._drawing.close()
         if self._single is not None:
             self._single.close()
@@ -133,7 +135,10 @@ class Buffered:
 
 
 class _Buffers:
-    """The static buffers and the step over them; `begin`, then `step` as often as batches were given, then `read`."""
+    """The static buffers, and the step over them.
+
+    Call `begin`, then `step` at most as often as there are batches, then `read`.
+    """
 
     def __init__(
         self,
@@ -144,10 +149,10 @@ class _Buffers:
         state: OuterState,
         asked: Mapping[str, set[int]],
     ) -> None:
-        self.state = _copied(state)
+        self.state = copy_state(state)
         self.spans = {stream: range(min(offsets), max(offsets) + 1) for stream, offsets in asked.items()}
         self._rule, self._streams, self._block = rule, streams, block
-        self._tools: Tools | None = watched(tools, self._noted, self._batch)
+        self._tools: Tools | None = watched_tools(tools, self._noted, self._batch)
         self.device = device = next(iter(self.state.meta.values())).device
         self._t, self._first = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
         self._places = torch.arange(block, device=device)
@@ -156,20 +161,20 @@ class _Buffers:
             episodes = streams.episodes[stream]
             shape = (block + len(span) - 1, streams.tasks, episodes.ways, episodes.shots + episodes.queries)
             self._rows[stream] = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._records: Tensor | None = None  # as wide as the first step finds
+        self._records: Tensor | None = None  # its width is known after the first step
         self._layout = _Layout(0, [])
         self._finite: list[Tensor] = []
         self._tasks: list[tuple[str, int]] = []
 
     def begin(self, t: int, rows: Mapping[str, np.ndarray]) -> None:
-        """A block from iteration t on, with the rows of its batches; the host copies, and fills two numbers."""
+        """Begin a block at iteration t, with the rows of its batches; the host copies them and fills two numbers."""
         for stream, drawn in rows.items():
             self._rows[stream][: len(drawn)].copy_(torch.from_numpy(drawn))
         self._t.fill_(t)
         self._first.fill_(t)
 
     def restore(self, state: OuterState, t: int) -> None:
-        """Go back to this state before iteration t of the same block, and to empty records."""
+        """Go back to this state, before iteration t of the same block, and empty the records."""
         if self._records is not None:
             self._records.zero_()
         for ours, theirs in zip(self.state, state, strict=True):
@@ -178,9 +183,9 @@ class _Buffers:
         self._t.fill_(t)
 
     def step(self) -> None:
-        """One outer step, a function of the buffers alone."""
+        """Make one outer step, which is a function of the buffers alone."""
         self._finite, self._tasks = [], []
-        # The rule hands t on without looking at it: see rules.py.
+        # The rule does not read the value of t: see rules/rule.py.
         assert self._tools is not None  # not closed
         state, record = self._rule.step(self.state, self._t, self._tools)  # type: ignore[arg-type]
         found = [*record.info, record.weights, *torch.cat(self._finite, dim=1), first_non_finite(state).reshape(1)]
@@ -195,7 +200,7 @@ class _Buffers:
         self._t.add_(1)
 
     def read(self, count: int) -> Iterator[StepRecord]:
-        """The records of the block's first `count` steps; waits for the device."""
+        """Yield the records of the block's first `count` steps, after waiting for the device."""
         if count == 0:
             return
         assert self._records is not None  # a step has been made
@@ -208,7 +213,7 @@ class _Buffers:
             yield StepRecord(TaskInfo(*info), weights)
 
     def close(self) -> None:
-        """Let go of the tools: they are closures over this object, which would keep it."""
+        """Drop the tools, which are closures over this object and would keep it alive."""
         self._tools = None
 
     def peek(self, count: int) -> Tensor:
@@ -232,29 +237,33 @@ class _Buffers:
         return noted
 
     def _keep(self, state: OuterState) -> None:
-        """Write the next state over this one."""
+        """Overwrite the state with the next one."""
         pairs = []
         for ours, theirs in zip(self.state, state, strict=True):
             if ours.keys() != theirs.keys():
                 raise RuntimeError(f"the rule's step changed its state's names: {sorted({*ours} ^ {*theirs})}")
             pairs += [(leaf, theirs[name].detach()) for name, leaf in ours.items() if theirs[name] is not leaf]
-        # A rule may hand on what it was given under another name: that must be read before it is overwritten.
+        # A rule may return a tensor of the old state under another name, which is copied before it is overwritten.
         held = {leaf.untyped_storage()._cdata for tree in self.state for leaf in tree.values()}
         pairs = [(leaf, new.clone() if new.untyped_storage()._cdata in held else new) for leaf, new in pairs]
-        for dtype in {leaf.dtype for leaf, _ in pairs}:  # those of one dtype are copied by one kernel
+        for dtype in {leaf.dtype for leaf, _ in pairs}:  # one kernel copies all leaves of a dtype
             alike = [pair for pair in pairs if pair[0].dtype == dtype]
             torch._foreach_copy_([leaf for leaf, _ in alike], [new for _, new in alike])
 
 
 class _Layout(NamedTuple):
-    """What a row of the records holds: _COLUMNS columns of `tasks` (infos, weights), 2 of `named` (finite), 1."""
+    """The layout of a row of the records, in columns.
+
+    _COLUMNS · tasks (infos and weights), then 2 · named (whether losses and gradients are finite), then 1 (the position
+    of the first number of the state that is not finite).
+    """
 
     tasks: int
     named: list[tuple[str, int]]
 
 
 class _Drawing:
-    """Draws the rows of a block, and those of the next one ahead on a thread."""
+    """Draws the rows of a block's batches, and those of the next block ahead of time on a thread."""
 
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
@@ -269,32 +278,33 @@ class _Drawing:
         }
 
     def ahead(self, spans: Mapping[str, range], t: int, count: int) -> None:
-        """Begin to draw the rows of iterations t … t+count−1."""
+        """Begin to draw the rows of iterations t … t+count−1 on the thread."""
         self._next = (t, count, self._pool.submit(apart_from_forks, self._draw, spans, t, count))
 
     def take(self, spans: Mapping[str, range], t: int, count: int) -> dict[str, np.ndarray]:
-        """For iterations t … t+count−1 the rows of each stream's batches, from t+span.start on."""
+        """The rows of each stream's batches for iterations t … t+count−1, from batch t+span.start on."""
         if self._next is not None and self._next[0] == t and self._next[1] >= count:
             drawn = self._next[2].result()
             return {stream: drawn[stream][: count + len(span) - 1] for stream, span in spans.items()}
         return self._draw(spans, t, count)
 
     def close(self) -> None:
-        """End the thread, also one that is drawing."""
+        """End the thread, even while it is drawing."""
         self._closed = True
         self._pool.shutdown(cancel_futures=True)
 
 
-def captured(buffers: _Buffers, before: OuterState, t: int, compared: int) -> torch.cuda.CUDAGraph:
-    """The step over these buffers as a CUDA graph; the buffers are left as they were, at `before` and iteration t.
+def capture_step(buffers: _Buffers, before: OuterState, t: int, compared: int) -> torch.cuda.CUDAGraph:
+    """Capture the step over these buffers in a CUDA graph. The buffers are left at the state `before` and iteration t.
 
-    1. Warm-up: libraries set themselves up outside the graph, on the stream that is captured later. The last of these
-       steps may not make the host wait: what would, cannot be captured.
+    1. Warm-up steps on the stream that is captured later, in which libraries initialise themselves outside the graph.
+       All but the first of them fail if they make the host wait, because such a step cannot be captured.
     2. The capture, which computes nothing.
-    3. A few replayed steps against those of the warm-up: a network that keeps something from call to call is found.
+    3. A few replayed steps, whose records are compared with those of the warm-up: they differ if the network keeps
+       something from one call to the next.
 
     Raises:
-        RuntimeError: the step makes the host wait, cannot be captured, or is another one when it is replayed.
+        RuntimeError: the step makes the host wait, cannot be captured, or gives other numbers when it is replayed.
     """
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(buffers.device):
@@ -316,15 +326,15 @@ def captured(buffers: _Buffers, before: OuterState, t: int, compared: int) -> to
             graph.replay()
         found = buffers.peek(compared)
         buffers.restore(before, t)
-    # Numbers that are not finite are the training's to report, and kernels may round differently from call to call.
+    # NaN is reported by the training loop, and kernels may round differently from call to call.
     if not torch.allclose(found, expected, rtol=1e-2, atol=1e-4, equal_nan=True):
-        raise RuntimeError("replayed, it gives other numbers than called: it keeps something from call to call")
+        raise RuntimeError("a replay gives other numbers than a call: something is kept from one call to the next")
     return graph
 
 
 @contextlib.contextmanager
 def _no_waiting() -> Iterator[None]:
-    """Whatever makes the host wait for the device raises RuntimeError."""
+    """Inside this context, whatever makes the host wait for the device raises RuntimeError."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -1,6 +1,6 @@
-"""The per-task meta-gradient g_i = ∇_θ L_i*(φ_iᵀ), and how a meta-batch of them is executed.
+"""The per-task meta-gradient g_i = ∇_θ L_i*(φ_iᵀ), and the loss and accuracy of a task before and after adaptation.
 
-Legend: B tasks; Params with a leading B hold one gradient a task; TaskInfo batched holds (B,) in each field.
+Legend: batched Params have a leading axis B of tasks in every leaf; a batched TaskInfo holds (B,) in each field.
 """
 
 import functools
@@ -19,7 +19,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def _in_any_mode(function: F) -> F:
-    """The function of a task, its derivatives recorded even under torch.inference_mode, and of tensors made there."""
+    """Wrap a function of one task so that its derivatives can be recorded even under torch.inference_mode.
+
+    Tensors that were made in that mode are copied, because autograd refuses them.
+    """
 
     @functools.wraps(function)
     def outside(learner: Learner, meta: Params, episode: Episode, *args: Any, **kwargs: Any) -> Any:
@@ -34,29 +37,29 @@ def _in_any_mode(function: F) -> F:
 
 @_in_any_mode
 def task_gradient(learner: Learner, meta: Params, episode: Episode, initial: bool = True) -> tuple[Params, TaskInfo]:
-    """g = ∇_θ L*(φᵀ) of one task, and what attention sees of it.
+    """g = ∇_θ L*(φᵀ) of one task, and the numbers of it that attention sees.
 
-    With v = ∇_φ L*(φᵀ), g is v pulled back through the adaptation; so ‖v‖ costs nothing extra and the query pass needs
-    no second derivative. A learner with an `estimate` of its own (Reptile) says itself what g is.
-
-    θ counts as a constant: no graph is kept to it even if it requires gradients.
+    With v = ∇_φ L*(φᵀ), g is v pulled back through the adaptation. So ‖v‖ costs nothing extra, and the query pass needs
+    no second derivative. θ counts as a constant: no graph is kept to it, even if it requires gradients. A learner with
+    an `estimate` of its own (Reptile) says itself what g is.
 
     Args:
-        learner: adapts.
+        learner: how the task is adapted.
         meta: θ.
         episode: the task.
-        initial: also compute L*⁰, which takes a forward pass of the query set; else it is NaN.
+        initial: also compute L*⁰, which costs a forward pass of the query set; otherwise it is NaN.
 
     Returns:
-        Gradient with θ's names, shapes and dtype; TaskInfo of 0-d tensors. Of a batch of tasks, with a θ for each,
-        where the learner `takes_batches`: all with a leading B.
+        The gradient, with θ's names, shapes and dtype, and a TaskInfo of 0-d tensors. For a learner that
+        `takes_batches`, `meta` and `episode` may have a leading axis B of tasks (a θ for each); then all results have
+        it too.
     """
     meta = detached(meta)
     if isinstance(learner, OwnEstimate):
         gradient, v, loss, logits = learner.estimate(meta, episode)
     else:
         gradient, v, loss, logits = _derivative_of_query_loss(learner, meta, episode)
-    before = initial_outcome(learner, meta, episode)[0] if initial else torch.full_like(loss, torch.nan)
+    before = evaluate_initial(learner, meta, episode)[0] if initial else torch.full_like(loss, torch.nan)
     return gradient, TaskInfo(
         query_loss=loss,
         query_accuracy=accuracy(logits, episode.query_y),
@@ -71,28 +74,28 @@ def _derivative_of_query_loss(learner: Learner, meta: Params, episode: Episode) 
     return Estimate(pullback(v), v, loss, logits)
 
 
-def plain_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, TaskInfo]:
-    """`task_gradient` without L*⁰."""
+def gradient_without_initial_loss(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, TaskInfo]:
+    """`task_gradient` without L*⁰, which is NaN."""
     return task_gradient(learner, meta, episode, initial=False)
 
 
 @_in_any_mode
 def initial_gradient(learner: Learner, meta: Params, episode: Episode) -> tuple[Params, Tensor]:
-    """∇_θ L*(φ⁰) of one task and L*(φ⁰), 0-d: the query loss before adaptation, which equity rules weigh."""
+    """∇_θ L*(φ⁰) of one task, and L*(φ⁰) (0-d): the query loss before adaptation, for the equity rule."""
     start, pullback = recorded(learner.initial, detached(meta))
     v, loss, _ = loss_gradient(learner, start, episode.query_x, episode.query_y)
     return pullback(v), loss
 
 
-def initial_outcome(learner: Learner, meta: Params, episode: Episode) -> tuple[Tensor, Tensor]:
-    """Query loss and accuracy (0-d) at φ⁰; no graph is kept."""
+def evaluate_initial(learner: Learner, meta: Params, episode: Episode) -> tuple[Tensor, Tensor]:
+    """Query loss and accuracy (0-d each) before adaptation, at φ⁰; no graph is kept."""
     with torch.no_grad():
         loss, logits = task_loss(learner, learner.initial(meta), episode.query_x, episode.query_y)
         return loss, accuracy(logits, episode.query_y)
 
 
-def adapted_outcome(learner: Learner, meta: Params, episode: Episode) -> tuple[Tensor, Tensor]:
-    """Query loss and accuracy (0-d) at φᵀ; no graph is kept. The adaptation is the learner's own, as in training."""
+def evaluate_adapted(learner: Learner, meta: Params, episode: Episode) -> tuple[Tensor, Tensor]:
+    """Query loss and accuracy (0-d each) after adaptation, at φᵀ; no graph is kept. It adapts just as training does."""
     with torch.no_grad():
         adapted = learner.adapt(meta, episode.support_x, episode.support_y)
         loss, logits = task_loss(learner, adapted, episode.query_x, episode.query_y)
@@ -100,5 +103,5 @@ def adapted_outcome(learner: Learner, meta: Params, episode: Episode) -> tuple[T
 
 
 def accuracy(logits: Tensor, y: Tensor) -> Tensor:
-    """Share of right answers in [0, 1], 0-d, in the logits' dtype."""
+    """The share of correct predictions in [0, 1], 0-d, in the logits' dtype; with a leading B of tasks (B,)."""
     return (logits.argmax(-1) == y).to(logits.dtype).mean(-1)

@@ -1,12 +1,12 @@
-"""Whether the meta-gradients of a user's own network are right, and what helps where it cannot be differentiated.
+"""Checks the meta-gradient of a user's network, and finds advice for a network that cannot be differentiated.
 
-The meta-gradient is made of second derivatives, and not every operation's are right, or there at all. So before a run
-trains on a network that is not ours, one directional derivative of one small task's meta-gradient is compared with
-finite differences in float64:
+The meta-gradient consists of second derivatives, which some operations get wrong or do not have. So before a run trains
+on a network that is not ours, `check_gradient` compares a directional derivative of the meta-gradient of one small task
+with finite differences in float64:
 
-    ⟨g, d⟩ = (L(θ + h d) − L(θ − h d)) / 2h,    L(θ) the query loss after adaptation from θ, d a random direction
+    ⟨g, d⟩ = (L(θ + h d) − L(θ − h d)) / 2h
 
-It costs a few passes over eight images.
+where L(θ) is the query loss after adaptation from θ and d a random direction. It costs a few passes over eight images.
 """
 
 import copy
@@ -21,21 +21,21 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from metaheed.engine.estimate import adapted_outcome, initial_gradient, initial_outcome, task_gradient
+from metaheed.engine.estimate import evaluate_adapted, evaluate_initial, initial_gradient, task_gradient
 from metaheed.engine.executions.basic import Execution, map_looped
 from metaheed.errors import ConfigError, MetaheedError
 from metaheed.learners.learner import Learner, NetworkLearner
 from metaheed.types import Episode, Params
 
-_IMAGES = 4  # of the support set, and of the query set
-_STEPS = 2  # of adaptation, at most
+_IMAGES = 4  # in the support set, and in the query set
+_STEPS = 2  # the most adaptation steps
 _TOLERANCE = 1e-4  # relative
-# h, relative to the size of the parameters, the best one first. The loss after adaptation jumps where a ReLU before it
-# has its kink, and a network of a million of them has none but in the smallest distances.
+# h, relative to the size of the parameters, the best one first. The loss after adaptation jumps at the kinks of the
+# ReLUs, and in a network of a million ReLUs only the smallest distances contain no kink.
 _DISTANCES = (1e-5, 1e-6, 1e-7, 1e-8, 1e-4, 1e-3)
 
 Executed = Callable[[Learner, Callable[[Learner, Params, Episode], Any]], Execution[Any]]
-"""(learner, function of one task) -> the same over a batch."""
+"""(learner, function of one task) -> the same function over a batch."""
 
 
 def _looped(learner: Learner, function: Callable[[Learner, Params, Episode], Any]) -> Execution[Any]:
@@ -45,25 +45,25 @@ def _looped(learner: Learner, function: Callable[[Learner, Params, Episode], Any
 def check_gradient(learner: Learner, meta: Params, episode: Episode, executed: Executed = _looped) -> str | None:
     """Compare a task's meta-gradient with finite differences in float64.
 
-    Where the learner drops second derivatives, there is nothing to compare its meta-gradient with; then the gradient of
-    the loss before adaptation is checked instead.
+    If the learner drops second derivatives, its meta-gradient has nothing to be compared with. Then the gradient of the
+    loss before adaptation is checked instead.
 
     Args:
-        learner: on any network.
+        learner: a learner on any network.
         meta: θ.
-        episode: a task; a few of its images are used.
-        executed: how gradients are computed, which is checked with them; none: one task after another.
+        episode: a task, of which a few images are used.
+        executed: the execution that computes the gradients and is checked with them; one task after another by default.
 
     Returns:
-        Why nothing could be said; none: the gradient is right.
+        None if the gradient is right; otherwise the reason why nothing can be said.
 
     Raises:
-        ConfigError: the gradient is wrong, or the network gives the same task other losses from call to call.
+        ConfigError: the gradient is wrong, or the network gives the same task different losses from call to call.
     """
     learner, meta = _small(learner), {name: p.detach().double() for name, p in meta.items()}
     batch = Episode(*(part.unsqueeze(0) for part in _few(episode)))
     exact = not isinstance(learner, NetworkLearner) or learner.has_exact_gradient
-    gradient, outcome = (task_gradient, adapted_outcome) if exact else (initial_gradient, initial_outcome)
+    gradient, outcome = (task_gradient, evaluate_adapted) if exact else (initial_gradient, evaluate_initial)
     judged = executed(learner, outcome)
 
     def loss(at: Params) -> float:
@@ -74,15 +74,15 @@ def check_gradient(learner: Learner, meta: Params, episode: Episode, executed: E
         slope = {name: g[0] for name, g in executed(learner, gradient)(meta, batch)[0].items()}
     except MetaheedError:
         raise
-    except Exception as error:  # the run's own type has been tried before this; float64 is asked for here alone
+    except Exception as error:  # the run's own dtype was tried before; only this check needs float64
         return f"the network does not compute in float64 ({_first_line(error)}), so its derivatives were not checked"
     direction = _direction(meta)
     verdict = _compare(loss, meta, slope, direction)
     after = loss(meta)
     if abs(after - before) > 1e-9 * abs(before):
         raise ConfigError(
-            f"the network gave the same task the losses {before!r} and {after!r}: adaptation must be one and the same "
-            "function every time, so remove from it what is random or changes with each call"
+            f"the network gave the same task the losses {before!r} and {after!r}: adaptation must be the same "
+            "function every time, so remove from the network what is random or changes with each call"
         )
     if verdict is None:
         return None
@@ -103,11 +103,12 @@ def check_gradient(learner: Learner, meta: Params, episode: Episode, executed: E
 
 
 def _cause(learner: Learner, meta: Params, batch: Episode, exact: bool, slope: Params) -> str:
+    """Where the gradient goes wrong, and what to do about it."""
     if not any(bool(g.any()) for g in slope.values()):
         return "it is zero everywhere, so take torch.no_grad() or detach() out of the network's forward"
     if exact:
         slope = {name: g[0] for name, g in _looped(learner, initial_gradient)(meta, batch)[0].items()}
-        judged = _looped(learner, initial_outcome)
+        judged = _looped(learner, evaluate_initial)
         if _compare(lambda at: float(judged(at, batch)[0]), meta, slope, _direction(meta)) is None:
             return (
                 "the first derivative is right, so the second derivative of an operation that they go through is "
@@ -121,12 +122,16 @@ def _cause(learner: Learner, meta: Params, batch: Episode, exact: bool, slope: P
 def _compare(
     loss: Callable[[Params], float], meta: Params, slope: Params, direction: Params
 ) -> tuple[float, float] | None:
-    """None: they agree. Else what the gradient claims and what finite differences give, NaN if these do not settle."""
+    """None if gradient and finite differences agree; otherwise what the gradient claims and what finite differences
+    give.
+
+    The latter is NaN if the finite differences do not converge.
+    """
     products = torch.stack([(slope[name] * d).sum() for name, d in direction.items()])
     spread = torch.stack([(slope[name] * d).square().sum() for name, d in direction.items()]).sum().sqrt()
     claimed = float(products.sum())
     if not math.isfinite(claimed):
-        return None  # training says of a gradient that is not finite which task's it is
+        return None  # training reports a gradient that is not finite, with its task
     found: list[float] = []
     for h in _DISTANCES:
         ahead, behind = (
@@ -136,7 +141,7 @@ def _compare(
         scale = max(abs(difference), abs(claimed), 0.01 * float(spread), 1e-7)
         if abs(difference - claimed) <= _TOLERANCE * scale or not math.isfinite(difference):
             return None
-        # Not relative to what is claimed: beside a gradient that explodes, all differences would look alike.
+        # Not relative to the claim: compared with a gradient that explodes, all differences would look alike.
         own_scale = max(abs(difference), 0.01 * min(float(spread), 1.0), 1e-7)
         settled = any(abs(other - difference) <= 0.1 * _TOLERANCE * own_scale for other in found)
         rounding = torch.finfo(torch.float64).eps * max(abs(ahead), 1.0) / h
@@ -147,7 +152,7 @@ def _compare(
 
 
 def _small(learner: Learner) -> Learner:
-    """The same learner with a few steps of adaptation."""
+    """The same learner with few adaptation steps."""
     small = copy.copy(learner)
     if isinstance(small, NetworkLearner):
         small.adaptation_steps = min(small.adaptation_steps, _STEPS)
@@ -155,7 +160,7 @@ def _small(learner: Learner) -> Learner:
 
 
 class _Roundings(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's class has no annotations
-    """Notes what operations make of float64."""
+    """Notes the floating-point types of results that operations compute from float64."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -170,7 +175,7 @@ class _Roundings(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
 
 
 def _rounded_to(learner: Learner, meta: Params, batch: Episode) -> str | None:
-    """The coarsest type that the network's forward pass rounds to, given float64; none: it does not."""
+    """The coarsest type that the forward pass rounds float64 to; None if it does not round."""
     with torch.no_grad(), _Roundings() as roundings:
         learner.predict(learner.initial(meta), batch.support_x[0])
     coarser = [dtype for dtype in roundings.found if dtype != torch.float64]
@@ -178,7 +183,7 @@ def _rounded_to(learner: Learner, meta: Params, batch: Episode) -> str | None:
 
 
 def _few(episode: Episode) -> Episode:
-    """A task of a few of the images, from as many classes as may be; its query images are of classes in its support."""
+    """A task of a few of the images, from as many classes as possible; its queries are of its support classes."""
 
     def chosen(which: Tensor) -> Tensor:
         return which[torch.linspace(0, len(which) - 1, min(len(which), _IMAGES)).round().long().to(which.device)]
@@ -192,7 +197,7 @@ def _few(episode: Episode) -> Episode:
 
 
 def _direction(meta: Params) -> Params:
-    """Random, each parameter's part of it as large as the parameter."""
+    """A random direction; its part for a parameter is as large as the parameter."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(p: Tensor) -> Tensor:
@@ -203,6 +208,7 @@ def _direction(meta: Params) -> Params:
 
 
 def _listed(names: list[str]) -> str:
+    """The names, at most five of them."""
     shown = ", ".join(names[:5])
     return f"{shown} and {len(names) - 5} more" if len(names) > 5 else shown
 
@@ -212,6 +218,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _with_backward_hooks(learner: Learner) -> list[str]:
+    """The names of the network's modules that have backward hooks."""
     if not isinstance(learner, NetworkLearner):
         return []
     modules = learner.backbone.module.named_modules()
@@ -219,6 +226,7 @@ def _with_backward_hooks(learner: Learner) -> list[str]:
 
 
 def _went_through(error: BaseException, file: str) -> bool:
+    """Whether the error came through a file of this name."""
     frames = traceback.extract_tb(error.__traceback__)
     return any(Path(frame.filename).name == file for frame in frames)
 
@@ -226,21 +234,22 @@ def _went_through(error: BaseException, file: str) -> bool:
 def explain_failure(
     error: Exception, learner: Learner, meta: Params, batch: Episode, executed: Executed, execution: str, judging: bool
 ) -> ConfigError:
-    """What a network that failed under an execution can do about it: settings are named that were tried and work.
+    """The error for a network that failed under an execution, with advice. Settings are tried before they are
+    recommended.
 
     Args:
         error: what was raised.
-        learner, meta, batch: the run's, θ, and a batch of one task.
+        learner, meta, batch: the run's learner, θ, and a batch of one task.
         executed: the execution that failed.
         execution: its name.
-        judging: tasks were judged; otherwise their gradients were computed.
+        judging: True if tasks were evaluated, False if their gradients were computed.
     """
-    function = adapted_outcome if judging else task_gradient
+    function = evaluate_adapted if judging else task_gradient
 
     def works(executed: Executed, learner: Learner) -> bool:
         try:
             executed(learner, function)(meta, batch)
-        except Exception:  # that it fails is the answer
+        except Exception:  # any failure means that it does not work
             return False
         return True
 
@@ -249,7 +258,7 @@ def explain_failure(
             yield "--execution looped", _looped, learner
         if not judging and getattr(learner, "first_order", True) is False:
             first_order = copy.copy(learner)
-            first_order.first_order = True  # type: ignore[attr-defined]  # it has one
+            first_order.first_order = True  # type: ignore[attr-defined]  # checked by getattr above
             yield "--first-order", executed, first_order
             if execution != "looped":
                 yield "--execution looped --first-order", _looped, first_order
@@ -275,7 +284,7 @@ def explain_failure(
     elif "inplace" in said or "in-place" in said:
         advice.append("make its forward write into no tensor in place")
     elif "derivative for" in said or "double backwards" in said or "once_differentiable" in said:
-        advice.append("second derivatives are there if the operation is written in plain tensor operations")
+        advice.append("write the operation in plain tensor operations, which have second derivatives")
     if not advice:
         advice.append("this is an error of the network's own forward, and no setting avoids it")
     doing = "judged" if judging else "meta-learned"

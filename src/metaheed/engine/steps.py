@@ -1,22 +1,23 @@
-"""How training advances: an outer step at a time, or in blocks over static buffers, which a CUDA graph can hold.
+"""How training advances: one outer step after another (`OneByOne`), or in blocks over static buffers (`Buffered`).
 
-`OneByOne` is the rule's step with a look at its numbers. `Buffered` makes the same step a function of tensors that stay
-where they are, on the device, and that nobody reads while it runs:
+`OneByOne`, in this file, makes the rule's step and then checks its numbers. `Buffered`, in captured.py, makes the same
+step a function of tensors that stay in place on the device and that the host does not read while a block runs, so that
+a CUDA graph can hold it:
 
-    state     θ, the optimiser's, the rule's                          overwritten at the end of the step
-    t         () int64, the iteration                                 counted up
+    state     θ, the optimiser's state, the rule's state; overwritten at the end of a step
+    t         () int64, the iteration; counted up at the end of a step
     first     () int64, the iteration that the block began with
-    rows      of each stream (n, B, N, K+Q) int64, the images of the block's batches, drawn by the host
+    rows      for each stream (n, B, N, K+Q) int64, the rows of the images in the block's batches, drawn by the host
     records   (k, columns) float64, a row an iteration: infos, weights, and where numbers are not finite
 
-1. Batch t: its rows, the images there, as network input.
-2. The rule's step, whose t is the tensor.
-3. Row t − first of the records; the next state; t + 1.
+1. Gather batch t from the images, by its rows.
+2. Make the rule's step, whose t is the tensor.
+3. Write row t − first of the records, then the next state and t + 1.
 
-The host draws the rows of the next block meanwhile (a thread), and looks at the records when the block is done. Both
-forms give the same bits on a CPU, wherever blocks begin and end.
+Meanwhile the host draws the rows of the next block on a thread; it reads the records when the block is done. Both forms
+give the same bits on a CPU, wherever blocks begin and end.
 
-Legend: B tasks, N ways, K shots, Q queries per class, k steps in a block at most.
+Legend: B tasks, N ways, K shots, Q queries per class, at most k steps in a block.
 """
 
 import contextlib
@@ -35,38 +36,36 @@ from metaheed.types import Episode, Params, TaskInfo
 
 Stop = Callable[[], bool]
 """Whether to stop before the next step."""
-
-
 Interrupting = Callable[[], contextlib.AbstractContextManager[Any]]
-"""Makes a context in which what is computed may be ended by an exception at any moment."""
+"""Makes a context in which an exception may end the computation at any moment."""
 
 
 class Steps(Protocol):
-    """A run's outer steps."""
+    """Makes the outer steps of a run."""
 
     block: int
-    """Steps that one call of `advance` makes at most."""
+    """The most steps that one call of `advance` makes."""
 
     @property
     def state(self) -> OuterState:
-        """After the steps made so far; the tensors are the caller's to keep."""
+        """The state after the steps made so far; a caller may keep its tensors."""
         ...
 
     def advance(self, t: int, count: int, stop: Stop) -> Iterator[StepRecord]:
-        """Make steps t … t+count−1, or fewer; their records.
+        """Make steps t … t+count−1, or fewer, and yield their records.
 
         Raises:
-            NonFiniteError: of the step whose record would have come next; the state is then good for nothing.
+            NonFiniteError: in the step whose record would be next. The state cannot be used after that.
         """
         ...
 
     def close(self) -> None:
-        """Free what is held."""
+        """Free threads, memory and graphs."""
         ...
 
 
 class Streams:
-    """The streams of batches of B tasks, "training" and "probe", and which of them was asked for last."""
+    """The two streams of batches of B tasks, "training" and "probe"; notes which of them was asked for last."""
 
     def __init__(self, training: Episodes, probe: Episodes, tasks: int) -> None:
         self.episodes = {"training": training, "probe": probe}
@@ -74,54 +73,59 @@ class Streams:
         self._latest, self._seen = "", 0
 
     def batch(self, stream: str, t: int) -> Episode:
-        """Batch t."""
+        """Batch t of a stream."""
         self.note(stream)
         return self.episodes[stream].batch(t * self.tasks, self.tasks)
 
     def lie_on(self, device: torch.device) -> bool:
-        """Whether the images lie on a device of this kind, where rows can be gathered."""
+        """Whether the images lie on a device of this type, so that batches can be gathered there."""
         return all(episodes.split.images.device.type == device.type for episodes in self.episodes.values())
 
     def rows(self, stream: str, first: int, count: int, cancelled: Stop = lambda: False) -> np.ndarray:
-        """(count, B, N, K+Q) image rows of batches first … first+count−1.
+        """(count, B, N, K+Q), the image rows of batches first … first+count−1 of a stream.
 
         Raises:
-            CancelledError: as `Episodes.batch_rows`.
+            CancelledError: see `Episodes.batch_rows`.
         """
         rows = self.episodes[stream].batch_rows(first * self.tasks, count * self.tasks, cancelled)
         return rows.reshape(count, self.tasks, *rows.shape[1:])
 
     def note(self, stream: str) -> None:
-        """A batch of this stream was handed out: gradients asked for now are of its tasks."""
+        """Note that a batch of this stream was handed out: the next gradients are those of its tasks."""
         self._latest, self._seen = stream, 0
 
     def name_tasks(self, count: int) -> list[tuple[str, int]]:
-        """The stream and number, from 1, of the next `count` tasks of the batch handed out last."""
+        """(stream, number from 1) of each of the next `count` tasks of the batch that was handed out last."""
         first = self._seen % self.tasks
         self._seen = first + count
         return [(self._latest, first + task) for task in range(1, count + 1)]
 
 
 def finite_tasks(result: tuple[Params, TaskInfo]) -> Tensor:
-    """(2, B) bool of a batch's gradients: whether a task's losses are finite, and whether its gradient is."""
+    """(2, B) bool: whether each task's losses are finite, and whether its gradient is."""
     grads, info = result
     entries = torch.cat([g.reshape(len(g), -1) for g in grads.values()], dim=1)
-    # NaN is also what an initial loss is that nobody asked for.
+    # An initial loss that was not asked for is NaN, so NaN is allowed there.
     loss = torch.isfinite(info.query_loss) & ~torch.isinf(info.initial_loss)
     return torch.stack([loss, torch.isfinite(info.grad_norm) & torch.isfinite(entries).all(1)])
 
 
 def raise_non_finite_task(finite: Sequence[Sequence[bool]], tasks: Sequence[tuple[str, int]]) -> None:
-    """Raise NonFiniteTaskError of the first of these tasks with a False in `finite`, laid out as by `finite_tasks`."""
+    """Raise NonFiniteTaskError for the first task that is not finite, if there is one.
+
+    Args:
+        finite: two rows, as `finite_tasks` gives them.
+        tasks: (stream, number) of each task.
+    """
     for loss, gradient, (stream, task) in zip(*finite, tasks, strict=True):
         if not (loss and gradient):
             raise NonFiniteTaskError("gradient" if loss else "loss", task, stream)
 
 
 def first_non_finite(state: OuterState) -> Tensor:
-    """Where the first number that is not finite stands in θ and the rule's state laid end to end; none: their length.
+    """The position of the first number that is not finite, in θ and the rule's state laid end to end: 0-d int64.
 
-    0-d int64; see `raise_non_finite_state`.
+    If all are finite, it is the number of entries. See `raise_non_finite_state`.
     """
     entries = torch.cat([leaf.reshape(-1) for _, _, leaf in _checked_leaves(state)])
     places = torch.arange(len(entries), device=entries.device)
@@ -129,7 +133,7 @@ def first_non_finite(state: OuterState) -> Tensor:
 
 
 def raise_non_finite_state(state: OuterState, place: int) -> None:
-    """Raise NonFiniteError of the leaf that `first_non_finite` found."""
+    """Raise NonFiniteError for the leaf at the position that `first_non_finite` found, if there is one."""
     for group, name, leaf in _checked_leaves(state):
         if place < leaf.numel():
             raise NonFiniteError(f"{name!r} of the {group} is not finite after the outer step")
@@ -143,25 +147,27 @@ def _checked_leaves(state: OuterState) -> Iterator[tuple[str, str, Tensor]]:
                 yield group, name, leaf
 
 
-def watched(tools: Tools, look: Callable[[Gradients], Gradients], batch: Callable[[str, Any], Episode]) -> Tools:
-    """The tools with a look at every gradient, and with batches of the streams from elsewhere."""
+def watched_tools(tools: Tools, look: Callable[[Gradients], Gradients], batch: Callable[[str, Any], Episode]) -> Tools:
+    """The tools with a check (`look`) around every gradient, and with batches from the function `batch`."""
     return tools._replace(
         gradients=look(tools.gradients),
-        plain_gradients=look(tools.plain),
+        gradients_without_initial_loss=look(tools.cheapest_gradients),
         train=partial(batch, "training"),
         probe=partial(batch, "probe"),
     )
 
 
 class OneByOne:
-    """The rule's step, and a look at its numbers after each; the next batches are drawn meanwhile (a thread a stream).
+    """Makes the rule's steps one by one and checks the numbers after each. A thread a stream draws the next batches
+    meanwhile.
 
     Args:
         rule: the batch rule.
-        tools: with the gradients as an execution gives them; `train` and `probe` are replaced.
+        tools: with the gradients of an execution; `train` and `probe` are replaced.
         streams: the batches.
-        state: before the first step.
-        interrupting: entered around the rule's step, before whose end nothing is changed: what it raises abandons it.
+        state: the state before the first step.
+        interrupting: a context around the rule's step. An exception in it abandons the step, and the state stays as it
+            was.
     """
 
     block = 1
@@ -179,8 +185,8 @@ class OneByOne:
         self._t = 0
         self._ahead = {stream: Ahead(episodes) for stream, episodes in streams.episodes.items()}
         self.asked: dict[str, set[int]] = {}
-        """Stream -> which of its batches were asked for, counted from t."""
-        self._tools: Tools | None = watched(tools, self._checked, self._batch)
+        """Stream -> the batches that the rule asked for, as offsets from t."""
+        self._tools: Tools | None = watched_tools(tools, self._checked, self._batch)
 
     def _batch(self, stream: str, t: int) -> Episode:
         self.asked.setdefault(stream, set()).add(t - self._t)
@@ -209,11 +215,12 @@ class OneByOne:
             yield record
 
     def close(self) -> None:
-        """End the threads, and forget the batches: the tools are closures over this object, which would keep it."""
+        """End the threads and drop the tools, which are closures over this object and would keep it alive."""
         for ahead in self._ahead.values():
             ahead.close()
         self._tools = None
 
 
-def _copied(state: OuterState) -> OuterState:
+def copy_state(state: OuterState) -> OuterState:
+    """A copy of the state, with tensors of its own."""
     return OuterState(*({name: leaf.clone() for name, leaf in tree.items()} for tree in state))

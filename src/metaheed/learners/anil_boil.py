@@ -1,13 +1,13 @@
-"""ANIL and BOIL: MAML whose inner steps move one part of the network only.
+"""ANIL and BOIL: MAML whose inner steps move only one part of the network.
 
 ANIL. Raghu, Raghu, Bengio, Vinyals: Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of MAML,
 ICLR 2020: the head adapts, the body is reused as it is.
 BOIL. Oh, Yoo, Kim, Yun: BOIL: Towards Representation Change for Few-shot Learning, ICLR 2021: the body adapts, the head
 stays.
 
-1. φ⁰ = θ, of which m is the part that moves (ANIL: the head; BOIL: the rest).
+1. φ⁰ = θ. Let m be the part of φ that moves (ANIL: the head; BOIL: the body, which is everything else).
 2. T times: m ← m − α ∇_m L(φ), L the mean cross-entropy on the support set; the other part stays at θ.
-3. θ, both parts of it, is judged by the query loss at φᵀ, differentiated through all of 2.
+3. All of θ, both parts, is judged by the query loss at φᵀ, differentiated through all of 2.
 
 With `first_order` the gradients of step 2 count as constants in step 3.
 """
@@ -21,16 +21,16 @@ from metaheed.types import Params
 
 
 class _Partial(MAML):
-    """What ANIL and BOIL share: MAML with some names that move, which `head` divides from the others."""
+    """What ANIL and BOIL share: MAML whose inner steps move either the head or all the rest."""
 
     moving: tuple[str, ...]
 
     def __init__(self, backbone: nn.Module, config: ANILConfig, moves_head: bool) -> None:
         super().__init__(backbone, config.adaptation_steps, config.fast_lr, config.first_order, config.recompute)
         self.head = self.backbone.find_head(config.head)
-        self._unsure = config.head is None  # a guess, to be checked when the network is first run
-        of_head = self.backbone.names_of(self.head)
-        self.moving = tuple(name for name in self.backbone.names if (name in of_head) == moves_head)
+        self._head_is_guessed = config.head is None  # checked when the network is first run
+        head_names = self.backbone.names_of(self.head)
+        self.moving = tuple(name for name in self.backbone.names if (name in head_names) == moves_head)
         if not self.moving:
             raise ConfigError(
                 f"the backbone's head {self.head!r} has no parameter that learns: there is nothing for ANIL to adapt"
@@ -40,26 +40,26 @@ class _Partial(MAML):
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
         """φᵀ after T gradient steps of the moving part on the support set."""
-        if self._unsure:
-            self.backbone.into_head(self.initial(meta), support_x, self.head)
-            self._unsure = False
+        if self._head_is_guessed:
+            self.backbone.head_input(self.initial(meta), support_x, self.head)
+            self._head_is_guessed = False
         return super().adapt(meta, support_x, support_y)
 
 
 class ANIL(_Partial):
-    """MAML that adapts the head only; θ are the backbone's parameters under their own names.
+    """MAML that adapts only the head; θ are the backbone's parameters under their own names.
 
     Args:
         backbone: any network from images to logits; see `Backbone` for what is converted and refused.
         adaptation_steps: T.
         fast_lr: α.
         first_order: drop second derivatives.
-        head: the name of the head's module; none: the last module registered that has parameters of its own, if the
-            first task shows that the logits come out of it.
         recompute: keep memory flat in T, for more time; the results are the same.
+        head: the name of the head's module. If None, it is the last registered module that has parameters of its own;
+            the first task checks that the logits are its output.
 
     Raises:
-        ConfigError: a setting out of its bounds, a backbone that cannot be adapted, or no module of that name.
+        ConfigError: a setting is out of its bounds, the backbone cannot be adapted, or there is no module of that name.
     """
 
     elementwise = True
@@ -80,13 +80,13 @@ class ANIL(_Partial):
 
 
 class BOIL(_Partial):
-    """MAML that adapts the body only; θ are the backbone's parameters under their own names.
+    """MAML that adapts only the body; θ are the backbone's parameters under their own names.
 
     Args:
-        backbone, adaptation_steps, fast_lr, first_order, head, recompute: as for ANIL.
+        backbone, adaptation_steps, fast_lr, first_order, recompute, head: as for ANIL.
 
     Raises:
-        ConfigError: as for ANIL; also where the backbone is a head and nothing else.
+        ConfigError: as for ANIL; also if the backbone is a head and nothing else.
     """
 
     elementwise = True

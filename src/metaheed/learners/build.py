@@ -32,7 +32,13 @@ _CLASSES = {
 
 
 def build_learner(config: LearnerConfig, ways: int, image_shape: ImageShape, seed: int) -> Learner:
-    """The learner that a config describes, on a backbone for this many ways and this shape of images.
+    """The learner that a config describes, on a backbone for this many ways and images of this shape.
+
+    Args:
+        config: the learner's config.
+        ways: N, the number of logits.
+        image_shape: (channels, height, width).
+        seed: decides the random draws that building the network makes.
 
     Raises:
         ConfigError: the backbone cannot be built or adapted.
@@ -40,6 +46,6 @@ def build_learner(config: LearnerConfig, ways: int, image_shape: ImageShape, see
     backbone = build_backbone(config.backbone, ways, image_shape, seed, config.backbone_path)
     if type(config) not in _CLASSES:
         raise ConfigError(f"no learner is built from {type(config).__name__}")
-    # A config's own fields are its learner's keyword arguments: a test holds the two together.
+    # The fields of a learner's config are the learner's keyword arguments; a test checks that they agree.
     learner: Learner = _CLASSES[type(config)](backbone, **config.own_settings())
     return learner

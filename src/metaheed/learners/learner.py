@@ -1,4 +1,7 @@
-"""What a learner is: the way one task is adapted, apart from how tasks are combined."""
+"""The interface of learners: how one task is adapted. How tasks are combined is the rules' business.
+
+`Learner` is the protocol; `NetworkLearner` is what the learners on a backbone share.
+"""
 
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple, Protocol, runtime_checkable
@@ -33,7 +36,7 @@ class Learner(Protocol):
         ...
 
     def predict(self, adapted: Params, x: Tensor) -> Tensor:
-        """Logits of base parameters φ."""
+        """Logits (n, N) at base parameters φ."""
         ...
 
 
@@ -60,9 +63,9 @@ class OwnEstimate(Protocol):
 
 
 def task_loss(learner: Learner, adapted: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in nats (0-d) and the logits (n, N) it was computed from, at base parameters φ.
+    """The mean cross-entropy in nats (0-d) at base parameters φ, and the logits (n, N) that it was computed from.
 
-    Of a batch of tasks where `takes_batches`: (B,) and (B, n, N).
+    For a batch of tasks, which the learner must support (`takes_batches`), they are (B,) and (B, n, N).
     """
     return predicted_loss(learner.predict, adapted, x, y)
 
@@ -75,14 +78,14 @@ def loss_gradient(learner: Learner, at: Params, x: Tensor, y: Tensor) -> tuple[P
 
 
 def place_constants(learner: Learner, device: torch.device) -> None:
-    """Move what the learner's network holds besides its parameters to where it will be called."""
+    """Move the learner's buffers and frozen parameters to the device where its network will be called."""
     backbone = getattr(learner, "backbone", None)
     if isinstance(backbone, Backbone):
         backbone.place_constants(device)
 
 
 class NetworkLearner:
-    """What learners on a backbone share: θ and φ are its parameters under their own names unless a learner says else.
+    """What learners on a backbone share. Unless a learner says otherwise, θ and φ are the backbone's parameters.
 
     Args:
         backbone: any network from images to logits; see `Backbone` for what is converted and refused.
@@ -91,7 +94,9 @@ class NetworkLearner:
     """
 
     elementwise: ClassVar[bool] = False
-    """Whether the learner itself treats each parameter's entries alike, so that an axis before them changes nothing."""
+    """Whether the learner's own arithmetic treats all entries of a parameter alike, so that a leading axis of tasks
+    before them changes nothing.
+    """
 
     def __init__(self, backbone: nn.Module, adaptation_steps: int = 1, recompute: bool = False) -> None:
         self.backbone = Backbone(backbone)
@@ -100,16 +105,16 @@ class NetworkLearner:
 
     @property
     def has_exact_gradient(self) -> bool:
-        """Whether the meta-gradient is the whole derivative of the query loss; not where derivatives are dropped."""
+        """Whether the meta-gradient is the full derivative of the query loss; False if parts of it are dropped."""
         return True
 
     @property
     def network(self) -> Backbone | None:
-        """The backbone, if predictions are its logits and nothing more."""
+        """The backbone, if predictions are just its logits; None if the learner computes them otherwise."""
         return self.backbone if type(self).predict is NetworkLearner.predict else None
 
     def init(self, generator: torch.Generator) -> Params:
-        """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
+        """θ: our own backbones are redrawn from the generator, a user's network keeps its present weights."""
         return self.backbone.init(generator)
 
     def initial(self, meta: Params) -> Params:
@@ -117,8 +122,8 @@ class NetworkLearner:
         return meta
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        """φᵀ; each learner says how."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it adapts")
+        """φᵀ; every learner defines it."""
+        raise NotImplementedError(f"{type(self).__name__} must define adapt(meta, support_x, support_y)")
 
     def predict(self, adapted: Params, x: Tensor) -> Tensor:
         """Logits (n, N) at φ."""
@@ -129,11 +134,17 @@ class NetworkLearner:
     ) -> tuple[Params, Tensor, Tensor]:
         """∇L of the mean cross-entropy on a set of images at base parameters φ, L (0-d), and the logits (n, N).
 
-        The gradient is differentiable. With `names` it is with respect to these parameters only.
+        The gradient is differentiable.
+
+        Args:
+            at: φ.
+            x: images (n, C, H, W).
+            y: their labels (n,).
+            names: the parameters that the gradient is taken with respect to; all if None.
         """
         if self.network is not None:
             return loss_gradient_of_network(self.network, at, x, y, names)
-        self.backbone.examine(at, x)  # before a transform hides what the network does
+        self.backbone.examine(at, x)  # a transform of torch.func would hide what the network does
         return predicted_gradient(self.predict, at, x, y, names)
 
     def descend(
@@ -145,7 +156,7 @@ class NetworkLearner:
         names: Sequence[str] | None = None,
         first_order: bool = False,
     ) -> Params:
-        """φ − α ∇L(φ) of the mean cross-entropy on a set of images.
+        """A gradient step on the mean cross-entropy of a set of images: φ − α ∇L(φ).
 
         Args:
             adapted: φ.
@@ -166,11 +177,11 @@ class NetworkLearner:
     def module(self, params: Params) -> nn.Module:
         """A plain `nn.Module` that holds these parameters, for saving, exporting and use in other libraries.
 
-        Its parameters have the names of the network that the learner was made of. Batch norm uses the statistics of the
-        batch it is given, as it does here.
+        Its parameters have the names of the network that the learner was built on. Batch norm uses the statistics of
+        the batch that it is given, as it does here.
 
         Args:
-            params: θ, of which the module computes φ⁰ (the network before adaptation), or the φ of a task.
+            params: θ, for which the module computes the network before adaptation (φ⁰), or the φ of a task.
 
         Raises:
             ConfigError: they are neither.
@@ -178,12 +189,12 @@ class NetworkLearner:
         is_adapted = set(params) == set(self.backbone.names)
         return self.backbone.filled(params if is_adapted else self.initial(params))
 
-    def hold(self, meta: Params) -> None:
-        """Put φ⁰ into the network inside, for those who look there; the learner itself never does."""
-        self.backbone.hold(self.initial(meta))
+    def write_into_module(self, meta: Params) -> None:
+        """Write φ⁰ into the network inside, for users who look there; the learner itself does not use it."""
+        self.backbone.write_into_module(self.initial(meta))
 
     def steps(self, step: Step, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        """T times state ← step(θ, state, support set)."""
+        """The state after T times state ← step(θ, state, support set)."""
         for _ in range(self.adaptation_steps):
             if self.recompute:
                 state = recomputed(step, meta, state, support_x, support_y)

@@ -35,7 +35,7 @@ class MAML(NetworkLearner):
 
     elementwise = True
     moving: tuple[str, ...] | None = None
-    """The parameters that step 2 moves; none: all."""
+    """The parameters that step 2 moves; all if None."""
 
     def __init__(
         self,

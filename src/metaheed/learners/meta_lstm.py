@@ -14,8 +14,8 @@ each coordinate has its own state.
    c_t = σ(f̃_t) ∘ c_{t−1} − σ(ĩ_t) ∘ g_t
 3. φᵀ = c_T. θ = {c_0, LSTM, W_F, b_F, W_I, b_I} is judged by the query loss there.
 
-Legend: D coordinates of φ, H hidden size. A coordinate is a column, (features, D): so the gates are contiguous. Where
-many tasks are adapted at once everything has a leading axis of tasks.
+Legend: D coordinates of φ, H hidden size. A coordinate is a column, (features, D), so that the gates are
+contiguous. If many tasks are adapted at once, everything has a leading axis of tasks.
 """
 
 import math
@@ -78,11 +78,11 @@ class MetaLSTM(NetworkLearner):
 
     @property
     def has_exact_gradient(self) -> bool:
-        """No: losses and gradients enter the learned update as constants."""
+        """False: losses and gradients enter the learned update as constants."""
         return False
 
     def init(self, generator: torch.Generator) -> Params:
-        """θ: c_0 as MAML's θ at the same seed, the rest drawn as the class says."""
+        """θ: c_0 as MAML's θ at the same seed; the rest is drawn as the class describes."""
         start = super().init(generator)
         like, H = next(iter(start.values())), self.hidden_size
 
@@ -122,10 +122,12 @@ class MetaLSTM(NetworkLearner):
 
 
 def _flat(tree: Params, support_y: Tensor) -> Tensor:
+    """All leaves end to end, as a row (1, D); with tasks (B, 1, D)."""
     tasks = support_y.shape[:-1]
     return torch.cat([leaf.reshape(*tasks, -1) for leaf in tree.values()], -1).unsqueeze(-2)
 
 
 def _unflat(row: Tensor, like: Params) -> Params:
+    """The inverse of `_flat`: a row as a tree with the names and shapes of `like`."""
     parts = torch.split(row.squeeze(-2), [math.prod(leaf.shape[row.dim() - 2 :]) for leaf in like.values()], -1)
     return {name: part.reshape(leaf.shape) for part, (name, leaf) in zip(parts, like.items(), strict=True)}

@@ -1,18 +1,21 @@
-"""MetaLSTM's update of all coordinates, formula by formula and in closed form.
+"""MetaLSTM's update of all coordinates at once, by plain formulas and in closed form.
 
-The formulas (`meta_lstm.py`, step 2) are elementwise but for two small matrix products, so autograd's way, one
-operation over all D coordinates after another, waits for memory: at H = 20 some 300 numbers of each are written and
-read again at every step. Here a few thousand coordinates at a time are taken through the whole update while the cache
-holds them. Nothing but the states is kept for the reverse pass, which works the gates out anew: that is no slower than
-to write and read them.
+The formulas (`meta_lstm.py`, step 2) are elementwise except for two small matrix products. Autograd runs one operation
+after another over all D coordinates and so waits for memory: at H = 20 it writes and reads about 300 numbers a
+coordinate at every step. The closed form takes a few thousand coordinates at a time through the whole update, while the
+cache holds them. For the reverse pass it keeps only the states and computes the gates again, which is no slower than
+writing and reading them.
 
-Backward, for the cotangents of c_t, h_t, m_t, f̃_t, ĩ_t (a bar: cotangent; ′ times: y(1−y) for a σ, 1−y² for a tanh):
+The reverse pass, from the cotangents of c_t, h_t, m_t, f̃_t, ĩ_t (a bar marks a cotangent; σ′ and tanh′ are the slopes
+y(1−y) and 1−y² at the function's value y; i′, f′, n′, o′ are those of the gates):
    f̄ ← f̃̄_t + c̄_t c_{t−1} σ′(f̃_t);  ī ← ĩ̄_t − c̄_t g_t σ′(ĩ_t)
    c̄_{t−1} = c̄_t σ(f̃_t) + W_F^c f̄ + W_I^c ī;  f̃̄_{t−1} = W_F^f̃ f̄;  ĩ̄_{t−1} = W_I^ĩ ī
    h̄ ← h̄_t + W_Fʰᵀ f̄ + W_Iʰᵀ ī;  m̄ ← m̄_t + h̄ o tanh′(m_t)
-   ā = (m̄ n i′, m̄ m_{t−1} f′, m̄ i n′, h̄ tanh(m_t) o′) before the gates i, f, n (cell), o
+   ā = (m̄ n i′, m̄ m_{t−1} f′, m̄ i n′, h̄ tanh(m_t) o′), before the gates i, f, n (the cell's), o
    m̄_{t−1} = m̄ f;  h̄_{t−1} = W_hhᵀ ā
-   and of every matrix the sum over coordinates of (cotangent of its output) ⊗ (its input).
+   and for every matrix the sum over coordinates of (cotangent of its output) ⊗ (its input).
+
+Legend: D coordinates, H hidden size, B tasks, n coordinates in a block. A coordinate is a column: (features, D).
 """
 
 import math
@@ -31,11 +34,11 @@ _WEIGHTS = (
     *("forget_gate.weight", "forget_gate.bias", "input_gate.weight", "input_gate.bias"),
 )
 _BLOCK_BYTES = 1 << 20
-"""Of the gates (4H, n) of the n coordinates that are taken at once: an L2 cache holds them and what comes of them."""
+"""Size of the gates (4H, n) of the n coordinates in a block: an L2 cache holds them and what is made of them."""
 
 
 class State(NamedTuple):
-    """Of an adaptation between two steps; with many tasks all have a leading axis of them."""
+    """The state of an adaptation between two steps; for many tasks, every field has a leading axis of tasks."""
 
     c: Tensor
     """(1, D) the parameters φ."""
@@ -50,7 +53,7 @@ class State(NamedTuple):
 
 
 def preprocess(x: Tensor) -> Tensor:
-    """(…, 1, n) -> (…, 2, n): (log|x|/p, sign x) where |x| ≥ e⁻ᵖ, else (−1, eᵖ x); p = 10."""
+    """(…, 1, n) -> (…, 2, n): (log|x|/p, sign x) where |x| ≥ e⁻ᵖ, else (−1, eᵖ x), with p = 10."""
     size = x.abs()
     large = size >= math.exp(-_P)
     log = torch.where(large, size, 1.0).log() / _P
@@ -58,7 +61,7 @@ def preprocess(x: Tensor) -> Tensor:
 
 
 def by_formula(meta: Params, loss: Tensor, g: Tensor, state: State) -> State:
-    """The next state from L (1, 1) and g (1, D), by operations that every transform of PyTorch knows."""
+    """The next state from L (1, 1) and g (1, D), by operations that all transforms of PyTorch support."""
     c, h, m, forget, take = state
     x = torch.cat([preprocess(loss).expand(*g.shape[:-2], 2, g.shape[-1]), preprocess(g)], -2)  # (4, D)
     h, m = _lstm_cell(meta, x, h, m)
@@ -69,9 +72,9 @@ def by_formula(meta: Params, loss: Tensor, g: Tensor, state: State) -> State:
 
 
 def in_closed_form(meta: Params, loss: Tensor, g: Tensor, state: State) -> State:
-    """`by_formula` for ordinary tensors of one type on a CPU, to rounding; L and g are constants and get no gradient.
+    """`by_formula` for ordinary tensors of one type on a CPU; the two agree to rounding. L and g are constants.
 
-    It can be differentiated as often as wanted: the first time in closed form, from then on as the formulas are.
+    It can be differentiated any number of times: the first derivative is in closed form, the next ones are autograd's.
     """
     weights = [meta[name] for name in _WEIGHTS]
     if g.dim() == 3:
@@ -81,88 +84,88 @@ def in_closed_form(meta: Params, loss: Tensor, g: Tensor, state: State) -> State
 
 
 def _lstm_cell(meta: Params, x: Tensor, h: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-    # torch.nn.LSTMCell in plain matrix products, for its fused kernel has neither a vmap rule nor a second derivative.
+    # torch.nn.LSTMCell as plain matrix products: its fused kernel has neither a vmap rule nor a second derivative.
     bias = (meta["lstm.bias_ih"] + meta["lstm.bias_hh"]).unsqueeze(-1)
     i, f, n, o = (meta["lstm.weight_ih"] @ x + meta["lstm.weight_hh"] @ h + bias).chunk(4, -2)
     m = torch.sigmoid(f) * m + torch.sigmoid(i) * torch.tanh(n)
     return torch.sigmoid(o) * torch.tanh(m), m
 
 
-class _Gates(NamedTuple):
-    """Room for a block of n coordinates, which is filled anew for each."""
+class _Workspace(NamedTuple):
+    """Working memory for a block of n coordinates; every block of the same size uses it again."""
 
-    line: Tensor
-    """(4H, n): i, f, o, n, the sigmoids side by side."""
-    shown: Tensor
+    gates: Tensor
+    """(4H, n): the gates i, f, o, n; the three sigmoids come first, side by side."""
+    tanh_m: Tensor
     """(H, n): tanh(m_t)."""
     inputs: Tensor
     """(H+3, n): h_{t−1}, prep(g_t), 1."""
     work: Tensor
-    """(6H, n) for the reverse pass."""
+    """(6H, n), for the reverse pass."""
 
     @classmethod
-    def room(cls, h: Tensor, n: int, work: bool) -> "_Gates":
+    def of_size(cls, h: Tensor, n: int, work: bool) -> "_Workspace":
         H = h.shape[-2]
         return cls(*(h.new_empty(rows, n) for rows in (4 * H, H, H + 3, 6 * H if work else 0)))
 
-    def fill(self, cell: Tensor, h: Tensor, shown_g: Tensor) -> None:
-        """The gates of a block, from weights (4H, H+3)."""
+    def fill(self, cell: Tensor, h: Tensor, g_inputs: Tensor) -> None:
+        """Compute the gates of a block from the weights (4H, H+3)."""
         H = len(h)
         self.inputs[:H] = h
-        self.inputs[H:-1] = shown_g
+        self.inputs[H:-1] = g_inputs
         self.inputs[-1] = 1.0
-        torch.mm(cell, self.inputs, out=self.line)
-        self.line[: 3 * H].sigmoid_()
-        self.line[3 * H :].tanh_()
+        torch.mm(cell, self.inputs, out=self.gates)
+        self.gates[: 3 * H].sigmoid_()
+        self.gates[3 * H :].tanh_()
 
 
-def _blocks(h: Tensor, work: bool) -> Iterator[tuple[slice, _Gates]]:
-    """The coordinates, block by block, each with the room for it; all but a shorter last one share theirs."""
+def _blocks(h: Tensor, work: bool) -> Iterator[tuple[slice, _Workspace]]:
+    """The blocks of coordinates, each with its working memory; only a shorter last block gets memory of its own."""
     D = h.shape[-1]
     size = max(16, _BLOCK_BYTES // (4 * h.shape[-2] * h.element_size()) // 16 * 16)
-    room = _Gates.room(h, min(size, D), work)
+    space = _Workspace.of_size(h, min(size, D), work)
     for start in range(0, D, size):
         n = min(size, D - start)
-        if n < room.line.shape[1]:
-            room = _Gates.room(h, n, work)
-        yield slice(start, start + n), room
+        if n < space.gates.shape[1]:
+            space = _Workspace.of_size(h, n, work)
+        yield slice(start, start + n), space
 
 
 class _Update(torch.autograd.Function):
-    """`by_formula` of B tasks as one node of autograd's graph; L and g are constants."""
+    """`by_formula` for B tasks as one node of autograd's graph; L and g are constants."""
 
     @staticmethod
     def forward(ctx, loss, g, *leaves):  # type: ignore[no-untyped-def]
         (c, h, m, forget, take), weights = State(*leaves[:5]), leaves[5:]
         ih, hh, bias_ih, bias_hh, forget_weight, forget_bias, take_weight, take_bias = weights
         B, _, D = h.shape
-        shown_g = preprocess(g)  # (B, 2, D)
-        # The loss is the same for all coordinates, so its part of the product is a part of the bias.
+        g_inputs = preprocess(g)  # (B, 2, D)
+        # The loss is the same for all coordinates, so its share of the product belongs to the bias.
         bias = (ih[..., :2] @ preprocess(loss)).squeeze(-1) + bias_ih + bias_hh
         cell = _sigmoids_first(torch.cat([hh, ih[..., 2:], bias.unsqueeze(-1)], -1))  # (B, 4H, H+3)
-        of_h, of_c, of_fed_back = _gate_weights(forget_weight, take_weight)
+        weight_h, weight_c, weight_fed_back = _gate_weights(forget_weight, take_weight)
         next_h, next_m, scores = torch.empty_like(h), torch.empty_like(m), h.new_empty(B, 2, D)  # f̃, ĩ
-        for at, room in _blocks(h, work=False):
-            i, f, o, new = room.line.chunk(4)
+        for at, space in _blocks(h, work=False):
+            i, f, o, new = space.gates.chunk(4)
             for b in range(B):
-                room.fill(cell[b], h[b, :, at], shown_g[b, :, at])
+                space.fill(cell[b], h[b, :, at], g_inputs[b, :, at])
                 m_now, h_now = next_m[b, :, at], next_h[b, :, at]
                 torch.mul(m[b, :, at], f, out=m_now).addcmul_(i, new)
-                torch.tanh(m_now, out=room.shown)
-                torch.mul(o, room.shown, out=h_now)
-                scores[b, :, at] = of_h[b] @ h_now
-        scores += of_c * c + of_fed_back * torch.cat([forget, take], 1)
+                torch.tanh(m_now, out=space.tanh_m)
+                torch.mul(o, space.tanh_m, out=h_now)
+                scores[b, :, at] = weight_h[b] @ h_now
+        scores += weight_c * c + weight_fed_back * torch.cat([forget, take], 1)
         scores += torch.stack([forget_bias, take_bias], 1)
         next_forget, next_take = (row.clone() for row in scores.chunk(2, 1))
         next_c = torch.sigmoid(next_forget) * c - torch.sigmoid(next_take) * g
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(loss, g, *leaves, cell, shown_g, next_m, next_forget, next_take)
+        ctx.save_for_backward(loss, g, *leaves, cell, g_inputs, next_m, next_forget, next_take)
         return next_c, next_h, next_m, next_forget, next_take
 
     @staticmethod
     def backward(ctx, *cotangents):  # type: ignore[no-untyped-def]
-        loss, g, *leaves, cell, shown_g, next_m, next_forget, next_take = ctx.saved_tensors
-        if torch.is_grad_enabled() or many_vectors(cotangents):  # second derivatives are wanted, or many first ones
+        loss, g, *leaves, cell, g_inputs, next_m, next_forget, next_take = ctx.saved_tensors
+        if torch.is_grad_enabled() or many_vectors(cotangents):  # second derivatives, or many vectors at once
             with torch.enable_grad():
                 return None, None, *_by_autograd(loss, g, leaves, cotangents)
         (c, h, m, forget, take), weights = State(*leaves[:5]), leaves[5:]
@@ -170,53 +173,56 @@ class _Update(torch.autograd.Function):
         B, H, _ = h.shape
         dc, dh, dm, *dscores = cotangents
         keeps, takes = torch.sigmoid(next_forget), torch.sigmoid(next_take)
-        if dc is None:  # not zero times c, which may be infinite
+        if dc is None:  # zero times an infinite c would be NaN
             slopes = h.new_zeros(B, 2, h.shape[-1])
         else:
             slopes = torch.cat([dc * c * keeps * (1 - keeps), -dc * g * takes * (1 - takes)], 1)  # f̄, ī
         for row, d in enumerate(dscores):
             if d is not None:
                 slopes[:, row : row + 1] += d
-        of_h, of_c, of_fed_back = _gate_weights(forget_weight, take_weight)
-        c_before = of_c.mT @ slopes
+        weight_h, weight_c, weight_fed_back = _gate_weights(forget_weight, take_weight)
+        c_before = weight_c.mT @ slopes
         if dc is not None:
             c_before += dc * keeps
-        fed_back = of_fed_back * slopes
+        fed_back = weight_fed_back * slopes
         h_before = torch.empty_like(h) if ctx.needs_input_grad[3] else None
         m_before = torch.empty_like(m) if ctx.needs_input_grad[4] else None
-        dcell, above = torch.zeros_like(cell), h.new_zeros(B, 2, H)  # of the gates' weights of h
-        for at, room in _blocks(h, work=True):
-            i, f, o, new = room.line.chunk(4)
-            da, dh_now, dm_now = room.work[: 4 * H], room.work[4 * H : 5 * H], room.work[5 * H :]
+        dcell, dweight_h = (
+            torch.zeros_like(cell),
+            h.new_zeros(B, 2, H),
+        )
+        for at, space in _blocks(h, work=True):
+            i, f, o, new = space.gates.chunk(4)
+            da, dh_now, dm_now = space.work[: 4 * H], space.work[4 * H : 5 * H], space.work[5 * H :]
             di, df, do, dnew = da.chunk(4)
             for b in range(B):
-                room.fill(cell[b], h[b, :, at], shown_g[b, :, at])
-                torch.tanh(next_m[b, :, at], out=room.shown)
+                space.fill(cell[b], h[b, :, at], g_inputs[b, :, at])
+                torch.tanh(next_m[b, :, at], out=space.tanh_m)
                 slope = slopes[b, :, at]
-                torch.mm(of_h[b].T, slope, out=dh_now)
+                torch.mm(weight_h[b].T, slope, out=dh_now)
                 if dh is not None:
                     dh_now += dh[b, :, at]
                 torch.mul(dh_now, o, out=dm_now)
-                torch.ops.aten.tanh_backward.grad_input(dm_now, room.shown, grad_input=dm_now)
+                torch.ops.aten.tanh_backward.grad_input(dm_now, space.tanh_m, grad_input=dm_now)
                 if dm is not None:
                     dm_now += dm[b, :, at]
                 torch.mul(dm_now, new, out=di)
                 torch.mul(dm_now, m[b, :, at], out=df)
-                torch.mul(dh_now, room.shown, out=do)
+                torch.mul(dh_now, space.tanh_m, out=do)
                 torch.mul(dm_now, i, out=dnew)
-                torch.ops.aten.sigmoid_backward.grad_input(da[: 3 * H], room.line[: 3 * H], grad_input=da[: 3 * H])
+                torch.ops.aten.sigmoid_backward.grad_input(da[: 3 * H], space.gates[: 3 * H], grad_input=da[: 3 * H])
                 torch.ops.aten.tanh_backward.grad_input(dnew, new, grad_input=dnew)
                 if m_before is not None:
                     torch.mul(dm_now, f, out=m_before[b, :, at])
                 if h_before is not None:
                     h_before[b, :, at] = cell[b, :, :H].T @ da
-                dcell[b].addmm_(da, room.inputs.T)
-                above[b].addmm_(slope, torch.mul(o, room.shown, out=dh_now).T)  # slope ⊗ h_t
+                dcell[b].addmm_(da, space.inputs.T)
+                dweight_h[b].addmm_(slope, torch.mul(o, space.tanh_m, out=dh_now).T)  # slope ⊗ h_t
         dcell = _sigmoids_first(dcell)
         dbias = dcell[..., -1]
         dih = torch.cat([dbias.unsqueeze(-1) * preprocess(loss).mT, dcell[..., H:-1]], -1)
         rows = [slopes @ c.mT, (slopes * torch.cat([forget, take], 1)).sum(-1, keepdim=True)]
-        dupper, dupper_bias = torch.cat([above, *rows], -1), slopes.sum(-1)
+        dupper, dupper_bias = torch.cat([dweight_h, *rows], -1), slopes.sum(-1)
         dweights = (dih, dcell[..., :H], dbias, dbias)
         dgates = (dupper[:, :1], dupper_bias[:, :1], dupper[:, 1:], dupper_bias[:, 1:])
         return None, None, c_before, h_before, m_before, *fed_back.chunk(2, 1), *dweights, *dgates
@@ -225,9 +231,9 @@ class _Update(torch.autograd.Function):
 def _by_autograd(
     loss: Tensor, g: Tensor, leaves: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """What backward gives, each of the shape of its leaf, by operations that are differentiated in their turn."""
-    # Views, for a state of a later step depends on the weights itself, and two names may have one tensor: a gradient
-    # with respect to the leaves themselves would contain what the engine adds afterwards.
+    """The results of `_Update.backward`, in the shapes of the leaves, by operations that are differentiable again."""
+    # Views: the state of a later step depends on the weights itself, and one tensor may have two names. A gradient with
+    # respect to the leaves themselves would contain contributions that autograd adds afterwards.
     leaves = [leaf.view_as(leaf) for leaf in leaves]
     moving = [leaf for leaf in leaves if leaf.requires_grad]
     after = by_formula(dict(zip(_WEIGHTS, leaves[5:], strict=True)), loss, g, State(*leaves[:5]))
@@ -240,12 +246,12 @@ def _by_autograd(
 
 
 def _gate_weights(forget_weight: Tensor, take_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The two gates' weights of h (B, 2, H), of c (B, 2, 1), and of f̃ and ĩ (B, 2, 1)."""
+    """The weights of both gates for h (B, 2, H), for c (B, 2, 1), and for f̃ and ĩ (B, 2, 1)."""
     both = torch.cat([forget_weight, take_weight], 1)
     return both[..., :-2], both[..., -2:-1], both[..., -1:]
 
 
 def _sigmoids_first(rows: Tensor) -> Tensor:
-    """(B, 4H, …) in torch.nn.LSTMCell's order i, f, n, o -> i, f, o, n, and back again."""
+    """Reorder rows (B, 4H, …) from torch.nn.LSTMCell's i, f, n, o to i, f, o, n; it is its own inverse."""
     i, f, third, fourth = rows.chunk(4, 1)
     return torch.cat([i, f, fourth, third], 1)

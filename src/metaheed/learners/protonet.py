@@ -24,19 +24,20 @@ from metaheed.types import Params
 class ProtoNet(NetworkLearner):
     """Learner whose θ are the parameters of the backbone's body under their own names.
 
-    A class without support images (a task of fewer ways than the head) gets no query. θ knows nothing of N: the
-    learner of a backbone built for more ways takes the same θ.
+    A class without support images (in a task of fewer ways than the head has) is never predicted. θ does not depend on
+    N: a learner whose backbone was built for more ways takes the same θ.
 
-    Deviation from the paper: batch norm uses batch statistics everywhere, of support and of query set apart.
+    Deviation from the paper: batch norm uses batch statistics everywhere, those of the support set and of the query set
+    separately.
 
     Args:
         backbone: a network from images to logits whose last operation is a linear head over features (n, D); see
             `Backbone` for what is converted and refused. The head gives N and is replaced.
-        head: the name of the head's module; none: the last module registered that has parameters of its own.
+        head: the name of the head's module; the last registered module that has parameters of its own if None.
 
     Raises:
-        ConfigError: a backbone that cannot be used, or whose head is not linear; in `adapt`, that the logits do not
-            come out of the head, or (on a CPU) that there are labels outside 0..N-1.
+        ConfigError: the backbone cannot be used, or its head is not linear. In `adapt`: the logits are not the head's
+            output, or (on a CPU) there are labels outside 0..N-1.
     """
 
     def __init__(self, backbone: nn.Module, head: str | None = ProtoNetConfig.head) -> None:
@@ -50,12 +51,12 @@ class ProtoNet(NetworkLearner):
                 f"{type(linear).__name__}: name a torch.nn.Linear inside the network with --head (in Python: head=...)"
             )
         self.ways, self.features = linear.out_features, linear.in_features
-        of_head = plain.names_of(self.head)
-        self.body = tuple(name for name in plain.names if name not in of_head)
+        head_names = plain.names_of(self.head)
+        self.body = tuple(name for name in plain.names if name not in head_names)
         if not self.body:
             raise ConfigError("the backbone has nothing to learn besides its head, which ProtoNet replaces")
-        self._plain = plain  # draws the body's start as every other learner does
-        # A head with a bias, whatever it had; its values are φ's, so none are drawn.
+        self._plain = plain  # draws the body's initial values as every other learner does
+        # The new head has a bias, whether or not the old one had. Its values come from φ, so none are drawn.
         headed = copy.deepcopy(plain.module)
         replaced = headed.get_submodule(self.head)
         new_head: nn.Module = nn.utils.skip_init(nn.Linear, self.features, self.ways)  # type: ignore[no-untyped-call]
@@ -64,7 +65,7 @@ class ProtoNet(NetworkLearner):
         super().__init__(headed)
 
     def init(self, generator: torch.Generator) -> Params:
-        """θ: our own backbones redrawn from the generator, a user's with the weights it has."""
+        """θ: the body of our own backbones is redrawn from the generator; a user's keeps its present weights."""
         drawn = self._plain.init(generator)
         return {name: drawn[name] for name in self.body}
 
@@ -74,8 +75,8 @@ class ProtoNet(NetworkLearner):
         return self._with_head(meta, like.new_zeros(self.ways, self.features), like.new_zeros(self.ways))
 
     def adapt(self, meta: Params, support_x: Tensor, support_y: Tensor) -> Params:
-        """φ: the embedding with the head that the prototypes make."""
-        z = self.backbone.into_head(self.initial(meta), support_x, self.head)
+        """φ: the embedding, with the head that follows from the prototypes (step 3)."""
+        z = self.backbone.head_input(self.initial(meta), support_x, self.head)
         if z.dim() != 2:
             raise ConfigError(
                 f"ProtoNet needs features (n, {self.features}) before the head {self.head!r}, but they are "
@@ -91,8 +92,8 @@ class ProtoNet(NetworkLearner):
         member = (support_y.unsqueeze(1) == torch.arange(self.ways, device=z.device)).to(z.dtype)  # (N·K, N)
         count = member.sum(0)
         c = (member.T @ z) / count.clamp(min=1).unsqueeze(1)  # (N, D)
-        nobody = torch.finfo(z.dtype).min / 2
-        return self._with_head(meta, 2 * c, torch.where(count > 0, -c.square().sum(1), nobody))
+        never_predicted = torch.finfo(z.dtype).min / 2
+        return self._with_head(meta, 2 * c, torch.where(count > 0, -c.square().sum(1), never_predicted))
 
     def _with_head(self, meta: Params, weight: Tensor, bias: Tensor) -> Params:
         return {**meta, f"{self.head}.weight": weight, f"{self.head}.bias": bias}

@@ -1,4 +1,4 @@
-"""The field's base network, and how a network is named on the command line."""
+"""Conv4, the field's base network; and the networks that a name on the command line stands for."""
 
 import contextlib
 import hashlib
@@ -24,18 +24,18 @@ ImageShape = tuple[int, int, int]
 class Conv4(nn.Module):
     """Four blocks of [3×3 convolution, batch norm, halving, ReLU] and a linear head.
 
-    Vinyals et al. 2016; Finn et al. 2017. Batch norm uses the statistics of the batch it is given, in training and in
-    test, so predictions are transductive: a query's logits depend on the other queries beside it.
+    Vinyals et al. 2016; Finn et al. 2017. Batch norm uses the statistics of the batch that it is given, in training and
+    in test. So predictions are transductive: a query's logits depend on the other queries beside it.
 
     Args:
-        ways: N, outputs of the head.
+        ways: N, the outputs of the head.
         image_shape: (channels, height, width), at least 16 pixels a side.
         hidden: filters in each block (32, or 64).
-        downsample: "pool" halves by 2×2 max-pooling, (floor); "stride" by stride-2 convolutions (ceiling) with the mean
-            over what is left of the plane, Finn et al.'s form for Omniglot.
+        downsample: "pool" halves by 2×2 max-pooling (rounding down). "stride" halves by stride-2 convolutions (rounding
+            up) and takes the mean over the last plane: Finn et al.'s form for Omniglot.
 
     Raises:
-        ConfigError: the images are smaller than four halvings allow, or a size is not positive.
+        ConfigError: the images are too small for four halvings, or a size is not positive.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Conv4(nn.Module):
             block.add_module("norm", nn.BatchNorm2d(hidden, track_running_stats=False))
             if downsample == "pool":
                 block.add_module("pool", nn.MaxPool2d(2))
-            # After the pooling, with which it commutes, ReLU meets a quarter of the values.
+            # ReLU commutes with the pooling; after it, there is only a quarter of the values.
             block.add_module("relu", nn.ReLU())
             self.body.append(block)
         if downsample == "stride":
@@ -70,10 +70,11 @@ class Conv4(nn.Module):
 
     @property
     def was_given_weights(self) -> bool:
-        """Whether it holds other weights than those it was made with, or last drew: loaded ones, for instance."""
+        """Whether the weights are not those of the last initialisation, for instance because weights were loaded."""
         return self._fingerprint() != self._made_with
 
     def _fingerprint(self) -> str:
+        """A digest of all weights."""
         digest = hashlib.sha256()
         for name, p in self.named_parameters():
             digest.update(f"{name} {p.dtype} {tuple(p.shape)}".encode())
@@ -82,7 +83,7 @@ class Conv4(nn.Module):
         return digest.hexdigest()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        # Another dtype or device (`double`, `cuda`, …) makes no other weights.
+        # A move to another dtype or device (`double`, `cuda`, …) does not count as new weights.
         were_given = self.was_given_weights
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if not were_given:
@@ -90,7 +91,7 @@ class Conv4(nn.Module):
         return self
 
     def redraw(self, generator: torch.Generator) -> None:
-        """Draw the weights anew: Glorot uniform for convolutions and head, biases 0, norms the identity."""
+        """Draw new weights: Glorot uniform for convolutions and head, biases 0, norms the identity."""
         with torch.no_grad():
             for part in self.modules():
                 if isinstance(part, nn.Conv2d | nn.Linear):
@@ -116,15 +117,15 @@ BACKBONES: dict[str, Callable[[int, ImageShape], nn.Module]] = {
 
 
 def find_backbone(name: str, folder: Path | None = None) -> Callable[[int, ImageShape], nn.Module]:
-    """The builder behind a name of BACKBONES or behind "module:Class".
+    """The builder that a name stands for: a key of BACKBONES, or "module:Class".
 
     Args:
         name: as above.
-        folder: where the module is looked for before the rest of the import path.
+        folder: is searched for the module before the rest of the import path.
 
     Raises:
-        ConfigError: there is no such name, module or class, or a file names it and the user has not allowed it (see
-            `metaheed.files.trust`).
+        ConfigError: there is no such name, module or class; or a file gave the name, and the user has not allowed it
+            (see `metaheed.files.trust`).
     """
     if name in BACKBONES:
         return BACKBONES[name]
@@ -133,11 +134,11 @@ def find_backbone(name: str, folder: Path | None = None) -> Callable[[int, Image
         raise unknown("backbone", name, [*BACKBONES, "module:Class"])
     from_file = isinstance(name, trust.Named)
     if from_file:
-        trust.require(name, folder)  # before the import path is changed, or anything imported
+        trust.require(name, folder)  # before anything is imported or the import path changed
     try:
         with _looking_in(folder, from_file), trust.from_source() if from_file else contextlib.nullcontext():
             module = importlib.import_module(module_name)
-    except Exception as error:  # whatever a user's module raises while it is imported belongs into the message
+    except Exception as error:  # a user's module may raise anything while it is imported
         raise ConfigError(
             f"backbone {shown(str(name))}: importing {shown(module_name)} failed with {type(error).__name__}: "
             f"{brief(str(error), 400)}. Name its folder with --backbone-path"
@@ -147,13 +148,15 @@ def find_backbone(name: str, folder: Path | None = None) -> Callable[[int, Image
         raise ConfigError(
             f"backbone {shown(str(name))}: {shown(module_name)} has no class or function {shown(attribute)}"
         )
-    return builder  # type: ignore[no-any-return]  # what a user's module holds is known at run time only
+    return builder  # type: ignore[no-any-return]  # a user's module is known at run time only
 
 
 @contextlib.contextmanager
 def _looking_in(folder: Path | None, from_file: bool) -> Iterator[None]:
-    """Look for modules in a folder first; from then on, too, but last of all if it is a file that names the network: a
-    matplotlib.py that lies there must not be taken for the library.
+    """Search a folder first for modules in this context.
+
+    Afterwards the folder stays on the import path: in front in general, but at the end if a file named the network. For
+    then a matplotlib.py in that folder must not be imported in place of the library.
     """
     if folder is None:
         yield
@@ -171,7 +174,7 @@ def _looking_in(folder: Path | None, from_file: bool) -> Iterator[None]:
 
 
 def build_backbone(name: str, ways: int, image_shape: ImageShape, seed: int, folder: Path | None = None) -> nn.Module:
-    """Build the network that `find_backbone` names, its own random draws decided by `seed`.
+    """Build the network that `find_backbone` finds; `seed` decides the random draws that building it makes.
 
     Raises:
         ConfigError: the builder fails, or what it returns does not map images to (n, ways) logits.
@@ -185,7 +188,7 @@ def build_backbone(name: str, ways: int, image_shape: ImageShape, seed: int, fol
                 raise TypeError(f"it returned {type(module).__name__}, not a torch.nn.Module")
             refuse(module)
             with torch.no_grad():
-                # On a copy: what a forward pass leaves behind would hide from who looks at the network later.
+                # On a copy, because a forward pass may leave something behind that hides what the network does.
                 logits = copied(module).train()(torch.zeros(2 * ways, *image_shape))
         check_logits(logits, 2 * ways, ways)
     except ConfigError as error:

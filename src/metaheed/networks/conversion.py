@@ -1,13 +1,13 @@
-"""A network made fit for adaptation, on a copy: what is refused, what is converted, and what is frozen.
+"""Makes a copy of a network fit for adaptation: what is refused, what is converted, and what is frozen.
 
 An adapted network must be a pure function of its parameters and its images: the same task gives the same logits, in
-training and in test, whatever came before. And its second derivatives must be right, for meta-gradients are made of
-them. Most networks that break one of these rules do so in a way that has a remedy, which is applied here.
+training and in test, whatever was computed before. And its second derivatives must be right, because meta-gradients
+consist of them. Most networks that break one of these rules can be mended, which is done here:
 
-1. Refused: what has no remedy here (wrappers that hide the network, dropout, tied or uninitialised parameters).
+1. Refused: what cannot be mended (wrappers that hide the network, dropout, tied or uninitialised parameters).
 2. Converted: batch norm with running statistics to batch statistics; weight norm to plain operations, because the
    second derivative of PyTorch's fused one is wrong.
-3. Frozen: the singular vectors of spectral norm, which every forward pass would move otherwise.
+3. Frozen: the singular vectors of spectral norm, which every forward pass would otherwise change.
 """
 
 import copy
@@ -25,7 +25,7 @@ from metaheed.errors import ConfigError, warn
 
 
 def converted(module: nn.Module) -> nn.Module:
-    """A copy of the network that can be adapted; the caller's own stays as it is. Every change is said in a warning.
+    """A copy of the network that can be adapted; the caller's own stays as it is. A warning tells of every change.
 
     Args:
         module: maps images (n, C, H, W) to logits (n, N).
@@ -36,14 +36,14 @@ def converted(module: nn.Module) -> nn.Module:
     refuse(module)
     network = copied(module).train()
     changes = {
-        "running statistics of {} are made batch statistics, on a copy of the network": _use_batch_statistics,
+        "running statistics of {} are replaced by batch statistics, on a copy of the network": _use_batch_statistics,
         "weight norm of {} is computed by plain operations on a copy of the network, because the second derivative of "
         "PyTorch's fused operation is wrong": _use_plain_weight_norm,
         "the singular vectors of the spectral norm of {} are kept as they are, on a copy of the network: each forward "
-        "pass would move them, and the same task would get other logits every time": _freeze_spectral_norm,
+        "pass would change them, and the same task would get other logits every time": _freeze_spectral_norm,
     }
     for message, change in changes.items():
-        # A parametrised layer's parametrisations are modules below it.
+        # The parametrisations of a layer are modules inside it.
         names = [name.split(".parametrizations")[0] for name, part in network.named_modules() if change(part)]
         if names:  # a layer may have two normed tensors
             warn(message.format(", ".join(n or "the network" for n in dict.fromkeys(names))))
@@ -51,7 +51,7 @@ def converted(module: nn.Module) -> nn.Module:
 
 
 def copied(module: nn.Module) -> nn.Module:
-    """A deep copy; tensors with a history that a forward pass left in the network are copied as plain values.
+    """A deep copy. Tensors that a forward pass left in the network with their history are copied as plain values.
 
     Raises:
         ConfigError: the network holds something that cannot be copied.
@@ -59,7 +59,7 @@ def copied(module: nn.Module) -> nn.Module:
     left = [tensor for part in module.modules() for tensor in _tensors(vars(part)) if _has_history(tensor)]
     try:
         return copy.deepcopy(module, {id(tensor): _plain(tensor) for tensor in left})
-    except Exception as error:  # whatever the network holds may refuse to be copied in its own way
+    except Exception as error:  # a user's object may refuse to be copied with any exception
         raise ConfigError(
             f"the backbone ({type(module).__name__}) cannot be copied ({type(error).__name__}: {error}): learners work "
             "on a copy of the network, so remove from it what copy.deepcopy refuses"
@@ -67,12 +67,16 @@ def copied(module: nn.Module) -> nn.Module:
 
 
 def without_parametrised_classes(module: nn.Module) -> nn.Module:
-    """A copy that can be pickled: PyTorch makes a class for every parametrised layer, which no pickle can name."""
+    """A copy that can be pickled.
+
+    PyTorch makes a class of its own for every parametrised layer, which pickle cannot find by name. The copy's layers
+    have their original classes.
+    """
     plain = copied(module)
     for part in plain.modules():
         if parametrize.is_parametrized(part):
             part.__class__ = type(part).__bases__[0]
-            # weight_norm's reader of checkpoints of before it was a parametrisation is local to a function.
+            # weight_norm's hook for older checkpoints is a local function, which cannot be pickled.
             hooks: dict[int, Any] = part._load_state_dict_pre_hooks
             for key in [k for k, hook in hooks.items() if "weight_norm" in getattr(hook.hook, "__qualname__", "")]:
                 del hooks[key]
@@ -80,7 +84,7 @@ def without_parametrised_classes(module: nn.Module) -> nn.Module:
 
 
 def with_parametrised_classes(module: nn.Module) -> nn.Module:
-    """The module, its layers made parametrised again: the inverse of `without_parametrised_classes`."""
+    """The module, with its parametrised classes restored: the inverse of `without_parametrised_classes`."""
     for part in module.modules():
         lists = part._modules.get("parametrizations")
         names = [*lists] if isinstance(lists, nn.ModuleDict) else []
@@ -92,6 +96,7 @@ def with_parametrised_classes(module: nn.Module) -> nn.Module:
 
 
 def _tensors(value: Any, depth: int = 3) -> Iterator[Tensor]:
+    """The tensors in a value and, to some depth, in the dicts, lists, tuples and sets in it."""
     if isinstance(value, Tensor):
         yield value
     elif depth and isinstance(value, dict):
@@ -107,13 +112,18 @@ def _has_history(tensor: Tensor) -> bool:
 
 
 def _plain(tensor: Tensor) -> Tensor:
+    """A copy of the values, without transforms and history."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor.detach().clone()
 
 
 def refuse(module: nn.Module) -> None:
-    """Raise ConfigError if the network has what cannot be adapted and cannot be converted."""
+    """Refuse a network that cannot be adapted and cannot be converted.
+
+    Raises:
+        ConfigError: says why, and what to do.
+    """
     if not isinstance(module, nn.Module):
         raise ConfigError(f"the backbone is {module!r}, but it must be a torch.nn.Module (an instance, not a class)")
     for name, part in module.named_modules():
@@ -125,7 +135,7 @@ def refuse(module: nn.Module) -> None:
     if not any(p.requires_grad for p in module.parameters()):
         raise ConfigError("the backbone has no parameter with requires_grad=True: there is nothing to learn")
     for name, part in module.named_modules():
-        # _DropoutNd holds p; attention and recurrent layers hold a number called dropout.
+        # _DropoutNd has a rate called p; attention and recurrent layers have one called dropout.
         rate = part.p if isinstance(part, nn.modules.dropout._DropoutNd) else getattr(part, "dropout", 0.0)
         if isinstance(rate, float | int) and rate > 0:
             raise ConfigError(
@@ -155,7 +165,7 @@ def _refuse_wrapper(name: str, part: nn.Module) -> None:
 
 
 def _refuse_ties(module: nn.Module) -> None:
-    """One tensor under two names is refused, unless it is one module that is registered under two names."""
+    """Refuse one tensor under two names, unless it is one module that is registered under two names."""
     seen: dict[int, str] = {}
     for prefix, part in module.named_modules():  # each module once, however many names it has
         for local, p in part.named_parameters(recurse=False, remove_duplicate=False):
@@ -177,16 +187,16 @@ def _use_batch_statistics(part: nn.Module) -> bool:
 
 
 def _normed(v: Tensor, g: Tensor, dim: int) -> Tensor:
-    """v · g/‖v‖, the norm over all axes but `dim`; over all of them where `dim` is −1 (as PyTorch counts here)."""
+    """v · g/‖v‖, with the norm over all axes except `dim`; −1 means over all axes, as it does in PyTorch."""
     axes = [axis for axis in range(v.dim()) if axis != dim]
     return v * (g / v.square().sum(axes, keepdim=dim != -1).sqrt())
 
 
 class PlainWeightNorm(_WeightNorm):
-    """`torch.nn.utils.parametrizations.weight_norm`'s module by plain operations, whose derivatives are right.
+    """The module of `torch.nn.utils.parametrizations.weight_norm`, by plain operations, whose derivatives are right.
 
-    Salimans, Kingma: Weight Normalization, NeurIPS 2016, eq. 2. In PyTorch 2.13 the derivative of the derivative of
-    `torch._weight_norm` is wrong: `torch.autograd.gradgradcheck` of it fails, that of these operations passes.
+    Salimans, Kingma: Weight Normalization, NeurIPS 2016, eq. 2. In PyTorch 2.13 the second derivative of
+    `torch._weight_norm` is wrong: it fails `torch.autograd.gradgradcheck`, which these operations pass.
     """
 
     def forward(self, weight_g: Tensor, weight_v: Tensor) -> Tensor:
@@ -195,7 +205,7 @@ class PlainWeightNorm(_WeightNorm):
 
 
 class PlainOldWeightNorm(_OldWeightNorm):
-    """The same for `torch.nn.utils.weight_norm`, a hook before the layer's forward pass."""
+    """The same for the older `torch.nn.utils.weight_norm`, a hook before the layer's forward pass."""
 
     def compute_weight(self, module: nn.Module) -> Tensor:
         """The weight from the layer's lengths g and directions v."""
@@ -204,8 +214,8 @@ class PlainOldWeightNorm(_OldWeightNorm):
 
 def _use_plain_weight_norm(part: nn.Module) -> bool:
     found = False
-    for child_name, child in part.named_children():  # a parametrised layer's list of parametrisations holds it
-        # A subclass that computes something else is left to the check of the meta-gradient.
+    for child_name, child in part.named_children():  # the child is in the layer's list of parametrisations
+        # A subclass that computes something else is not converted; the check of the meta-gradient will judge it.
         if isinstance(child, _WeightNorm) and type(child).forward is _WeightNorm.forward:
             part.register_module(child_name, PlainWeightNorm(child.dim))
             found = True

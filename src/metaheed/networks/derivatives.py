@@ -1,4 +1,7 @@
-"""Derivatives of functions of parameter trees, under torch.func's transforms and under plain autograd alike."""
+"""Derivatives of functions of parameter trees, under the transforms of torch.func and under plain autograd alike.
+
+Legend: a tree is a dict of tensors by name (`Params`); a cotangent has the shape of the value that it belongs to.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,19 +20,20 @@ Step = Callable[[Params, Params, Tensor, Tensor], Params]
 
 
 def transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, vjp, …) is at work."""
+    """Whether a transform of torch.func (vmap, grad, vjp, …) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def many_vectors(cotangents: Sequence[Tensor | None]) -> bool:
-    """Whether a backward pass is given many vectors at once (`is_grads_batched`), which operations with `out` refuse
-    and `transformed` does not see.
+    """Whether a backward pass gets many vectors at once (`is_grads_batched`).
+
+    Operations with an `out` argument refuse them, and `transformed` does not see them.
     """
     return any(d is not None and torch._C._functorch.is_legacy_batchedtensor(d) for d in cotangents)
 
 
 def needs_graph(tree: Params) -> bool:
-    """Whether autograd is to record what is computed from these."""
+    """Whether autograd is to record operations on these tensors."""
     return torch.is_grad_enabled() and any(leaf.requires_grad for leaf in tree.values())
 
 
@@ -39,7 +43,7 @@ def detached(tree: Params) -> Params:
 
 
 def ordinary(tensor: Tensor) -> Tensor:
-    """The same values, of which derivatives can be recorded even if they were made under torch.inference_mode."""
+    """The same values; a copy if they were made under torch.inference_mode, where autograd cannot record."""
     return tensor.clone() if tensor.is_inference() else tensor
 
 
@@ -55,9 +59,10 @@ def value_and_pullback(function: Callable[[Params], T], at: Params) -> tuple[T, 
 
 
 def recorded(function: Callable[[Params], Params], at: Params) -> tuple[Params, Callable[[Params], Params]]:
-    """As `value_and_pullback`, but the pullback can be called once, and frees the graph as it goes.
+    """As `value_and_pullback`, but the pullback can be called only once, and frees the graph as it goes.
 
-    Plain autograd, into whose graph the learners' closed forms fit; under a transform of torch.func, torch.func's.
+    It uses plain autograd, whose graph can contain the closed forms; under a transform of torch.func, that of
+    torch.func.
     """
     if transformed() or needs_graph(at):
         return value_and_pullback(function, at)  # derivatives of the derivatives may be wanted
@@ -82,13 +87,13 @@ def recorded(function: Callable[[Params], Params], at: Params) -> tuple[Params, 
 
 
 _Names = tuple[tuple[str, ...], tuple[str, ...]]
-"""Of θ and of the state."""
+"""The names of θ's leaves and of the state's."""
 
 
 def recomputed(step: Step, meta: Params, state: Params, support_x: Tensor, support_y: Tensor) -> Params:
-    """step(θ, state, support set), of which the inputs alone are kept: differentiated, it is computed again.
+    """step(θ, state, support set), of which only the inputs are kept: the reverse pass computes the step again.
 
-    Where a derivative with respect to the images, or a forward-mode one, is wanted, its graph is kept after all.
+    The graph is kept nevertheless if a derivative with respect to the images, or a forward-mode derivative, is wanted.
     """
     if not transformed() and not needs_graph({**meta, **state}):
         return step(meta, state, support_x, support_y)
@@ -123,25 +128,26 @@ class _Recomputed(torch.autograd.Function):
 
 
 def _values(step: Step, names: _Names, x: Tensor, y: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-    # What a step leaves as it was must not be handed on itself, since it is saved.
+    # Return a view: an unchanged input must not be returned as the saved tensor itself.
+    """The leaves of the step's result."""
     return tuple(v.view_as(v) for v in step(*_trees(names, leaves), x, y).values())
 
 
 def _pulled_back(step: Step, names: _Names, x: Tensor, y: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
-    """Cotangents of a step's values, followed by its inputs -> the cotangents of its inputs."""
+    """Maps cotangents of a step's values, followed by its inputs, to the cotangents of its inputs."""
     cotangents, leaves = given[: len(names[1])], given[len(names[1]) :]
 
     def function(given: Params) -> Params:
         return step(*_trees(names, tuple(given[str(k)] for k in range(len(leaves)))), x, y)
 
-    # Numbered, for names may occur in both trees.
+    # The leaves are numbered, because a name may occur in both trees.
     _, pull = recorded(function, {str(k): leaf for k, leaf in enumerate(leaves)})
     pulled = pull(dict(zip(names[1], cotangents, strict=True)))
     return tuple(pulled[str(k)] for k in range(len(leaves)))
 
 
 class _Pullback(torch.autograd.Function):
-    """`_pulled_back` as torch.func's transforms want it."""
+    """`_pulled_back` in the form that torch.func's transforms need."""
 
     @staticmethod
     def forward(step, names, x, y, *given):  # type: ignore[no-untyped-def]
@@ -162,5 +168,6 @@ class _Pullback(torch.autograd.Function):
 
 
 def _trees(names: _Names, leaves: tuple[Tensor, ...]) -> tuple[Params, Params]:
+    """θ and the state, put together from their leaves."""
     first = len(names[0])
     return dict(zip(names[0], leaves[:first], strict=True)), dict(zip(names[1], leaves[first:], strict=True))

@@ -1,6 +1,6 @@
-"""What a few forward passes show of a network that nothing else can: its output, what it writes, keeps and hides.
+"""Examines a network by a few forward passes: its output, what it writes into, what it remembers, what it hides.
 
-Made once for each network of a user's own, on the first images that it is given; our own networks need none.
+Every network of a user's own is examined once, on the first images that it is given. Our own networks do not need it.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,23 +16,23 @@ from metaheed.types import Params
 
 
 class Findings(NamedTuple):
-    """What was found."""
+    """What the examination found."""
 
     written: frozenset[str]
     """The buffers and frozen parameters that the forward pass writes into."""
 
 
 def check_logits(logits: Any, images: int, ways: int | None = None, device: torch.device | None = None) -> None:
-    """Refuse what is not one tensor of logits.
+    """Check that a network returned one tensor of logits.
 
     Args:
         logits: what the network returned for `images` images.
         images: n.
-        ways: N, where it is known.
-        device: where the images lie; none: it is not looked at.
+        ways: N, if it is known.
+        device: the device of the images; not checked if None.
 
     Raises:
-        ConfigError: it is no plain, dense floating-point tensor of shape (n, N) on that device.
+        ConfigError: it is not a plain, dense floating-point tensor of shape (n, N) on that device.
     """
     if type(logits) is not Tensor:
         held = ""
@@ -50,7 +50,8 @@ def check_logits(logits: Any, images: int, ways: int | None = None, device: torc
         raise ConfigError("the backbone returns a sparse or nested tensor, but logits must be a dense one")
     if device is not None and logits.device != device:
         raise ConfigError(
-            f"the backbone's images and parameters lie on {device}, but its output on {logits.device}: leave it there"
+            f"the backbone's images and parameters lie on {device}, but its output on {logits.device}: return it "
+            f"on {device}"
         )
     if logits.dim() != 2 or logits.shape[0] != images or (ways is not None and logits.shape[1] != ways):
         raise ConfigError(
@@ -64,20 +65,20 @@ def check_logits(logits: Any, images: int, ways: int | None = None, device: torc
 def examine(
     module: nn.Module, call: Callable[[Params, Params, Tensor], Any], params: Params, constants: Params, x: Tensor
 ) -> Findings:
-    """Run the network, and a copy of it in another order, and look at both.
+    """Run the network, and a copy of it with other inputs first, and examine both results.
 
     The caller's tensors and the random state stay as they are.
 
     Args:
-        module: the network, for the names of what it holds.
+        module: the network, for the names of its parts.
         call: (parameters, constants, images) -> what the network returns.
         params: the learned parameters.
         constants: its buffers and frozen parameters.
         x: images (n, C, H, W).
 
     Raises:
-        ConfigError: it does not return logits, it writes into its own parameters, or its logits depend on what it was
-            called with before.
+        ConfigError: it does not return logits, it writes into its own parameters, or its logits depend on earlier
+            calls.
     """
     devices = [x.device] if x.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
@@ -90,14 +91,14 @@ def examine(
         overwritten = [name for name, leaf in leaves.items() if not _same(leaf, params[name])]
         if overwritten:
             raise ConfigError(
-                f"the backbone writes into its parameters {', '.join(overwritten)} during its forward pass, so that a "
-                "task would change the meta-parameters of all: compute with a changed copy of them instead"
+                f"the backbone writes into its parameters {', '.join(overwritten)} during its forward pass, so one "
+                "task would change the meta-parameters for all: compute with a changed copy of them instead"
             )
         hidden = _hidden(module, leaves, logits)
         _refuse_memory(other, params, constants, x, logits.detach())
     if hidden:
         warn(
-            f"the network uses {', '.join(hidden)} by a way that PyTorch does not see (a plain Python list or dict, a "
+            f"the network uses {', '.join(hidden)} in a way that PyTorch does not see (a plain Python list or dict, a "
             "lambda or a bound method made in __init__, a module that is not registered): there it keeps its first "
             "values, is never adapted and never learns. Use it as self.NAME in forward, or hold it in an "
             "nn.ParameterList or nn.ModuleList",
@@ -105,8 +106,8 @@ def examine(
     written = frozenset(name for name, c in constants.items() if handed[name]._version or not _same(handed[name], c))
     if written:
         warn(
-            f"the network writes into {', '.join(sorted(written))} during its forward pass, so that the same task "
-            "would get other logits every time: every pass begins from the values that these have now"
+            f"the network writes into {', '.join(sorted(written))} during its forward pass, which would give the "
+            "same task other logits every time: so every pass begins from the values that they have now"
         )
     return Findings(written)
 
@@ -123,7 +124,8 @@ def _refuse_memory(module: nn.Module, params: Params, constants: Params, x: Tens
 
     Args:
         module: an unused copy, which is called with other parameters and images first.
-        params, constants, x: what gave `expected` when it came first.
+        params, constants, x: the inputs for which the network returned `expected` in its first call.
+        expected: logits.
     """
 
     def logits(scale: float, images: Tensor) -> Tensor:
@@ -139,25 +141,25 @@ def _refuse_memory(module: nn.Module, params: Params, constants: Params, x: Tens
         logits(0.9, 0.5 * x.detach().flip(-1))
         kept = [name for name, value in _attributes(module).items() if before.get(name) != value]
         after = logits(1.0, x.detach().clone())
-    except Exception as error:  # a function that a module was given may hold on to the network that was copied
+    except Exception as error:  # a function stored in a module may refer to the original network
         warn(
             "whether the network keeps something from one call to the next could not be tried on a copy of it "
             f"({type(error).__name__}: {brief(str(error))})"
         )
         return
-    # Rounding may differ from call to call on a GPU.
+    # On a GPU rounding may differ from call to call.
     coarse = min(1000 * torch.finfo(expected.dtype).eps, 0.01) * expected.nan_to_num().abs().amax()
     if after.shape != expected.shape or bool(((after - expected).nan_to_num().abs() > coarse).any()):
         where = f" in {', '.join(kept)}" if kept else ""
         raise ConfigError(
-            "the backbone gives the same images other logits once it was called with others: it keeps something of a "
-            f"call{where} and uses it in the next, or is random. Compute it anew in each forward pass, or, if it is to "
-            "stay as it is, hold it as a buffer (register_buffer) that is filled before the network is handed over"
+            "the backbone gives the same images different logits after a call with other images: it keeps something "
+            f"of a call{where} and uses it in the next, or is random. Compute it anew in each forward pass; if it is "
+            "to stay the same, hold it in a buffer (register_buffer) that is filled before the network is handed over"
         )
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Name -> identity and version of what the modules hold besides parameters, buffers and modules."""
+    """Name -> (identity, version) of all that the modules hold besides parameters, buffers and modules."""
     return {
         f"{prefix}.{name}" if prefix else name: (id(value), value._version if isinstance(value, Tensor) else 0)
         for prefix, part in module.named_modules()
@@ -170,11 +172,12 @@ _OF_TORCH = {*vars(nn.Module())}
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal, NaN counting as 0."""
     return torch.equal(one.nan_to_num(), other.nan_to_num()) if one.is_floating_point() else torch.equal(one, other)
 
 
 def _hidden(module: nn.Module, leaves: Params, logits: Tensor) -> list[str]:
-    """The learning tensors in the logits' history that were not handed to the network by name."""
+    """The names of learning tensors in the logits' history that were not given to the network by name."""
     given = {id(leaf) for leaf in leaves.values()}
     found: dict[int, Tensor] = {}
     waiting, seen = [logits.grad_fn], set()
@@ -183,7 +186,7 @@ def _hidden(module: nn.Module, leaves: Params, logits: Tensor) -> list[str]:
         if node is None or node in seen:
             continue
         seen.add(node)
-        variable = getattr(node, "variable", None)  # of a leaf of the graph
+        variable = getattr(node, "variable", None)  # only leaves of the graph have one
         if variable is not None and id(variable) not in given:
             found[id(variable)] = variable
         waiting += [before for before, _ in node.next_functions]
@@ -191,7 +194,7 @@ def _hidden(module: nn.Module, leaves: Params, logits: Tensor) -> list[str]:
 
 
 def _name(module: nn.Module, variable: Tensor) -> str:
-    # A lambda may hold on to the network that was copied, whose parameters have the values that the copy's began with.
+    # A lambda may refer to the original network, whose parameters have the values that the copy's had at first.
     for name, p in module.named_parameters():
         if p is variable or (p.shape == variable.shape and torch.equal(p.detach().cpu(), variable.detach().cpu())):
             return name

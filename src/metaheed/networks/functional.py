@@ -1,4 +1,7 @@
-"""A network as a pure function of its parameters."""
+"""`Backbone`: a network as a pure function of its parameters.
+
+Legend: n images of one task are (n, C, H, W), those of B tasks (B, n, C, H, W); φ then has a leading B in every leaf.
+"""
 
 import os
 import threading
@@ -24,7 +27,7 @@ from metaheed.types import Params
 
 
 class _ForkSafeLock:
-    """A lock that its thread may take again; in a process that was forked meanwhile it is free."""
+    """A lock that its owner may take again (reentrant), and that is free in a forked process."""
 
     def __init__(self) -> None:
         self._lock, self._process = threading.RLock(), os.getpid()
@@ -49,32 +52,36 @@ def _fill(module: nn.Module, params: Params) -> None:
 class Backbone:
     """A network as a pure function of its parameters, for learners to build on.
 
-    The module is copied; the caller's own stays as it is. A network of the user's own is looked at once more when it is
-    first called (see `examination.py`). Calls from several threads wait for one another, since parameters are put into
-    the module while it runs; a network in closed form does not need that.
+    The module is copied; the caller's own stays as it is. A user's network is examined when it is first called (see
+    `examination.py`). Parameters are put into the module while it runs, so calls from several threads wait for one
+    another. Closed forms do not need that.
 
     Args:
-        module: any network from images (n, C, H, W) to logits (n, N); see `conversion.py` for what is converted, with a
+        module: any network from images (n, C, H, W) to logits (n, N). See `conversion.py` for what is converted, with a
             warning, and what is refused. Parameters with requires_grad=False stay constants of the module.
 
     Raises:
-        ConfigError: the network cannot be adapted. At the first call: it does not return logits, or writes into its
+        ConfigError: the network cannot be adapted. In the first call: it does not return logits, or it writes into its
             parameters.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self.module = converted(module)
-        self.known = closed_form(self.module)
-        """The network's closed form, if it is one of those that have one."""
-        self.known_on_cuda = closed_form(self.module, ClosedFormCUDA)
-        """The same on a CUDA device."""
-        # While a call runs, other tensors stand in the module; so who looks into it takes the lock, or looked before.
+        self.closed_form_on_cpu = closed_form(self.module)
+        """The network's closed form on a CPU; None if it has none."""
+        self.closed_form_on_cuda = closed_form(self.module, ClosedFormCUDA)
+        """Its closed form on a CUDA device; None if it has none."""
+        # During a call the module holds other tensors. So its names are read now, and later access takes the lock.
         self._names = [name for name, p in self.module.named_parameters() if p.requires_grad]
         self._findings: Findings | None = None
         self._lock = _ForkSafeLock()
 
     def __getstate__(self) -> dict[str, Any]:
-        made_again = ("_lock", "known", "known_on_cuda")  # a closed form holds on to the module's parts
+        made_again = (
+            "_lock",
+            "closed_form_on_cpu",
+            "closed_form_on_cuda",
+        )  # a closed form holds on to the module's parts
         with self._lock:
             module = without_parametrised_classes(self.module)
         return {**{name: value for name, value in vars(self).items() if name not in made_again}, "module": module}
@@ -82,23 +89,25 @@ class Backbone:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _lock=_ForkSafeLock())
         with_parametrised_classes(self.module)
-        self.known, self.known_on_cuda = closed_form(self.module), closed_form(self.module, ClosedFormCUDA)
+        self.closed_form_on_cpu, self.closed_form_on_cuda = (
+            closed_form(self.module),
+            closed_form(self.module, ClosedFormCUDA),
+        )
 
     @property
     def names(self) -> list[str]:
-        """The names of the parameters that are learned, in order."""
+        """The names of the learned parameters, in order."""
         return [*self._names]
 
     def find_head(self, name: str | None) -> str:
-        """The name of the head's module; none given: of the last module registered that has parameters of its own.
+        """The name of the head's module; if `name` is None, the last registered module that has parameters of its own.
 
         Raises:
             ConfigError: there is no module of that name, or it has no parameters.
         """
         owners: list[str] = [n for n, part in self.module.named_modules() if [*part.parameters(recurse=False)]]
-        owners = [
-            n.split(".parametrizations.")[0] for n in owners
-        ]  # a parametrised layer's own parameters lie below it
+        # The parameters of a parametrised layer lie in modules inside it.
+        owners = [n.split(".parametrizations.")[0] for n in owners]
         if name is None:
             return owners[-1]
         modules = [n for n, _ in self.module.named_modules(remove_duplicate=False) if n]
@@ -106,15 +115,15 @@ class Backbone:
             raise unknown("head", name, modules)
         if not [*self.module.get_submodule(name).parameters()]:
             raise ConfigError(f"head {name!r} has no parameters: those that have are {', '.join(owners)}")
-        # A module that is registered under two names has its parameters under the first.
+        # The parameters of a module that is registered under two names have the first of them.
         first: str = next(n for n, part in self.module.named_modules() if part is self.module.get_submodule(name))
         return first
 
-    def into_head(self, params: Params, x: Tensor, head: str) -> Tensor:
-        """What the network hands to its head on the way from images to logits; of a batch of tasks, in the first one.
+    def head_input(self, params: Params, x: Tensor, head: str) -> Tensor:
+        """The features that the network passes to its head; for a batch of tasks, those of the first task.
 
         Raises:
-            ConfigError: the module called head is not the network's last operation.
+            ConfigError: the module called `head` is not the network's last operation.
         """
         if x.dim() == 5:
             params, x = {name: p[0] for name, p in params.items()}, x[0]
@@ -133,22 +142,23 @@ class Backbone:
                 hook.remove()
         if not seen or seen[-1][1] is not logits or seen[-1][2] != logits._version:
             raise ConfigError(
-                f"the network's logits are not what its module {head!r} puts out, so that is not its head: name the "
-                "head's module with --head (in Python: head=...); if this is it, return its output as it is"
+                f"the network's logits are not the output of its module {head!r}, so that is not its head: name the "
+                "head's module with --head (in Python: head=...), or return that module's output unchanged"
             )
         return seen[-1][0]
 
     def names_of(self, module: str) -> set[str]:
-        """The names of the learned parameters inside a module ("" is the whole network)."""
+        """The names of the learned parameters inside a module; "" is the whole network."""
         with self._lock:
             inside = {id(p) for p in self.module.get_submodule(module).parameters()}
             named = {name: id(p) for name, p in self.module.named_parameters()}
         return {name for name in self._names if named[name] in inside}
 
     def init(self, generator: torch.Generator) -> Params:
-        """The parameters: redrawn by the module's own `redraw(generator)` where it has one, else its present values.
+        """The initial parameters: redrawn by the module's `redraw(generator)` if it has that method, else its present
+        values.
 
-        One of our own networks that was given other weights than those it was made with keeps them.
+        One of our own networks keeps its weights if it was given other ones than those of its initialisation.
         """
         redraw = getattr(self.module, "redraw", None)
         with self._lock:
@@ -157,8 +167,8 @@ class Backbone:
             learned = dict(self.module.named_parameters())
             return {name: learned[name].detach().clone() for name in self.names}
 
-    def hold(self, params: Params) -> None:
-        """Put these values into the module itself, for those who look inside it; calls do not use them."""
+    def write_into_module(self, params: Params) -> None:
+        """Write these values into the module itself, for users who look inside it; calls do not use them."""
         with self._lock:
             _fill(self.module, {name: params[name] for name in self.names})
 
@@ -184,7 +194,7 @@ class Backbone:
         return module
 
     def __call__(self, params: Params, x: Tensor) -> Tensor:
-        """Logits (n, N) in the parameters' dtype."""
+        """Logits (n, N) in the parameters' dtype; (B, n, N) for a batch of tasks."""
         if not needs_graph(params) and (fast := self.closed_form(params, x)) is not None:
             if x.dim() == 5:
                 return fast.logits(params, x)
@@ -195,29 +205,31 @@ class Backbone:
             return self._call(params, self._constants(like), x.to(like.dtype))
 
     def _call(self, params: Params, constants: Params, x: Tensor) -> Tensor:
+        """Call the module itself; one call at a time."""
         with self._lock:
             logits: Tensor = functional_call(self.module, {**constants, **params}, (x,))
         return logits
 
     @property
     def is_ours(self) -> bool:
-        """Whether the network is one of this package's own, as it was built."""
-        return self.known is not None and self.known.applies
+        """Whether the network is one of this package's own, unchanged since it was built."""
+        return self.closed_form_on_cpu is not None and self.closed_form_on_cpu.applies
 
     @property
     def is_examined(self) -> bool:
-        """Whether `examine` has looked."""
+        """Whether `examine` has examined the network."""
         return self._findings is not None
 
     def examine(self, params: Params, x: Tensor) -> None:
-        """Look at a network of the user's own, once, where no transform of torch.func is at work (which hides it).
+        """Examine a user's network, once. Nothing is done under a transform of torch.func, which would hide what it
+        does.
 
         Args:
             params: φ.
             x: images (n, C, H, W).
 
         Raises:
-            ConfigError: as the class says.
+            ConfigError: see the class.
         """
         if self.is_examined or transformed() or torch.compiler.is_compiling() or set(params) != set(self.names):
             return
@@ -228,19 +240,19 @@ class Backbone:
             self._findings = examine(self.module, self._call, params, self._constants(like), x.to(like.dtype))
 
     def closed_form(self, params: Params, x: Tensor) -> ClosedForm | None:
-        """The network's derivatives without autograd, where they are known and apply to these very tensors."""
-        fast = self.known_at(x)
+        """The network's closed form if it has one that applies to these tensors, else None."""
+        fast = self.closed_form_for(x)
         if fast is None or not ordinary_tensors([x, *params.values()]) or x.requires_grad or set(params) != fast.names:
             return None
-        # Many tasks at once have no other form to fall back to: `takes_batches` has asked about network and shapes.
+        # Batched calls have no fallback; `takes_batches` has checked network and shapes.
         return fast if x.dim() == 5 or (fast.applies and fast.fits(params, x)) else None
 
-    def known_at(self, x: Tensor) -> ClosedForm | None:
-        """The closed form for the device that images lie on, if there is one."""
-        return self.known_on_cuda if x.device.type == "cuda" else self.known
+    def closed_form_for(self, x: Tensor) -> ClosedForm | None:
+        """The closed form for the device of these images, or None; whether it applies is not checked."""
+        return self.closed_form_on_cuda if x.device.type == "cuda" else self.closed_form_on_cpu
 
     def place_constants(self, device: torch.device) -> None:
-        """Move frozen parameters and buffers to where the network is called, lest every call copy them there."""
+        """Move frozen parameters and buffers to this device, so that calls there need not copy them."""
         for part in self.module.modules():
             for name, buffer in part.named_buffers(recurse=False):
                 part._buffers[name] = buffer.to(device)
@@ -249,7 +261,7 @@ class Backbone:
                     p.data = p.data.to(device)
 
     def _constants(self, like: Tensor) -> Params:
-        """Frozen parameters and buffers, where they must follow the parameters to their device and dtype."""
+        """Frozen parameters and buffers, on the device and in the dtype of the parameters."""
         frozen = {name: p for name, p in self.module.named_parameters() if not p.requires_grad}
         constants = {**frozen, **dict(self.module.named_buffers())}
         written = self._findings.written if self._findings is not None else frozenset()
@@ -260,8 +272,10 @@ class Backbone:
 
 
 def ordinary_tensors(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are ordinary tensors on a CPU, or on one CUDA device, and nothing transforms what is computed from
-    them.
+    """Whether these are ordinary tensors, all on a CPU or all on one CUDA device, and are computed with in the ordinary
+    way.
+
+    That is: no transform of torch.func, no autocast, no forward-mode derivatives, and no torch.compile.
     """
     dtype, device = tensors[-1].dtype, tensors[-1].device
     if device.type not in ("cpu", "cuda") or transformed() or torch.is_autocast_enabled(device.type):
@@ -276,5 +290,5 @@ def ordinary_tensors(tensors: Sequence[Tensor]) -> bool:
 
 
 def ordinary_on_cpu(tensors: Sequence[Tensor]) -> bool:
-    """`ordinary_tensors`, and on a CPU."""
+    """Whether these are `ordinary_tensors` on a CPU."""
     return tensors[-1].device.type == "cpu" and ordinary_tensors(tensors)

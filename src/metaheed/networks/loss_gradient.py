@@ -1,4 +1,8 @@
-"""The gradient of a network's loss: in closed form where there is one, else by autograd."""
+"""The gradient of a network's loss, in closed form if the network has one and otherwise by autograd.
+
+Legend: B tasks, n images, N ways. Images are (n, C, H, W) for one task and (B, n, C, H, W) for many; then labels,
+parameters and results have a leading B too.
+"""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 def predicted_gradient(
     predict: Predict, at: Params, x: Tensor, y: Tensor, names: Sequence[str] | None = None
 ) -> tuple[Params, Tensor, Tensor]:
-    """∇L of the mean cross-entropy at φ by autograd, L (0-d), and the logits (n, N); differentiable.
+    """∇L of the mean cross-entropy at φ, L (0-d), and the logits (n, N), by autograd; the gradient is differentiable.
 
     Args:
         predict: (φ, x) -> logits.
@@ -38,9 +42,9 @@ def predicted_gradient(
 def loss_gradient(
     network: "Backbone", at: Params, x: Tensor, y: Tensor, names: Sequence[str] | None = None
 ) -> tuple[Params, Tensor, Tensor]:
-    """`predicted_gradient` of a network, in closed form where that is known (`closed_form/`); they agree to rounding.
+    """`predicted_gradient` for a network, in closed form if it has one (`closed_form/`); the two agree to rounding.
 
-    Of a batch of tasks, every argument with a leading axis of tasks, the results have one too.
+    For many tasks every argument has a leading axis of tasks, and so have the results.
     """
     fast = network.closed_form(at, x)
     if fast is None:
@@ -67,13 +71,17 @@ def fused_step(
     names: Sequence[str] | None = None,
     first_order: bool = False,
 ) -> Params | None:
-    """φ − α ∇L(φ) in kernels of a CUDA device, which start once for all parameters and not once for each.
+    """A gradient step φ − α ∇L(φ) on many tasks, in CUDA kernels that start once for all parameters, not once for each.
 
-    The derivative is one node of autograd's graph: v ← v − α ∇²L v. The arguments are `NetworkLearner.descend`'s.
-    None if there is no such form: another device, a single task, a learned rate, or a network without a closed form.
+    Its derivative is one node of autograd's graph: v ← v − α ∇²L v. The arguments are those of
+    `NetworkLearner.descend`.
+
+    Returns:
+        φ after the step; None if there is no such form: on another device, for a single task, for a learned rate, or
+        for a network without a closed form.
     """
-    if x.dim() != 5 or not isinstance(rate, float | int) or not isinstance(network.known_at(x), ClosedFormCUDA):
-        return None  # a rate that is a tensor may be learned: then it is a part of the graph
+    if x.dim() != 5 or not isinstance(rate, float | int) or not isinstance(network.closed_form_for(x), ClosedFormCUDA):
+        return None  # a rate that is a tensor may be learned, and then belongs to the graph
     at = detached(adapted) if first_order else adapted
     fast = network.closed_form(at, x)
     if fast is None:
@@ -90,12 +98,12 @@ def fused_step(
 def _by_autograd(
     network: "Backbone", at: Params, x: Tensor, y: Tensor, names: Sequence[str] | None
 ) -> tuple[Params, Tensor, Tensor]:
-    network.examine(at, x)  # before a transform hides what the network does
+    network.examine(at, x)  # a transform of torch.func would hide what the network does
     return predicted_gradient(network, at, x, y, names)
 
 
 class _ClosedGradient(torch.autograd.Function):
-    """`loss_gradient` as one node of autograd's graph; backward is one product with the Hessian."""
+    """`loss_gradient` as one node of autograd's graph; its backward is one product with the Hessian."""
 
     @staticmethod
     def forward(ctx, network, fast, names, wanted, x, y, *leaves):  # type: ignore[no-untyped-def]
@@ -112,7 +120,7 @@ class _ClosedGradient(torch.autograd.Function):
         at = dict(zip(ctx.names, leaves, strict=True))
         loss, logits, *directions = cotangents
         if torch.is_grad_enabled() or loss is not None or logits is not None or many_vectors(cotangents):
-            # Third derivatives, or those of the loss itself, or many vectors at once: autograd's.
+            # Autograd computes third derivatives, those of the loss itself, and those for many vectors at once.
             def function(at):  # type: ignore[no-untyped-def]
                 return _task_by_task(ctx.network, at, x, y, ctx.wanted)
 
@@ -129,9 +137,9 @@ class _ClosedGradient(torch.autograd.Function):
 
 
 def _task_by_task(network: "Backbone", at: Params, x: Tensor, y: Tensor, wanted: Sequence[str]) -> tuple[Tensor, ...]:
-    """Losses (B,), logits, and the wanted gradients one after another, of a batch by autograd.
+    """Losses (B,), logits (B, n, N) and the wanted gradients of a batch by autograd, one task after another.
 
-    Not by vmap: PyTorch 2.13's derivative of a vmapped gradient of convolutions is wrong.
+    vmap is not used, because PyTorch 2.13's derivative of a vmapped gradient of convolutions is wrong.
     """
     tasks = range(len(y))
     each = [_by_autograd(network, {n: p[i] for n, p in at.items()}, x[i], y[i], wanted) for i in tasks]
@@ -140,15 +148,16 @@ def _task_by_task(network: "Backbone", at: Params, x: Tensor, y: Tensor, wanted:
 
 
 def _hessian_product(ctx: Any, at: Params, x: Tensor, y: Tensor, direction: Params) -> Params:
-    tape, ctx.tape = ctx.tape, None  # its memory is free for the next step's
-    if tape is None:  # a second time through the same graph
+    """The product of the Hessian with a direction, from the tape that forward kept."""
+    tape, ctx.tape = ctx.tape, None  # frees its memory for the next step's tape
+    if tape is None:  # backward is called a second time
         tape = ctx.fast.gradient(at, x, y, keep=True)[3]
     product: Params = ctx.fast.hessian_product(at, tape, direction)
     return product
 
 
 class _ClosedStep(torch.autograd.Function):
-    """`fused_step` as one node: see `_ClosedGradient`."""
+    """`fused_step` as one node of autograd's graph; see `_ClosedGradient`."""
 
     @staticmethod
     def forward(ctx, network, fast, rate, names, wanted, x, y, *leaves):  # type: ignore[no-untyped-def]

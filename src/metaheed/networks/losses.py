@@ -1,4 +1,4 @@
-"""The loss of a task."""
+"""The loss of a task: mean cross-entropy."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,10 @@ Predict = Callable[[Params, Tensor], Tensor]
 
 
 def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """In nats, over the images of logits (…, n, N) and labels (…, n): (…).
+    """The mean cross-entropy in nats over the images, from logits (…, n, N) and labels (…, n): (…).
 
     Raises:
-        ConfigError: the labels are not int64 of that shape; on a CPU also: they are not in [0, N).
+        ConfigError: the labels are not int64 of that shape or, which is checked on a CPU only, not in [0, N).
     """
     if not isinstance(y, Tensor):
         raise ConfigError(
@@ -42,7 +42,7 @@ def mean_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def predicted_loss(predict: Predict, at: Params, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy in nats (0-d) and the logits (n, N) it was computed from, at base parameters φ.
+    """The mean cross-entropy in nats (0-d) at base parameters φ, and the logits (n, N) that it was computed from.
 
     Args:
         predict: (φ, x) -> logits.

@@ -1,16 +1,22 @@
-"""The outer level by name: per-task gradients, their executions, batch rules, attention and outer optimisers."""
+"""The public names of the outer level: per-task gradients, executions, batch rules, attention and outer optimisers."""
 
 from metaheed.engine.captured import Buffered
 from metaheed.engine.choose import (
     build_execution,
     build_steps,
+    closing_workers,
     describe_execution,
     pick_execution,
     pick_for_run,
     tasks_at_once,
-    workers_ended,
 )
-from metaheed.engine.estimate import adapted_outcome, initial_gradient, initial_outcome, plain_gradient, task_gradient
+from metaheed.engine.estimate import (
+    evaluate_adapted,
+    evaluate_initial,
+    gradient_without_initial_loss,
+    initial_gradient,
+    task_gradient,
+)
 from metaheed.engine.executions.basic import (
     Execution,
     looped,
@@ -59,7 +65,6 @@ __all__ = [
     "TaskAttention",
     "Tools",
     "adam",
-    "adapted_outcome",
     "attended",
     "attention_features",
     "build_execution",
@@ -68,13 +73,16 @@ __all__ = [
     "build_steps",
     "check_gradient",
     "clipped",
+    "closing_workers",
     "describe_execution",
     "equity",
     "equity_coefficients",
+    "evaluate_adapted",
+    "evaluate_initial",
     "explain_failure",
+    "gradient_without_initial_loss",
     "inequality",
     "initial_gradient",
-    "initial_outcome",
     "looped",
     "loss_softmax",
     "map_im2col",
@@ -85,7 +93,6 @@ __all__ = [
     "map_vectorized",
     "pick_execution",
     "pick_for_run",
-    "plain_gradient",
     "replayed",
     "sequential",
     "sgd",
@@ -98,6 +105,5 @@ __all__ = [
     "vectorized",
     "weight_gradient",
     "weighted_sum",
-    "workers_ended",
     "worst_case",
 ]

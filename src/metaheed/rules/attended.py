@@ -1,4 +1,15 @@
-"""Task-attended meta-learning: a learned attention module weighs the tasks."""
+"""Task-attended meta-learning (algorithm 1).
+
+Aimen, Sidheekh, Krishnan: Task Attended Meta-Learning for Few-Shot Learning. A learned attention module with parameters
+δ weighs the tasks of a meta-batch; δ is trained so that the θ that results from the weighted step does well on other
+tasks, the probe batch.
+
+1. w = attention(infos of training batch t) under δ.
+2. θ' = outer step on Σ_i w_i g_i, with g_i = ∇_θ L_i*(φ_iᵀ).
+3. G = (1/B) Σ_j ∇_{θ'} L_j*(φ_jᵀ) over probe batch t, each task adapted from θ'. G changes δ only, never θ.
+4. δ' = step of δ's optimiser on ∂L/∂δ, where ∂L/∂w_i = ⟨g_i, Jᵀ G⟩ (eq. 3) and J is the Jacobian of the outer step
+   with respect to its gradient.
+"""
 
 import torch
 from torch import Tensor
@@ -22,32 +33,28 @@ def attended(
     reuse_probe: bool = AttendedConfig.attention_reuse_probe,
     release_leak: bool = AttendedConfig.faithful_to_release,
 ) -> Rule:
-    """Task-attended outer step (paper, algorithm 1 and eq. 3).
+    """The task-attended outer step, steps 1 to 4 above, with two options.
 
-    1. w = attention(infos of batch t) under δ.
-    2. θ' = outer step on Σ_i w_i g_i.
-    3. G = (1/B) Σ_j ∇_{θ'} L_j*(φ_jᵀ) over probe batch t, each task adapted from θ'. It reaches δ only, never θ.
-    4. δ' = step of `attention_optimizer` on ∂L/∂δ, with ∂L/∂w_i = ⟨g_i, Jᵀ G⟩.
+    With `reuse_probe` the probe batch of step t is training batch t+1. Its gradients at θ' are just those that step t+1
+    begins with, so they are kept for it: one meta-gradient a step instead of two. The paper draws a batch of its own.
 
-    With `reuse_probe` the probe batch of step t is training batch t+1: its gradients at θ' are those that step t+1
-    begins with, and are kept for it. One meta-gradient a step instead of two; the paper draws a batch of its own.
-
-    Deviation from the authors' code: G is taken at the θ' of the real outer step, not of an SGD look-ahead.
-
-    With `release_leak` it is as there: θ″ = θ − β Σ_i w_i g_i is looked ahead to, G is taken at θ″, and since θ″ was
-    not detached from θ, the real outer step is on Σ_i w_i g_i + Σ_j ∇L_j*(φ_jᵀ), the probe tasks adapted from θ″ (to
-    first order in the look-ahead; their sum, for so their losses were added up). The paper has no such term.
+    Deviation from the authors' code: G is taken at the θ' of the real outer step, not of an SGD look-ahead. With
+    `release_leak` the step is as in their code: G is taken at θ″ = θ − β Σ_i w_i g_i, and since that code does not
+    detach θ″ from θ, the probe losses reach θ too. Its real outer step is on Σ_i w_i g_i + Σ_j ∇L_j*(φ_jᵀ), the probe
+    tasks adapted from θ″ (exact to first order in the look-ahead; a sum, because that code adds the losses up). The
+    paper has no such term.
 
     Args:
-        attention: its present parameters are δ's start.
+        attention: its present parameters are the initial δ.
         attention_optimizer: the step on δ (the paper: Adam at rate γ).
         meta_lr: β of the look-ahead when `jacobian` is "sgd".
-        jacobian: "sgd": J = −β I, the authors' look-ahead; "optimizer": J of the real outer step, clipping included.
-        reuse_probe: as above; needs an attention that was told the number of tasks.
-        release_leak: as above; with neither reuse nor another jacobian than "sgd".
+        jacobian: "sgd": J = −β I, as in the authors' code; "optimizer": J of the real outer step, clipping included.
+        reuse_probe: as above; the attention must have been built with its number of tasks.
+        release_leak: as above; excludes `reuse_probe` and every other jacobian than "sgd".
 
     Raises:
-        ConfigError: unknown jacobian, reuse without the number of tasks, or a leak with what the release has not.
+        ConfigError: the jacobian is unknown, `reuse_probe` lacks the number of tasks, or `release_leak` is combined
+            with what it excludes.
     """
     if jacobian not in ("sgd", "optimizer"):
         raise unknown("attention jacobian", jacobian, ("sgd", "optimizer"))
@@ -68,18 +75,19 @@ def attended(
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
         delta, delta_state = below("attention.", state.rule), below("optimizer.", state.rule)
-        # A captured step (t a tensor) always follows one that kept its batch: steps.py takes a run's first one by one.
+        # A captured step (t is a tensor) always follows one that kept its batch, since captured.py makes a run's first
+        # step by itself.
         if reuse_probe and (isinstance(t, Tensor) or int(state.rule["pending.batch"]) == t):
             task_grads = below("pending.gradient.", state.rule)
             info = TaskInfo(**below("pending.info.", state.rule))
         else:
             task_grads, info = tools.gradients(state.meta, tools.train(t))
-        # Whether numbers are finite is looked at by whoever makes the steps, without waiting for a GPU in each of them.
+        # No check for finite inputs here: the engine checks all numbers, without waiting for a GPU in every step.
         weights, pull_delta = value_and_pullback(lambda d: functional_call(attention, d, (info, False)), delta)
         combined = weighted_sum(weights, task_grads)
         if release_leak:
             ahead = {name: p - meta_lr * combined[name] for name, p in state.meta.items()}
-            probe_grads, probe_info = tools.plain(ahead, tools.probe(t))
+            probe_grads, probe_info = tools.cheapest_gradients(ahead, tools.probe(t))
             leaked = weighted_sum(torch.ones_like(probe_info.query_loss), probe_grads)
             meta, optimizer = tools.optimizer.step(
                 state.meta, state.optimizer, {name: g + leaked[name] for name, g in combined.items()}
@@ -89,7 +97,7 @@ def attended(
             if reuse_probe:
                 probe_grads, probe_info = tools.gradients(meta, tools.train(t + 1))
             else:
-                probe_grads, probe_info = tools.plain(meta, tools.probe(t))
+                probe_grads, probe_info = tools.cheapest_gradients(meta, tools.probe(t))
         G = weighted_sum(uniform_weights(probe_info), probe_grads)
 
         def pull(v: Params) -> Params:
@@ -111,7 +119,10 @@ def attended(
 
 
 def _pending(task_grads: Params, info: TaskInfo, batch: int) -> Params:
-    """What is kept for the step that trains on `batch`, laid out as a checkpoint gives it back, for bits to agree."""
+    """What is kept for the step that trains on `batch`: the gradients and infos of its tasks.
+
+    Contiguous, so that a resumed run is bit-identical.
+    """
     device = info.query_loss.device
     return {
         "pending.batch": torch.as_tensor(batch, device=device),

@@ -1,8 +1,10 @@
-"""Task attention (Aimen, Sidheekh, Krishnan: Task Attended Meta-Learning for Few-Shot Learning, section 4).
+"""The attention module (Aimen, Sidheekh, Krishnan: Task Attended Meta-Learning for Few-Shot Learning, section 4).
 
-Tasks of a meta-batch are weighted by a small network with parameters δ that sees four numbers of each task. Stands
-alone: this file needs only torch, so the module drops into any training loop, as weights for stacked losses or through
-`weighted_sum` over per-task gradients (docs/attention.md).
+A small network with parameters δ sees four numbers of each task of a meta-batch and returns the tasks' weights. How δ
+is learned is in attended.py.
+
+The module fits into any training loop, by weights for stacked losses or by `weighted_sum` over per-task gradients (see
+docs/attention.md): it needs only torch, and the types of metaheed/types.py.
 
 Legend: B tasks; per-task gradients have a leading B in every leaf.
 """
@@ -15,14 +17,14 @@ from torch import Tensor, nn
 from metaheed.types import Params, TaskInfo
 
 FEATURES = ("grad_norm", "query_loss", "query_accuracy", "loss_ratio")
-"""Attention's inputs in order: ‖∇_φ L*(φᵀ)‖, L*ᵀ, A*ᵀ, L*ᵀ/L*⁰."""
+"""The inputs of attention in order: ‖∇_φ L*(φᵀ)‖, L*ᵀ, A*ᵀ, L*ᵀ/L*⁰."""
 
 
 def attention_features(info: TaskInfo) -> Tensor:
-    """(B, 4) inputs in the order of FEATURES, detached.
+    """The inputs (B, 4) in the order of FEATURES, detached.
 
-    A ratio whose initial loss is zero would be infinite or undefined; its denominator is taken as the smallest positive
-    normal number, and the ratio held to at most 1/ε of the dtype.
+    If an initial loss is zero, the smallest positive normal number takes its place, so that the ratio is defined. The
+    ratio is limited to 1/ε of the dtype.
     """
     limits = torch.finfo(info.query_loss.dtype)
     ratio = (info.query_loss / info.initial_loss.clamp(min=limits.tiny)).clamp(max=1 / limits.eps)
@@ -32,24 +34,25 @@ def attention_features(info: TaskInfo) -> Tensor:
 class TaskAttention(nn.Module):
     """Weights of the tasks of a meta-batch: (B,), positive, sum 1.
 
-    "paper": a 1×1 convolution 4→1 over the tasks without activation, then fully connected layers B→32→32→B with ReLU
-    between, softmax. Tied to the number of tasks and to their order. The paper's "2 fully connected layers with 32
-    neurons" fits one or two hidden layers; two are taken here.
+    "paper": a 1×1 convolution from 4 channels to 1 over the tasks, without activation; then fully connected layers
+    B→32→32→B with ReLU between them; softmax. It is tied to the number of tasks and to their order. The paper's "2
+    fully connected layers with 32 neurons" can mean one or two hidden layers; here there are two.
 
-    "equivariant" (ours): each task is scored from its own features and their mean and maximum over the batch by one
-    shared network 12→32→32→1, softmax. Any number of tasks; permuted tasks get permuted weights.
+    "equivariant" (ours): one network 12→32→32→1, shared by all tasks, scores each from its own inputs and their mean
+    and maximum over the batch; softmax. It takes any number of tasks, and permuted tasks get permuted weights.
 
     Args:
-        tasks: B; needed by "paper", and checked at every call. "equivariant" takes any B.
+        tasks: B. "paper" needs it; "equivariant" takes any number of tasks if it is None. If given, every call is
+            checked against it.
         architecture: "paper" or "equivariant".
-        standardize: subtract each input's mean over the batch and divide by its standard deviation (0 where all tasks
-            are alike), for the raw inputs differ in scale by orders of magnitude.
+        standardize: subtract each input's mean over the batch and divide by its standard deviation (the result is 0
+            where all tasks are alike). The raw inputs differ in scale by orders of magnitude.
         hidden: neurons in a hidden layer.
-        generator: draws δ's start; none: torch's global one.
-        omit: an input of FEATURES that is left out (a control); none: all four are seen.
+        generator: draws the initial δ; PyTorch's global generator if None.
+        omit: the input of FEATURES to leave out (a control); all four are used if None.
 
     Raises:
-        ValueError: unknown architecture or input, "paper" without tasks, or a size below 1.
+        ValueError: the architecture or the input is unknown, "paper" has no number of tasks, or a size is below 1.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class TaskAttention(nn.Module):
             self._redraw(generator)
 
     def _redraw(self, generator: torch.Generator) -> None:
-        # PyTorch's own start for these layers: U(−1/√inputs, 1/√inputs), weights and biases.
+        # As PyTorch initialises these layers: weights and biases from U(−1/√inputs, 1/√inputs).
         with torch.no_grad():
             for part in self.modules():
                 if isinstance(part, nn.Linear | nn.Conv1d):
@@ -101,13 +104,14 @@ class TaskAttention(nn.Module):
         """Weights (B,) in the dtype of `info`; differentiable with respect to δ only.
 
         Args:
-            info: of (B,) tensors. What only an omitted input is made of may be anything, NaN or None included.
-            check: look whether every input is finite, for which the host waits for a GPU; one value that is not would
-                make all weights NaN, and θ with them.
+            info: tensors (B,). A field that only an omitted input needs may be anything, also NaN or None.
+            check: check that every input is finite, because a single one that is not would make all weights NaN, and θ
+                with them. On a GPU the host has to wait for this check.
 
         Raises:
-            ValueError: `info` is not of floating-point (B,) tensors, or of another B than the module was built for; an
-                input of a task is not finite; or it is to be checked inside torch.func.vmap, where no value is seen.
+            ValueError: the fields are not floating-point tensors (B,), or B is not the number of tasks that the module
+                was built for; an input of a task is not finite; or `check` is set inside torch.func.vmap, where values
+                cannot be read.
         """
         info = self._checked(info)
         tasks = info.query_loss.shape[0]
@@ -122,7 +126,7 @@ class TaskAttention(nn.Module):
         if self.standardize:
             centred = x - x.mean(0)
             spread = centred.square().mean(0).sqrt()
-            # Equal values leave a spread of rounding only, which must not be blown up to ±1.
+            # Equal values differ by rounding errors only, which must not be scaled up to ±1.
             differ = spread > 16 * torch.finfo(dtype).eps * x.abs().amax(0)
             x = torch.where(differ, centred / torch.where(differ, spread, 1.0), 0.0)
         if self.architecture == "paper":
@@ -138,7 +142,7 @@ class TaskAttention(nn.Module):
         return sorted({field for name in inputs for field in made_of.get(name, (name,))})
 
     def _checked(self, info: TaskInfo) -> TaskInfo:
-        loss = info.query_loss  # the weights' dtype is its, even where it is no input
+        loss = info.query_loss  # it gives the weights their dtype, even where it is not an input
         if not isinstance(loss, Tensor) or loss.dim() != 1 or not len(loss) or not loss.is_floating_point():
             found = f"{loss.dtype} of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"info.query_loss is {found}, but it must be a floating-point tensor of shape (B,), B ≥ 1")
@@ -155,7 +159,7 @@ class TaskAttention(nn.Module):
         needed = self._needed()
         values = torch.stack([getattr(info, field).detach() for field in needed])
         if torch._C._functorch.is_batchedtensor(values):
-            raise ValueError("inside torch.func.vmap no value can be looked at: call with check=False there")
+            raise ValueError("inside torch.func.vmap no value can be read: call with check=False there")
         wrong = (~torch.isfinite(values)).nonzero().tolist()
         if not wrong:
             return
@@ -172,15 +176,15 @@ class TaskAttention(nn.Module):
 
 
 def stack_gradients(task_grads: Sequence[Mapping[str, Tensor | None] | Sequence[Tensor | None]]) -> Params:
-    """The gradients of B tasks, gathered one by one in a loop -> leaves (B, ...), detached.
+    """Gradients of B tasks that a loop has gathered one by one -> one tree of leaves (B, ...), detached.
 
     Args:
-        task_grads: for each task a gradient by name, or as `torch.autograd.grad` gives it, a sequence in the order of
-            the parameters, whose leaves are then named "0", "1", …. None, for a parameter that a task does not use,
-            counts as zero.
+        task_grads: the gradient of each task, either by name or as `torch.autograd.grad` returns it: a sequence in the
+            order of the parameters, whose leaves are then named "0", "1", …. None stands for a parameter that the task
+            does not use, and counts as zero.
 
     Raises:
-        ValueError: no tasks, tasks with different parameters, or a parameter that no task uses.
+        ValueError: there are no tasks, the tasks have different parameters, or no task uses a parameter.
     """
     named = [dict(g) if isinstance(g, Mapping) else {str(k): leaf for k, leaf in enumerate(g)} for g in task_grads]
     if not named or any(g.keys() != named[0].keys() for g in named):
@@ -201,7 +205,7 @@ def weighted_sum(weights: Tensor, task_grads: Params) -> Params:
 
 
 def weight_gradient(task_grads: Params, probe_gradient: Params, pull: Callable[[Params], Params]) -> Tensor:
-    """∂L/∂w_i = ⟨g_i, Jᵀ G⟩ for every task, (B,): how the probe loss L answers to the tasks' weights.
+    """∂L/∂w_i = ⟨g_i, Jᵀ G⟩ for every task, (B,): how the probe loss L changes with the tasks' weights.
 
     θ' depends on w only through Σ w_i g_i, so no third-order graph is needed (paper, eq. 3).
 

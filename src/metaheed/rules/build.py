@@ -17,9 +17,7 @@ from metaheed.config import (
 )
 from metaheed.errors import ConfigError
 from metaheed.rules.attended import attended
-from metaheed.rules.attention import (
-    TaskAttention,
-)
+from metaheed.rules.attention import TaskAttention
 from metaheed.rules.controls import loss_softmax, replayed, uniform_2b
 from metaheed.rules.equity import equity
 from metaheed.rules.optimizers import OuterOptimizer, adam, clipped, sgd
@@ -39,9 +37,12 @@ def build_rule(config: RunConfig, generator: torch.Generator, logged: Tensor | N
     """The batch rule that a config describes.
 
     Args:
-        config: the run's.
-        generator: draws what the rule starts from.
-        logged: (iterations, B), the weights to replay; needed by `replayed` only.
+        config: the run's config.
+        generator: draws the initial values of the rule's own parameters.
+        logged: (iterations, B), the weights to replay; only `replayed` needs it.
+
+    Raises:
+        ConfigError: there is no rule for this config, or `replayed` is given no weights.
     """
     rule = config.rule
     match rule:

@@ -8,7 +8,7 @@ Legend: M tasks with losses ℓ_i ≥ 0 and mean ℓ̄; x_i = ℓ_i/ℓ̄.
     gini                    Σ_i Σ_j |ℓ_i − ℓ_j| / (2 M Σ ℓ_i)
     log-variance            (1/M) Σ (ln ℓ_i − mean ln ℓ)²
 
-All are 0 for equal losses, and none sees a common factor of the losses.
+All are 0 if the losses are equal, and none changes if all losses are multiplied by the same number.
 """
 
 import math
@@ -21,19 +21,19 @@ from metaheed.config import EQUITY_PARAMETERS, EquityConfig, check_equity_parame
 
 
 def inequality(losses: Tensor, index: str = EquityConfig.equity_index, parameter: float | None = None) -> Tensor:
-    """I({ℓ_i}), 0-d in the losses' dtype; differentiable.
+    """I({ℓ_i}), 0-d in the losses' dtype; differentiable. It is computed in float64.
 
-    A loss below 1e-12 of the mean, or below 1e-12, where logarithms and powers end, counts as that much. Computed in
-    float64.
+    Logarithms and powers need positive losses: a loss below 1e-12, or below 1e-12 of the mean, is replaced by that
+    floor.
 
     Args:
         losses: (M,), not negative.
         index: a key of EQUITY_PARAMETERS.
-        parameter: a of generalized-entropy, ε > 0 of atkinson; none: the index's own.
+        parameter: a of generalized-entropy, ε > 0 of atkinson; the index's own default if None.
 
     Raises:
-        ConfigError: unknown index, or a parameter it does not take.
-        ValueError: losses that are not floating-point numbers (M,), M ≥ 1, or negative.
+        ConfigError: the index is unknown, or does not take the parameter.
+        ValueError: the losses are not floating-point numbers of shape (M,), M ≥ 1, or one is negative.
     """
     check_equity_parameter(index, parameter)
     if losses.dim() != 1 or not len(losses) or not losses.is_floating_point():
@@ -46,17 +46,19 @@ def inequality(losses: Tensor, index: str = EquityConfig.equity_index, parameter
 def equity_coefficients(
     losses: Tensor, index: str = EquityConfig.equity_index, parameter: float | None = None
 ) -> Tensor:
-    """c_i = ∂I/∂ℓ_i, (M,): how the inequality answers to each loss. Arguments and errors as for `inequality`.
+    """c_i = ∂I/∂ℓ_i, (M,): how the inequality changes with each loss. Arguments and errors as for `inequality`.
 
-    Of a loss below the floor it is the derivative at the floor; held to the largest number of the losses' dtype.
+    For a loss below the floor it is the derivative at the floor. It is limited to the largest number of the losses'
+    dtype.
     """
-    inequality(losses, index, parameter)  # raises what is to be raised
+    inequality(losses, index, parameter)  # for its checks
     return cross_entropy_coefficients(losses, index, parameter)
 
 
 def cross_entropy_coefficients(losses: Tensor, index: str, parameter: float | None) -> Tensor:
-    """As `equity_coefficients`, of losses that cannot be negative and settings known to be good: nothing is looked at,
-    so a CUDA graph can hold it.
+    """`equity_coefficients` without its checks, for losses that cannot be negative and settings that have been checked.
+
+    No validation and so no host synchronisation: safe in a CUDA graph.
     """
     coefficients: Tensor = grad(_inequality)(losses.detach().double(), index, parameter)
     largest = torch.finfo(losses.dtype).max
@@ -69,7 +71,7 @@ def _inequality(losses: Tensor, index: str, parameter: float | None) -> Tensor:
 
 def _floored(losses: Tensor) -> Tensor:
     floor = (1e-12 * losses.detach().mean()).clamp(min=1e-12)
-    return losses + (floor - losses).clamp(min=0).detach()  # not clamped itself: that would have no derivative
+    return losses + (floor - losses).clamp(min=0).detach()  # clamping the losses would make the derivative zero
 
 
 def _index(losses: Tensor, index: str, parameter: float | None) -> Tensor:
@@ -80,7 +82,7 @@ def _index(losses: Tensor, index: str, parameter: float | None) -> Tensor:
         return (x.log() - x.log().mean()).square().mean()
     if index == "theil":
         return _generalized_entropy(x, 1.0)
-    assert parameter is not None  # the remaining two have one
+    assert parameter is not None  # the remaining two indices have a parameter
     return _generalized_entropy(x, parameter) if index == "generalized-entropy" else _atkinson(x, parameter)
 
 
@@ -90,7 +92,7 @@ def _generalized_entropy(x: Tensor, a: float) -> Tensor:
         return (x * log).mean()
     if a == 0:
         return -log.mean()
-    # Since Σ (x_i − 1) = 0, either numerator equals Σ (x_i^a − 1); the one near its own limit does not cancel there.
+    # Since Σ (x_i − 1) = 0, both numerators equal Σ (x_i^a − 1). Each is accurate near one of the limits a → 1, a → 0.
     numerator = x * torch.expm1((a - 1) * log) if a > 0.5 else torch.expm1(a * log)
     return numerator.mean() / (a * (a - 1))
 
@@ -99,8 +101,8 @@ def _atkinson(x: Tensor, epsilon: float) -> Tensor:
     k, log = 1 - epsilon, x.log()
     if k == 0:
         return -torch.expm1(log.mean())
-    if abs(k) < 0.5:  # near the limit, where the powers cancel
+    if abs(k) < 0.5:  # near the limit, where plain powers would cancel
         mean = torch.log1p(torch.expm1(k * log).mean()) / k
-    else:  # far from it, where they may overflow
+    else:  # far from it, where plain powers may overflow
         mean = (torch.logsumexp(k * log, 0) - math.log(len(x))) / k
     return -torch.expm1(mean)

@@ -1,4 +1,12 @@
-"""An outer step after every task."""
+"""The sequential rule: an outer step after every task (algorithm 1).
+
+Ravi, Larochelle: Optimization as a Model for Few-Shot Learning, ICLR 2017, whose LSTM is trained so. A meta-batch of B
+tasks costs as many adaptations as under the uniform rule, but θ moves B times.
+
+For i = 1 … B:
+1. g_i = ∇_θ L_i*(φ_iᵀ), at the θ that task i−1 left.
+2. θ ← outer step on g_i.
+"""
 
 import torch
 
@@ -9,9 +17,9 @@ from metaheed.types import Episode, TaskInfo
 
 
 def sequential() -> Rule:
-    """An outer step after every task of the batch, in order, each gradient taken at the θ that the one before left.
+    """One outer step for every task of the batch, in order; each gradient is taken at the θ that the step before left.
 
-    Over B tasks it is B single-task outer steps (Ravi & Larochelle's training). Each task weighs 1 in its own step.
+    Each task has the weight 1 in its own step, and so in the record.
     """
 
     def step(state: OuterState, t: int, tools: Tools) -> tuple[OuterState, StepRecord]:
@@ -20,8 +28,8 @@ def sequential() -> Rule:
         infos = []
         for index in range(len(batch.support_y)):
             try:
-                task_grads, info = tools.plain(meta, Episode(*(part[index : index + 1] for part in batch)))
-            except NonFiniteTaskError as error:  # the tool saw a batch of one
+                task_grads, info = tools.cheapest_gradients(meta, Episode(*(part[index : index + 1] for part in batch)))
+            except NonFiniteTaskError as error:  # the batch of one does not know the task's number
                 raise NonFiniteTaskError(error.what, index + 1, error.stream) from None
             meta, optimizer = tools.optimizer.step(meta, optimizer, weighted_sum(uniform_weights(info), task_grads))
             infos.append(info)

@@ -20,11 +20,11 @@ from metaheed.files.writing import check_writable, is_writable, write_whole
 from metaheed.learners import find_backbone, place_constants
 from metaheed.outer import (
     Execution,
-    adapted_outcome,
     build_execution,
-    initial_outcome,
+    closing_workers,
+    evaluate_adapted,
+    evaluate_initial,
     pick_for_run,
-    workers_ended,
 )
 from metaheed.running.checkpoint import Pixels, recorded_pixels
 from metaheed.running.folder import RunFolder
@@ -61,7 +61,7 @@ def evaluate(
     """Query loss and accuracy of the first `tasks` tasks; no graph is kept, so memory does not grow with their number.
 
     Args:
-        execution: of `adapted_outcome` or `initial_outcome`.
+        execution: of `evaluate_adapted` or `evaluate_initial`.
         meta: θ.
         episodes: the frozen tasks.
         tasks: how many.
@@ -153,7 +153,7 @@ def evaluate_run(
     episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
     folder.check_classes(episodes.dataset, setting.split)
     with (
-        workers_ended(),
+        closing_workers(),
         cpu_threads(run.training),
         float32_products(run.training.tf32),
         memory_explained(run, where, min(_AT_ONCE, setting.tasks), learner),
@@ -161,7 +161,7 @@ def evaluate_run(
     ):
         adapted, initial = (
             evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)
-            for outcome, told in ((adapted_outcome, on_tasks), (initial_outcome, None))
+            for outcome, told in ((evaluate_adapted, on_tasks), (evaluate_initial, None))
         )
     accuracy, half_width = interval(adapted.accuracies)
     initial_accuracy, initial_half_width = interval(initial.accuracies)

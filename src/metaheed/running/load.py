@@ -47,7 +47,7 @@ def load_weights(
     learner = build_judged_learner(config, ways, (channels, height, width))
     check_fits(learner.init(torch.Generator().manual_seed(0)), meta, f"{folder.path}'s {which} checkpoint")
     if isinstance(learner, NetworkLearner):
-        learner.hold(meta)  # lest somebody who looks inside finds a network that was never trained
+        learner.write_into_module(meta)  # lest somebody who looks inside finds a network that was never trained
     return learner, meta, about
 
 

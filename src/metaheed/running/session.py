@@ -18,13 +18,13 @@ from metaheed.outer import (
     Rule,
     Streams,
     Tools,
-    adapted_outcome,
     build_execution,
     build_optimizer,
     build_rule,
     check_gradient,
+    evaluate_adapted,
+    gradient_without_initial_loss,
     initial_gradient,
-    plain_gradient,
     task_gradient,
 )
 from metaheed.running.checkpoint import Checkpoint, Pixels, Progress
@@ -108,13 +108,13 @@ def set_up(config: RunConfig, dataset: Dataset, folder: RunFolder | None) -> Ses
         optimizer=build_optimizer(config.outer),
         train=lambda t: streams.batch("training", t),
         probe=lambda t: streams.batch("probe", t),
-        plain_gradients=(
+        gradients_without_initial_loss=(
             None
             if config.training.log_initial_loss
-            else build_execution(config.training, device, learner, plain_gradient)
+            else build_execution(config.training, device, learner, gradient_without_initial_loss)
         ),
     )
-    outcome = build_execution(config.training, device, judged, adapted_outcome)
+    outcome = build_execution(config.training, device, judged, evaluate_adapted)
 
     def validation(meta: Params, on_tasks: Callable[[int], None]) -> tuple[float, float, float]:
         outcomes = evaluate(outcome, meta, frozen, config.training.val_tasks, on_tasks)

@@ -12,7 +12,7 @@ from metaheed.data import Dataset, Split
 from metaheed.data.images import make_split
 from metaheed.outer import (
     build_steps,
-    workers_ended,
+    closing_workers,
 )
 from metaheed.running.process import (
     cpu_threads,
@@ -59,7 +59,7 @@ def measure_speed(config: RunConfig, image_shape: tuple[int, int, int]) -> Speed
     execution = picked(config.training.execution, device, config)
     training = replace(config.training, device=str(device), execution=execution, val_tasks=_FEW)
     config = replace(config, training=training)
-    with workers_ended(), cpu_threads(training), float32_products(training.tf32):
+    with closing_workers(), cpu_threads(training), float32_products(training.tf32):
         session = set_up(config, on_device(_noise(config, image_shape), device), None)
         with memory_explained(config, device, config.outer.meta_batch_size, session.learner):
             return Speed(_time_steps(session), _time_judging(session))

@@ -24,9 +24,9 @@ from metaheed.learners import find_backbone
 from metaheed.outer import (
     OuterState,
     build_steps,
+    closing_workers,
     describe_execution,
     pick_for_run,
-    workers_ended,
 )
 from metaheed.running.checkpoint import Checkpoint, Progress, check_fits, check_is_of
 from metaheed.running.folder import RunFolder
@@ -190,7 +190,7 @@ def resume(
 @starts_explained()
 def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
     training = config.training
-    with workers_ended(), cpu_threads(training), float32_products(training.tf32), signals_received() as received:
+    with closing_workers(), cpu_threads(training), float32_products(training.tf32), signals_received() as received:
         folder.remove_leftovers()
         checkpoint, notices = folder.read_checkpoint()
         for notice in notices:

@@ -12,7 +12,7 @@ from metaheed.config import EvaluationConfig, FreezeConfig, MAMLConfig, RunConfi
 from metaheed.data import Episodes, load_dataset
 from metaheed.errors import RunError
 from metaheed.files.opening import LinkError, cannot_write, refuse_link
-from metaheed.outer import adapted_outcome, initial_outcome, map_looped
+from metaheed.outer import evaluate_adapted, evaluate_initial, map_looped
 from metaheed.running.compare import compare
 from metaheed.running.evaluate import evaluate, evaluate_run
 from metaheed.running.folder import RunFolder
@@ -111,6 +111,6 @@ def _untrained(run: Path, seed: int, tasks: int) -> tuple[str, str]:
     episodes = Episodes(load_dataset("glyphs"), "test", *config.episodes.test_shape, FreezeConfig.episode_seed)
     before, after = (
         interval(evaluate(map_looped(partial(outcome, learner)), meta, episodes, tasks).accuracies)
-        for outcome in (initial_outcome, adapted_outcome)
+        for outcome in (evaluate_initial, evaluate_adapted)
     )
     return f"{before[0]:.2%} ± {before[1]:.2%}", f"{after[0]:.2%} ± {after[1]:.2%}"

@@ -1,10 +1,9 @@
-"""Two more ways to run a per-task function over a meta-batch, made for CUDA; basic.py has the others.
+"""The tasks of a meta-batch as one program, with convolutions as matrix products over patches (im2col); made for CUDA.
 
-Which is the fastest there depends on the network and the size: torch.func's vectorised convolution over tasks is a
-grouped one, for which kernels differ widely. `map_im2col` gives the vectorised tasks plain batched matrix products
-instead, `map_streamed` gives every task the device's ordinary kernels, side by side.
+`torch.func.vmap` turns a convolution over tasks into a grouped one, for which kernels differ widely in speed. Here it
+becomes a batched matrix product instead. Which is faster depends on the network and its size.
 
-Legend: n images of C×H×W, O filters of k×l pixels, H'×W' their output.
+Legend: n images of C×H×W, O filters of k×l pixels, output of H'×W'.
 """
 
 import math
@@ -23,9 +22,10 @@ from metaheed.types import Episode, Params
 
 
 def map_im2col(per_task: Callable[[Params, Episode], T], chunk_size: int | None = None) -> Execution[T]:
-    """As `map_vectorized`, every two-dimensional convolution inside being a matrix product over patches: im2col.
+    """As `map_vectorized`, with every two-dimensional convolution computed as a matrix product over patches.
 
-    It needs k·l times a layer's input in memory. Agrees with the others to rounding, whatever the network.
+    A layer then needs k·l times the memory of its input. It agrees with the other executions to rounding for any
+    network.
     """
 
     def run(meta: Params, batch: Episode) -> T:
@@ -37,7 +37,7 @@ def map_im2col(per_task: Callable[[Params, Episode], T], chunk_size: int | None 
 
 
 class Im2col(TorchFunctionMode):
-    """While it is entered, `torch.conv2d` (and so `nn.Conv2d`) is `patch_convolution`, where that covers the call."""
+    """Inside this context, `torch.conv2d` (and so `nn.Conv2d`) is `patch_convolution` for the calls that it covers."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -55,7 +55,7 @@ def _conv2d(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor | None:
-    """torch.conv2d with its own names; none: it is a kind that `patch_convolution` does not cover."""
+    """torch.conv2d, with its argument names; None for the kinds that `patch_convolution` does not cover."""
     if groups != 1 or _pair(dilation) != (1, 1) or isinstance(padding, str) or input.dim() != 4:
         return None
     return patch_convolution(input, weight, bias, _pair(stride), _pair(padding))
@@ -68,9 +68,9 @@ def _pair(value: Any) -> tuple[int, int]:
 def patch_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
 ) -> Tensor:
-    """A convolution of x (n, C, H, W) with weight (O, C, k, l) as matrix products over patches: (n, O, H', W').
+    """A convolution of x (n, C, H, W) with weight (O, C, k, l), as matrix products over patches: (n, O, H', W').
 
-    Differentiable any number of times, and vectorised over tasks by `torch.func.vmap`.
+    It can be differentiated any number of times, and vectorised over tasks by `torch.func.vmap`.
     """
     geometry = _Geometry((x.shape[2], x.shape[3]), (weight.shape[2], weight.shape[3]), stride, padding)
     patches: Tensor = _Unfold.apply(x, geometry)  # type: ignore[no-untyped-call]
@@ -81,7 +81,7 @@ def patch_convolution(
 
 
 class _Geometry(NamedTuple):
-    """What a convolution does to a plane."""
+    """The sizes that determine a convolution: (height, width) each."""
 
     image: tuple[int, int]
     kernel: tuple[int, int]
@@ -100,8 +100,8 @@ class _Geometry(NamedTuple):
 class _Unfold(torch.autograd.Function):
     """Images (n, C, H, W) to patches (n, C·k·l, H'·W'); its adjoint is `_Fold`.
 
-    `F.unfold` has a derivative and a rule for vmap too, but on CUDA it starts a kernel for every image; strides reach
-    all of them with one copy.
+    `F.unfold` has a derivative and a rule for vmap too, but on CUDA it starts a kernel for every image. Here one copy
+    of a strided view reads all images.
     """
 
     @staticmethod
@@ -125,7 +125,7 @@ class _Unfold(torch.autograd.Function):
 
 
 class _Fold(torch.autograd.Function):
-    """Patches (n, C·k·l, H'·W') to images (n, C, H, W), each pixel the sum over the patches that it is in."""
+    """Patches (n, C·k·l, H'·W') to images (n, C, H, W): each pixel is the sum over the patches that contain it."""
 
     @staticmethod
     def forward(patches: Tensor, geometry: _Geometry) -> Tensor:
@@ -146,7 +146,7 @@ class _Fold(torch.autograd.Function):
 
 
 def _tasks_as_images(function: Any, tasks_at: int | None, x: Tensor, geometry: _Geometry) -> tuple[Tensor, int]:
-    """A function of images, applied to those of all tasks as if they were one task's."""
-    assert tasks_at is not None  # vmap asks for what is vectorised only
+    """Apply a function of images to the images of all tasks, as if they belonged to one task."""
+    assert tasks_at is not None  # vmap calls this rule only for arguments with an axis of tasks
     x = x.movedim(tasks_at, 0)
     return function.apply(x.flatten(0, 1), geometry).unflatten(0, x.shape[:2]), 0

@@ -1,7 +1,8 @@
-"""A batch's tasks on processes of their own, one a core: what threads would lose by Python's one lock.
+"""The tasks of a meta-batch on worker processes, one a core, which do not share Python's global lock as threads do.
 
-The workers are forked, so they hold the learner without a copy being sent, and start at once. Parameters and images go
-to them, and results come back, through a piece of shared memory each; the pipes carry shapes only.
+The workers are forked: so they start at once and hold the learner without receiving a copy. Each worker shares a piece
+of memory with this process, through which parameters and images go to it and results come back; the pipes carry only
+shapes.
 """
 
 import contextlib
@@ -33,22 +34,23 @@ from metaheed.types import Episode, Params
 T = TypeVar("T")
 
 AVAILABLE = sys.platform.startswith("linux")
-"""Elsewhere a forked process may not use the system's libraries."""
+"""Forking is safe on Linux only: elsewhere a forked process may not use the system's libraries."""
 _ALIGNMENT = 64
 
 
 class Workers:
-    """Forked processes that run functions of a learner; they end with this object, and with the process.
+    """Forked processes that run functions of a learner. They end with this object, and with the process.
 
-    They are forked at the first use, from the thread that makes it and must outlive them. Threads of ours may be at
-    work then: those that draw batches are waited for (`apart_from_forks`), the streams that a progress bar writes to
-    are opened anew in the worker, and it uses nothing else that they may hold. A user's own threads must hold no lock
-    of a library then.
+    They are forked at the first use, by the calling thread, which must outlive them. Other threads may be running then.
+    Ours cause no harm: the fork waits for those that draw batches (`apart_from_forks`), a worker reopens the streams
+    that a progress bar writes to, and it uses nothing else that our threads may have locked. The user's own threads
+    must not hold a lock of a library at that moment.
 
     Args:
-        learner: as it is at the first use; later changes to it are not seen.
-        threads: of all together: so many workers of one thread each or, of fewer tasks, a worker for each with its
-            share of the threads. Where PyTorch's operations sum in an order of their threads', so do they here.
+        learner: used as it is at the first use; later changes to it are not seen.
+        threads: the number of threads of all workers together: `threads` workers of one thread each or, if there are
+            fewer tasks, one worker a task with an equal share of the threads. Results depend on the threads a worker
+            has where PyTorch's operations depend on them (in the order of their sums).
 
     Raises:
         ConfigError: fewer than one thread, or a system where processes cannot be forked safely.
@@ -60,24 +62,24 @@ class Workers:
         if not AVAILABLE:
             raise ConfigError(f"the execution 'processes' needs Linux, but this is {sys.platform}: use 'threaded'")
         self.threads = threads
-        self._learner = weakref.ref(learner)  # so that workers kept for a learner end with it
+        self._learner = weakref.ref(learner)  # a weak reference, so that the workers of a learner end with it
         self._running: list[_Worker] = []
 
     def map(self, function: Callable[[Learner, Params, Episode], T], meta: Params, batch: Episode) -> T:
-        """function(learner, θ, task) over a batch, its tasks dealt out to the workers in order.
+        """Execute function(learner, θ, task) over a batch. The workers get equal shares of the tasks, in order.
 
         Args:
-            function: found by its name in the workers, so one of a module.
+            function: a function of a module, which the workers find by its name.
             meta: θ.
-            batch: tasks.
+            batch: the tasks.
 
         Raises:
-            StartError: the system starts no further process.
-            WorkerError: a worker died. Whatever the function raises in one.
+            StartError: the system cannot start another process.
+            WorkerError: a worker died. An exception of the function itself is raised again here.
         """
-        processes, threads = shared_out(self.threads, len(batch.support_y))
+        processes, threads = workers_and_threads(self.threads, len(batch.support_y))
         shares = list(zip(*(torch.tensor_split(part, processes) for part in batch), strict=True))
-        # Results are a gradient a task at most, and a few numbers.
+        # The results of a task are at most a gradient and a few numbers.
         results = len(shares[0][0]) * (_room(meta.values()) + 4096)
         needed = _room([*meta.values(), *shares[0]]) + results
         if self._running and self._running[0].room < needed:
@@ -85,7 +87,7 @@ class Workers:
         while len(self._running) < len(shares):
             learner = self._learner()
             if learner is None:
-                raise RuntimeError("the learner of these workers is gone: keep it as long as they are used")
+                raise RuntimeError("the learner of these workers was deleted: keep a reference to it")
             room = self._running[0].room if self._running else 2 * needed
             self._running.append(_Worker(learner, room))
         at_work = self._running[: len(shares)]
@@ -95,30 +97,32 @@ class Workers:
                 worker.begin(threads, function, meta, Episode(*share))
             answers = [worker.end() for worker in at_work]
         finally:
-            if len(answers) < len(at_work):  # some may still be at work, or gone
+            if len(answers) < len(at_work):  # some workers may still be busy, or dead
                 self.close()
         result: T = merge(answers, torch.cat)
         return result
 
     def close(self) -> None:
-        """End the workers; the next use starts new ones."""
+        """End the workers. The next use starts new ones."""
         for worker in self._running:
             worker.close()
         self._running.clear()
 
 
-def shared_out(threads: int, tasks: int) -> tuple[int, int]:
-    """How many workers are at work on so many tasks, and with how many threads each."""
+def workers_and_threads(threads: int, tasks: int) -> tuple[int, int]:
+    """How many workers so many tasks are divided among, and how many threads each has."""
     processes = min(threads, tasks)
     return processes, threads // processes
 
 
 class _Worker:
+    """One forked process, with its shared memory of `room` bytes and its pipe."""
+
     def __init__(self, learner: Learner, room: int) -> None:
         self.room = room
         self._memory = mmap.mmap(-1, room)
         self._pipe, theirs = multiprocessing.Pipe()
-        for stream in filter(None, (sys.stdout, sys.stderr)):  # none: closed before this process began
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None if it was closed before this process began
             stream.flush()
         parent = os.getpid()
         try:
@@ -130,22 +134,24 @@ class _Worker:
                 _close_all_but(theirs.fileno())
                 _serve(learner, self._memory, theirs, parent)
             finally:
-                os._exit(0)  # nothing of the parent's is to be flushed, saved or cleaned up here
+                os._exit(0)  # without flushing, saving or cleaning up what is the parent's
         theirs.close()
         self._finalizer = weakref.finalize(self, _end, self._pid, self._pipe)
 
     def begin(self, threads: int, function: Callable[..., Any], meta: Params, batch: Episode) -> None:
+        """Write the arguments into the shared memory and tell the worker to start."""
         writer = _Writer(self._memory)
         self._send(
             (threads, function, {n: writer.put(p) for n, p in meta.items()}, [writer.put(part) for part in batch])
         )
 
     def end(self) -> Any:
+        """Wait for the worker's result; raises its exception, or WorkerError if it died."""
         try:
             failure, answer = self._pipe.recv()
         except (EOFError, OSError):
             _, status = os.waitpid(self._pid, 0)
-            self._finalizer.detach()  # its number may be another's now
+            self._finalizer.detach()  # another process may have its number now
             self._pipe.close()
             raise WorkerError(os.waitstatus_to_exitcode(status)) from None
         if failure is not None:
@@ -168,45 +174,47 @@ def _end(pid: int, pipe: Connection) -> None:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     except (ProcessLookupError, ChildProcessError):
-        return  # gone, and waited for
+        return  # it had ended, and was waited for
 
 
 def _close_all_but(kept: int) -> None:
-    """So that no lock, log or pipe of the parent is held open here, except for its standard streams."""
+    """Close all files but the standard streams and this one, so that no lock, log or pipe of the parent stays open."""
     for opened in [int(path.name) for path in Path("/proc/self/fd").iterdir()]:
         if opened > 2 and opened != kept:
-            with contextlib.suppress(OSError):  # the one that the listing itself went through
+            with contextlib.suppress(OSError):  # the listing's own descriptor is closed already
                 os.close(opened)
 
 
 def _serve(learner: Learner, memory: mmap.mmap, pipe: Connection, parent: int) -> None:
-    # Where the parent dies of a SIGKILL, a worker in mid-task must not keep the run locked.
+    # If the parent is killed by SIGKILL, a worker that is busy must not keep the run locked.
+    """The life of a worker: prepare the forked process, then answer requests until the pipe closes."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:
         return
-    # Signals to all of a terminal's or a job's processes are the parent's business: it stops its workers itself.
+    # The parent handles the signals that go to all processes of a terminal or a job, and stops its workers itself.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    # A progress bar's thread may have been writing when the process was forked: its lock is never given back here.
+    # If a progress bar's thread was writing during the fork, the stream's lock would never be released here.
     sys.stdout, sys.stderr = (
         stream and open(number, "w", buffering=1, errors="backslashreplace", closefd=False)  # noqa: SIM115  # for good
         for number, stream in ((1, sys.stdout), (2, sys.stderr))
     )
     torch.set_num_threads(1)
-    gc.freeze()  # what was there at the fork need not be looked through again
-    # Whatever was at work around the first use.
+    gc.freeze()  # the collector need not examine again what existed at the fork
+    # The contexts around the first use do not count here.
     with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
         _answer(learner, memory, pipe)
 
 
 def _answer(learner: Learner, memory: mmap.mmap, pipe: Connection) -> None:
+    """Answer requests until the pipe closes."""
     now = 1
 
     def work(threads: int, function: Callable[[Learner, Params, Episode], Any], meta: Any, batch: Any) -> Any:
         nonlocal now
-        if now != threads:  # to set it makes libraries forget what they have prepared
+        if now != threads:  # setting it makes libraries discard what they have prepared
             torch.set_num_threads(threads)
             now = threads
         # Without a closed form one task after another is faster than torch.func.vmap.
@@ -214,8 +222,8 @@ def _answer(learner: Learner, memory: mmap.mmap, pipe: Connection) -> None:
         execution: Execution[Any] = map_together(learner, function) if has_closed_form(learner) else one_by_one
         return _stored(execution(_loaded(memory, meta), Episode(*_loaded(memory, batch))), _Writer(memory))
 
-    # OpenMP's threads belong to the thread that began them. Those of the one that was forked have stayed behind, and it
-    # would wait for them for ever; a new one begins its own.
+    # OpenMP's threads belong to the thread that started them. Those of the forked thread exist only in the parent, and
+    # it would wait for them for ever; a new thread starts its own.
     apart = ThreadPoolExecutor(1)
     while True:
         try:
@@ -225,15 +233,16 @@ def _answer(learner: Learner, memory: mmap.mmap, pipe: Connection) -> None:
         answer: tuple[Exception | None, Any]
         try:
             answer = (None, work(1, *given) if threads == 1 else apart.submit(work, threads, *given).result())
-        except Exception as error:  # it is raised again in the parent
+        except Exception as error:  # the parent raises it again
             answer = (_portable(error), None)
         pipe.send(answer)
 
 
 def _portable(error: Exception) -> Exception:
+    """The exception itself if it can be pickled, else a RuntimeError with its text."""
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever a class does when it is pickled
+    except Exception:  # pickling runs the class's own code, which may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
 
@@ -246,7 +255,7 @@ class _Place:
 
 
 class _Writer:
-    """Lays tensors into shared memory one after another."""
+    """Writes tensors into the shared memory one after another."""
 
     def __init__(self, memory: mmap.mmap) -> None:
         self._memory = memory
@@ -256,7 +265,7 @@ class _Writer:
         place = _Place(self._end, tuple(tensor.shape), tensor.dtype)
         self._end += _room([tensor])
         if self._end > len(self._memory):
-            raise RuntimeError(f"a result of {self._end} bytes does not fit into the {len(self._memory)} shared ones")
+            raise RuntimeError(f"a result of {self._end} bytes exceeds the {len(self._memory)} bytes of shared memory")
         _view(self._memory, place).copy_(tensor)
         return place
 
@@ -271,10 +280,12 @@ def _view(memory: mmap.mmap, place: _Place) -> Tensor:
 
 
 def _room(tensors: Any) -> int:
+    """The bytes that these tensors take in the shared memory."""
     return sum(-(-t.numel() * t.element_size() // _ALIGNMENT) * _ALIGNMENT for t in tensors)
 
 
 def _stored(tree: Any, writer: _Writer) -> Any:
+    """Write a tree's tensors into the shared memory; returns the tree with a `_Place` for each."""
     if isinstance(tree, Tensor):
         return writer.put(tree)
     if isinstance(tree, dict):
@@ -284,6 +295,7 @@ def _stored(tree: Any, writer: _Writer) -> Any:
 
 
 def _loaded(memory: mmap.mmap, tree: Any) -> Any:
+    """The inverse of `_stored`: the tree with tensors that are views of the shared memory."""
     if isinstance(tree, _Place):
         return _view(memory, tree)
     if isinstance(tree, dict):

@@ -1,4 +1,4 @@
-"""Each task of a meta-batch on a CUDA stream of its own."""
+"""Each task of a meta-batch on a CUDA stream of its own: the device runs their ordinary kernels side by side."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,11 @@ from metaheed.types import Episode, Params
 
 
 def map_streamed(per_task: Callable[[Params, Episode], T]) -> Execution[T]:
-    """Any per-task function over a batch, each task on a CUDA stream of its own; on other devices one after another.
+    """Execute any per-task function over a batch, each task on a CUDA stream of its own; on other devices one after
+    another.
 
-    The streams begin where the caller's is and it waits for them, by events, so that a capture of the caller's stream
-    captures them all.
+    Events make the streams start after the caller's stream and the caller's stream wait for all of them. So a capture
+    of the caller's stream captures them too.
     """
     looped = map_looped(per_task)
     made: dict[torch.device, list[torch.cuda.Stream]] = {}
@@ -26,8 +27,8 @@ def map_streamed(per_task: Callable[[Params, Episode], T]) -> Execution[T]:
         while len(side) < len(tasks):
             side.append(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
         used, caller = side[: len(tasks)], torch.cuda.current_stream(device)
-        # Memory needs no `record_stream`: what a side stream frees is used again on it alone, and only after the next
-        # wait below, when the caller's stream has read it.
+        # Memory needs no `record_stream`: what a side stream frees is used again only by that stream, and only after
+        # its next wait below, when the caller's stream has read it.
         for stream in used:
             stream.wait_stream(caller)
         results = []

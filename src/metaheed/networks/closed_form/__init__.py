@@ -1,1 +1,1 @@
-"""The derivatives of Conv4 without autograd: on a CPU, and on CUDA."""
+"""Conv4's loss, gradient and Hessian products in closed form: on a CPU, and by CUDA kernels."""

@@ -1,11 +1,12 @@
 """Conv4's loss, its gradient, and products with its Hessian, in closed form: a second-order step without autograd.
 
-Autograd takes a block's derivatives through dozens of passes over its full-size planes, each into fresh memory. Written
-out, a block needs of them: forward, a convolution, one pass for the statistics and one for the maxima; backward and for
-the Hessian, the convolutions, two passes and a scatter. All else happens after the pooling, on a quarter of the values.
+Autograd takes the derivatives of a block by dozens of passes over full-size planes, each into fresh memory. Written
+out, a block needs far fewer: forward, a convolution, one pass for the statistics and one for the maxima; backward and
+for the Hessian, the convolutions, two passes and a scatter. Everything else happens after the pooling, on a quarter of
+the values. The arithmetic of a single block is in block.py; this file chains the blocks.
 
-A block maps x to z. P picks the maxima: with s = sign γ folded into the convolution and γ ≥ 0, halving commutes with
-the norm and with ReLU, so it can come first. Per channel:
+A block maps x to z. P picks the maxima. The sign s of γ is folded into the convolution, so that γ ≥ 0: then halving
+commutes with the norm and with ReLU, and can come first. Per channel:
 
     y = conv(x, W)      μ, v = mean and variance of y over its M places      r = (v + ε)^(-1/2)
     p = P y             ŷ = r (y − μ),  q = r (p − μ)                        z = max(γ q + β, 0)
@@ -13,21 +14,21 @@ the norm and with ReLU, so it can come first. Per channel:
 1. Gradient, from δ = ∂L/∂z:  e = δ [z > 0],  S₀ = Σ e,  S₁ = Σ e q;  ∂L/∂β = S₀,  ∂L/∂γ = S₁,
    ∂L/∂y = γ r (Pᵀ e − (S₀ + S₁ ŷ) / M)                                                       (1)
 2. Hessian times a direction (Pearlmutter, Fast Exact Multiplication by the Hessian, 1994): every quantity of the
-   forward pass and of step 1 is differentiated along the direction, marked by a dot, which costs about two gradients:
+   forward pass and of step 1 is differentiated along the direction, which a dot marks. This costs about two gradients:
    T₀ = Σ ẏ,  T₁ = Σ ŷ ẏ,  ṙ = −r² T₁ / M,  q̇ = r (P ẏ − (T₀ + q T₁) / M),  and (1) by the product rule.
-   Neither ŷ nor q is ever formed: both are affine in y and p, so they end in factors per channel.
+   Neither ŷ nor q is ever formed: both are affine in y and p, so they become factors per channel.
 
 A convolution's bias cancels in the norm: its derivatives are exactly zero, where autograd returns rounding errors. In
-its place the convolution is given the bias that makes μ vanish, known before y is (`_centring`). The maxima and the
-signs of z count as constants, as in autograd. Where γ is zero every place is a maximum, and autograd takes another than
-y's, which shows in ∂L/∂γ: that is left to autograd (`fits`).
+its place the convolution gets the bias that makes μ vanish, which is known before y is (`_centring` in block.py). The
+maxima and the signs of z count as constants, as in autograd. If γ is zero, every place is a maximum. Autograd picks a
+different maximum than this file would, which changes ∂L/∂γ; so that case is left to autograd (`fits`).
 
-Legend: B tasks, n images each, C channels. The tasks stand side by side in the channels: nothing but the head joins
-channels, and a convolution in groups keeps tasks apart. Planes are (n, B·C, H, W), channels-last in memory. Full-size
-planes are made and read in slices of a few images, for the next pass to find them in the processor's cache. Where no
-Hessian is to follow, the lowest block's, the largest and for their few channels in the cheapest to convolve, are made
-twice and not kept. Vectors of one number a channel are NumPy's: PyTorch would spend more on each operation than on its
-arithmetic.
+Legend: B tasks, n images each, C channels; a place is a position (image, row, column) of a plane. The tasks stand side
+by side in the channels: only the head joins channels, and a convolution in groups keeps tasks apart. Planes are
+(n, B·C, H, W), channels-last in memory. Full-size planes are made and read in slices of a few images, so that the next
+pass finds them in the processor's cache. If no Hessian product follows, the first block's planes are recomputed instead
+of stored: they are the largest and, with few input channels, the cheapest. Vectors of one number a channel are NumPy
+arrays, because PyTorch would spend more time on each operation than on its arithmetic.
 """
 
 from collections.abc import Sequence
@@ -42,22 +43,22 @@ from metaheed.networks.closed_form.block import (
     Block,
     Shape,
     Slope,
-    _empty,
-    _forward,
-    _gradient,
     backward_dots,
+    block_forward,
+    block_gradient,
+    empty_plane,
     forward_dots,
     named,
     numbers,
 )
-from metaheed.networks.closed_form.recognition import _Part, _unchanged, as_built
+from metaheed.networks.closed_form.recognition import Part, as_built, unchanged
 from metaheed.networks.conv4 import Conv4
 from metaheed.networks.losses import mean_cross_entropy
 from metaheed.types import Params
 
 
 class Tape(NamedTuple):
-    """What `gradient` leaves behind for `hessian_product`."""
+    """What `gradient` keeps for `hessian_product`."""
 
     blocks: list[Block]
     slopes: list[Slope]
@@ -67,11 +68,11 @@ class Tape(NamedTuple):
 
 
 class ClosedForm:
-    """Conv4's derivatives with respect to all of its parameters; nothing is kept between calls."""
+    """Conv4's derivatives with respect to all of its parameters; nothing is kept from call to call."""
 
     def __init__(self, module: Conv4) -> None:
         blocks: list[Any] = [block for block in module.body if isinstance(block, nn.Sequential)]
-        self._parts = [*map(_Part.of, module.modules())]
+        self._parts = [*map(Part.of, module.modules())]
         self.names = frozenset(name for name, _ in module.named_parameters())
         self._shapes = [
             Shape(f"body.{i}", block.conv.stride[0], hasattr(block, "pool"), block.norm.eps)
@@ -81,16 +82,20 @@ class ClosedForm:
 
     @property
     def applies(self) -> bool:
-        """Whether calling the module would do nothing else: it is as it was when this was made of it, and there is no
-        hook in it or for all, nor another forward.
+        """Whether calling the module would compute the same.
+
+        It would if the module is as it was when this object was made, without hooks (global ones included) and with its
+        own forward.
         """
         for_all = nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
-        return not for_all and _unchanged(self._parts)
+        return not for_all and unchanged(self._parts)
 
     def fits(self, params: Params, x: Tensor) -> bool:
-        """Whether it holds for these values: no γ is zero, and every norm has more than one place to average over.
+        """Whether the closed form holds for these values: no γ is zero, and every norm has several places to average
+        over.
 
-        Where a norm has one place only, or the images another number of channels, PyTorch's own refuses, and says why.
+        It also returns False for errors that PyTorch explains itself: a norm over one place, or images with another
+        number of channels.
 
         Raises:
             ConfigError: the network was built for images of another size.
@@ -109,19 +114,18 @@ class ClosedForm:
         return all(number > 1 and bool(np.all(gain)) for number, gain in zip(places, gains, strict=True))
 
     def check_size(self, params: Params, x: Tensor, size: Sequence[int]) -> None:
-        """Raise ConfigError if the images are not of the size that the network was built for.
+        """Raise ConfigError if the network was built for images of another size.
 
         Args:
             params, x: as for `fits`.
-            size: of a plane after the last block.
+            size: (height, width) of a plane after the last block.
         """
         places = 1 if self._mean_plane else size[0] * size[1]
         expected = params["head.weight"].shape[-1] // params[f"{self._shapes[-1].name}.conv.weight"].shape[-4]
         if places != expected:
             raise ConfigError(
-                f"the images have {x.shape[-2]}×{x.shape[-1]} pixels, of which the network's last block leaves "
-                f"{places} places, but its head was built for {expected}: resize the images, or build the network for "
-                "this size"
+                f"images of {x.shape[-2]}×{x.shape[-1]} pixels leave {places} places after the network's last block, "
+                f"but its head was built for {expected}: resize the images, or build the network for this size"
             )
 
     def logits(self, params: Params, x: Tensor) -> Tensor:
@@ -136,8 +140,8 @@ class ClosedForm:
         Args:
             params: φ of each task, all parameters, (B, …).
             x, y: images (B, n, C, H, W) and labels (B, n).
-            names: of the parameters whose gradient is wanted; none: all.
-            keep: for `hessian_product`, at the price of the memory.
+            names: the parameters whose gradient is wanted; all if None.
+            keep: keep the tape for `hessian_product`, which costs its memory.
         """
         features, logits, blocks = self._forward(params, x, keep="all" if keep else "upper")
         loss = mean_cross_entropy(logits, y)
@@ -150,8 +154,8 @@ class ClosedForm:
         lowest = wanted.index(True) if any(wanted) else len(blocks)
         for index in range(len(blocks) - 1, lowest - 1, -1):
             shape = self._shapes[index]
-            block = blocks[index] if keep else blocks.pop()  # its planes are freed as soon as may be
-            dz, slope, dweight = _gradient(shape, block, dz, inward=index > lowest, keep=keep)
+            block = blocks[index] if keep else blocks.pop()  # frees its planes as soon as possible
+            dz, slope, dweight = block_gradient(shape, block, dz, inward=index > lowest, keep=keep)
             found |= named(shape, block, dweight, slope.S1, slope.S0)
             slopes.insert(0, slope)
         gradient = {name: found[name] for name in (params if names is None else names)}
@@ -162,8 +166,8 @@ class ClosedForm:
 
         Args:
             params: φ, (B, …).
-            tape: kept by `gradient`; it is left as it is.
-            direction: of φ, (B, …); parameters that it leaves out do not move.
+            tape: kept by `gradient`; it is not changed.
+            direction: of φ, (B, …); it is zero for parameters that are not in it.
         """
         direction = {n: direction[n] if n in direction else torch.zeros_like(p) for n, p in params.items()}
         z_dot: Tensor | None = None
@@ -190,15 +194,20 @@ class ClosedForm:
     def _forward(
         self, params: Params, x: Tensor, keep: Literal["none", "upper", "all"]
     ) -> tuple[Tensor, Tensor, list[Block]]:
-        """Features, logits, and the blocks (with keep "none": none); `keep` says whose full-size planes are kept."""
+        """Features, logits, and the blocks (an empty list with keep "none").
+
+        Args:
+            params, x: as for `gradient`.
+            keep: whose full-size planes are kept: of no block, of the upper ones (all but the first), or of all.
+        """
         blocks: list[Block] = []
         head = params["head.weight"]
         B, n, C, *size = x.shape
-        z = _empty(head, n, B * C, *size)
+        z = empty_plane(head, n, B * C, *size)
         z.view(n, B, C, *size).copy_(x.transpose(0, 1))
         for shape in self._shapes:
             stored = keep == "all" or (keep == "upper" and bool(blocks))
-            block = _forward(shape, params, z, stored, alone=keep == "none")
+            block = block_forward(shape, params, z, stored, alone=keep == "none")
             z = block.z
             if keep != "none":
                 blocks.append(block)
@@ -206,19 +215,21 @@ class ClosedForm:
         return features, torch.baddbmm(params["head.bias"].unsqueeze(1), features, head.mT), blocks
 
     def _to_features(self, z: Tensor, B: int) -> Tensor:
+        """The last plane z as features (B, n, F)."""
         n, _, *size = z.shape
         if self._mean_plane:
             return z.mean((2, 3)).view(n, B, -1).transpose(0, 1)
         return z.view(n, B, -1, *size).transpose(0, 1).flatten(2)
 
     def _from_features(self, cotangent: Tensor, z: Tensor) -> Tensor:
+        """A cotangent of the features as one of the plane z."""
         B, n, _ = cotangent.shape
         _, channels, *size = z.shape
         if self._mean_plane:
             each = (cotangent / (size[0] * size[1]))[:, :, :, None, None]
         else:
             each = cotangent.view(B, n, channels // B, *size)
-        plane = _empty(z, *z.shape)
+        plane = empty_plane(z, *z.shape)
         plane.view(n, B, channels // B, *size).copy_(each.transpose(0, 1))
         return plane
 
@@ -227,7 +238,7 @@ _Kind = TypeVar("_Kind", bound=ClosedForm)
 
 
 def closed_form(module: nn.Module, kind: type[_Kind] = ClosedForm) -> _Kind | None:  # type: ignore[assignment]
-    """The closed form of a network that is Conv4 as it was built, all its parameters learned; else none."""
+    """The closed form of a network that is Conv4 as it was built, with all its parameters learned; else None."""
     if type(module) is not Conv4 or not all(p.requires_grad for p in module.parameters()):
         return None
     blocks = [part for part in module.body if isinstance(part, nn.Sequential)]

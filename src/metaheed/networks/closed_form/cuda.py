@@ -1,15 +1,15 @@
 """Conv4's closed form on a CUDA device: the formulas of `cpu.py`, in kernels of our own.
 
-There a plane is too large for any cache, and an operation too short to be started by itself. So everything that can be
-done to a value while it is at hand is: a convolution's kernel also sums what the norm needs of its result, or takes the
-result through the ReLU and sums what the norm's derivative needs. All tasks go through a kernel together, each with its
-own weights. Per block: forward three kernels (convolution with moments, their totals, pooling with norm and ReLU),
-backward four or five (totals, ∂L/∂y, the weight's gradient in two steps, the input's gradient into the block below),
-Hessian eight. There is nothing in between that the host has to look at.
+On a GPU a plane is too large for any cache, and a single operation too short to be worth a start of its own. So a
+kernel does everything that can be done to a value while it has it: a convolution's kernel also sums what the norm needs
+of its result, or takes the result through the ReLU and sums what the norm's derivative needs. All tasks go through a
+kernel together, each with its own weights. A block takes three kernels forward (convolution with moments, their totals,
+pooling with norm and ReLU), four or five backward (totals, ∂L/∂y, the weight's gradient in two steps, the input's
+gradient into the block below) and eight for the Hessian. The host reads nothing in between.
 
-Unlike `cpu.py`, the sign of γ is not folded into the convolution: maxima are taken of γ y, and where γ is zero
-the first place of a window, as PyTorch does. And nothing is centred beforehand: moments are taken about the mean of a
-block of places, and joined in float64.
+Two things differ from `cpu.py`. The sign of γ is not folded into the convolution: maxima are taken of γ y, and if γ is
+zero the first place of a window is taken, as in PyTorch. And nothing is centred beforehand: moments are taken about the
+mean of a block of places, and joined in float64.
 
 Legend: as in `kernels.py`.
 """
@@ -27,27 +27,26 @@ from metaheed.networks.closed_form.cpu import ClosedForm
 from metaheed.types import Params
 
 _MOST_CHANNELS = 64
-"""Whose weight's gradient a program can hold."""
+"""The most channels for which a program can hold a weight's gradient."""
 _MOST_PLACES = 1 << 21
-"""Of a plane of all images of a task: their partial sums are added by one program."""
+"""The most places in a plane of all images of a task: one program adds up their partial sums."""
 _MOST_FEATURES = 1 << 14
-"""Of an image, which one program takes to the logits."""
-
-
+"""The most features of an image: one program computes their logits."""
 _WORKS: dict[torch.device, bool] = {}
+"""What `works_on` has found."""
 
 
 def works_on(device: torch.device) -> bool:
-    """Whether a kernel can be built and run on a device; tried once, and where it cannot a warning says so.
+    """Whether a kernel can be built and run on a device. It is tried once; if it fails, a warning says why.
 
-    Triton must be there (PyTorch's builds for CUDA on Linux bring it along), find a C compiler, and know the device.
+    Triton must be installed (PyTorch's builds for CUDA on Linux include it), find a C compiler, and support the device.
 
     Raises:
-        torch.OutOfMemoryError: which says nothing of the kernels.
+        torch.OutOfMemoryError: memory ran out, which says nothing about the kernels.
     """
     if device not in _WORKS:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return False  # where nothing can be tried
+            return False  # nothing can be tried during a capture
         _WORKS[device] = _tried_on(device)
     return _WORKS[device]
 
@@ -62,7 +61,7 @@ def _tried_on(device: torch.device) -> bool:
             torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # whatever Triton's parts raise: autograd computes the same
+    except Exception as error:  # Triton may raise anything; autograd computes the same
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
             f"metaheed's own CUDA kernels do not run here ({reason}): networks are differentiated by autograd, which "
@@ -75,7 +74,7 @@ def _tried_on(device: torch.device) -> bool:
 
 
 class _Block(NamedTuple):
-    """What a block's forward pass leaves behind; symbols as in `cpu.py`."""
+    """What a block's forward pass keeps; the symbols are those of `cpu.py`."""
 
     x: Tensor
     weight: Tensor  # (B, 9, C, O)
@@ -88,18 +87,18 @@ class _Block(NamedTuple):
 
 
 class _Slope(NamedTuple):
-    """What a block's gradient leaves behind."""
+    """What a block's gradient keeps for the Hessian product."""
 
     e: Tensor
     S: Tensor
     dy: Tensor
-    turned: Tensor | None  # the block's weight; none: the lowest
+    turned: Tensor | None  # the block's weight; None in the first block
 
 
 class _Dots(NamedTuple):
-    """Derivatives of a block's forward pass along the direction."""
+    """The derivatives of a block's forward pass along the direction."""
 
-    x: Tensor | None  # none: images do not move
+    x: Tensor | None  # None in the first block: images do not move
     weight: Tensor
     gain: Tensor
     y: Tensor
@@ -108,7 +107,7 @@ class _Dots(NamedTuple):
 
 
 class _Tape(NamedTuple):
-    """What `gradient` leaves behind for `hessian_product`."""
+    """What `gradient` keeps for `hessian_product`."""
 
     blocks: list[_Block]
     slopes: list[_Slope]
@@ -127,7 +126,7 @@ class ClosedFormCUDA(ClosedForm):
         return kernels
 
     def fits(self, params: Params, x: Tensor) -> bool:
-        """Whether the kernels run on this device and cover these shapes; what the numbers are, they take care of."""
+        """Whether the kernels run on this device and support these shapes; they are right for all values."""
         head = params["head.weight"]
         if head.dtype != torch.float32 or self._mean_plane or (x.is_cuda and not works_on(x.device)):
             return False
@@ -170,9 +169,9 @@ class ClosedFormCUDA(ClosedForm):
         e, S = kernels.slope(_to_plane(dlogits @ params["head.weight"], top.z), top.z, top.q)
         del top
         for index in range(len(blocks) - 1, lowest - 1, -1):
-            block = blocks[index] if keep else blocks.pop()  # its planes are freed as soon as may be
+            block = blocks[index] if keep else blocks.pop()  # frees its planes as soon as possible
             dy = kernels.spread(block.y, e, block.place, block.norm, block.gain, S)
-            # What is handed out is not what is kept: whoever changes the one must not change the other.
+            # A copy is kept, because the caller may change the result.
             found |= _named(self._shapes[index].name, kernels.weight_gradient(block.x, dy), S.clone() if keep else S)
             turned = kernels.turned(block.weight) if index > lowest else None
             if keep:
@@ -233,7 +232,7 @@ class ClosedFormCUDA(ClosedForm):
         return {name: found[name] for name in params}
 
     def _up(self, params: Params, x: Tensor, keep: bool) -> tuple[Tensor, Tensor, list[_Block]]:
-        """Features, logits, and if they are to be kept the blocks."""
+        """Features, logits, and the blocks if they are to be kept."""
         kernels = self._kernels
         blocks: list[_Block] = []
         z = kernels.as_source(x.to(params["head.weight"].dtype))
@@ -250,7 +249,7 @@ class ClosedFormCUDA(ClosedForm):
 
 @contextlib.contextmanager
 def _on(tensor: Tensor) -> Iterator[None]:
-    """Kernels start on the current device, which need not be the tensor's."""
+    """A context that makes the tensor's device the current one, on which kernels start."""
     if tensor.is_cuda:
         with torch.cuda.device(tensor.device):
             yield
@@ -259,13 +258,16 @@ def _on(tensor: Tensor) -> Iterator[None]:
 
 
 def _parameters(name: str, params: Params) -> tuple[Tensor, Tensor, Tensor]:
-    """A block's W, taps first (B, 9, C, O): no copy where it lies so in memory (`copies`); γ and β."""
+    """A block's W with the taps first (B, 9, C, O), γ and β; W is not copied if `copies_for_kernels` laid it out so."""
     weight = params[f"{name}.conv.weight"].permute(0, 3, 4, 2, 1).flatten(1, 2).contiguous()
     return weight, params[f"{name}.norm.weight"].contiguous(), params[f"{name}.norm.bias"].contiguous()
 
 
-def copies(tree: Params, tasks: int) -> Params:
-    """θ for each of so many tasks; weights of convolutions lie in memory as the kernels want them, and so will φ."""
+def copies_for_kernels(tree: Params, tasks: int) -> Params:
+    """θ for each of so many tasks, with leaves (B, …).
+
+    The weights of convolutions are laid out in memory as the kernels need them; φ, computed from them, then is too.
+    """
 
     def copied(p: Tensor) -> Tensor:
         return p.expand(tasks, *p.shape).contiguous()
@@ -276,15 +278,18 @@ def copies(tree: Params, tasks: int) -> Params:
 
 
 def _to_features(z: Tensor) -> Tensor:
+    """The last plane z (B, n, H, W, C) as features (B, n, C·H·W)."""
     return z.permute(0, 1, 4, 2, 3).flatten(2)
 
 
 def _to_plane(cotangent: Tensor, like: Tensor) -> Tensor:
+    """A cotangent of the features as one of a plane like `like`."""
     B, n, h, w, C = like.shape
     return cotangent.view(B, n, C, h, w).permute(0, 1, 3, 4, 2).contiguous()
 
 
 def _named(name: str, dweight: Tensor, S: Tensor) -> Params:
+    """A block's gradient by the names of its parameters."""
     B, _, C, O = dweight.shape  # noqa: E741
     return {
         f"{name}.conv.weight": dweight.view(B, 3, 3, C, O).permute(0, 4, 3, 1, 2),

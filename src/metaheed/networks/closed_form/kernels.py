@@ -1,14 +1,15 @@
-"""The kernels behind `cuda.py`, in Triton: convolutions with what follows each, and passes between them.
+"""The kernels of `cuda.py`, in Triton: convolutions with what follows them, and the passes in between.
 
-Symbols are those of `block.py`. Sums over a plane are taken in two steps, without atomics: a partial sum a block
-of places, then all of them (a vector's in float64), so that a result's bits do not depend on the order in which blocks
-run.
+The symbols are those of `cpu.py`. Sums over a plane are taken in two steps and without atomics: first a partial sum for
+each block of places, then the sum of these (in float64 for vectors). So the bits of a result do not depend on the order
+in which blocks run.
 
-Legend: B tasks, n images each, C channels in, O out. A plane is (B, n, H, W, C), contiguous: channels-last, the tasks
-apart. M = n·H·W places of a task. A weight is (B, 9, C, O), its first axis after B the tap. Vectors are (B, O).
+Legend: B tasks, n images each, C channels in, O channels out. A plane is (B, n, H, W, C), contiguous: channels-last,
+and each task by itself. M = n·H·W is the number of places of a task. A weight is (B, 9, C, O), whose second axis are
+the taps. Vectors are (B, O).
 
-Importing this module needs Triton, which PyTorch's builds for CUDA on Linux bring along. With TRITON_INTERPRET=1 in the
-environment before the import, everything here works on CPU tensors, slowly: so it is tested.
+Importing this module needs Triton, which PyTorch's builds for CUDA on Linux include. With TRITON_INTERPRET=1 in the
+environment before the import, everything here works on CPU tensors, slowly; the tests use that.
 """
 
 from typing import NamedTuple
@@ -19,38 +20,40 @@ import triton.language as tl
 from torch import Tensor
 
 _DENSE = 8
-"""Channels from which a tap's channels fill a matrix product by themselves; below, all nine taps share one."""
+"""From this number of channels on, a tap's channels fill a matrix product; below it, all nine taps share one."""
 _SMALL = 1 << 16
-"""Places of all tasks below which a plane is small."""
+"""A plane with fewer places than this, over all tasks, counts as small."""
 _SUMMED = 32
-"""Places that one product of a weight's gradient sums over."""
+"""The places that one product of a weight's gradient sums over."""
 _TILE = 32
-"""Places that a program of an elementwise pass takes."""
+"""The places that a program of an elementwise pass handles."""
 
 
 def precision(x: Tensor) -> str:
-    """How products of float32 are to be taken on a tensor's device.
+    """How products of float32 are computed on a tensor's device: "ieee", "tf32x3" or "tf32".
 
-    As float32, unless PyTorch's own switch for matrix products allows TF32, which keeps 11 of its 24 bits. Where the
-    device has units for TF32, a product of float32 is three of theirs: of the upper parts, and of each upper part with
-    the other's lower one. What that leaves out is below float32's own rounding: measured, convolutions of 32 channels
-    are 1.4e-7 from float64 so and 3e-7 by float32's own units, those of 3 channels 1.3e-7 and 0.9e-7.
+    In full float32, unless PyTorch's own switch for matrix products allows TF32, which keeps 11 of its 24 bits. If the
+    device has units for TF32, they compute a float32 product as three of theirs: that of the upper parts, and those of
+    each upper part with the other's lower part. What this leaves out is smaller than float32's own rounding: measured
+    against float64, convolutions of 32 channels are off by 1.4e-7 so and by 3e-7 with float32 units, those of 3
+    channels by 1.3e-7 and 0.9e-7.
     """
     if not x.is_cuda or torch.version.hip is not None or torch.cuda.get_device_capability(x.device) < (8, 0):
         return "ieee"
     matmul = torch.backends.cuda.matmul
     try:
         tf32 = matmul.allow_tf32
-    except RuntimeError:  # the newer switch was used, and then the older cannot be read
+    except RuntimeError:  # the older switch cannot be read after the newer one was used
         tf32 = matmul.fp32_precision == "tf32"  # type: ignore[attr-defined,unused-ignore]
     return "tf32" if tf32 else "tf32x3"
 
 
 def _padded(channels: int) -> int:
+    """The next power of 2, and at least 16: the sizes that matrix products take."""
     return max(16, int(triton.next_power_of_2(channels)))
 
 
-# Not specialised to the values of these: they change from layer to layer, and every variant is compiled.
+# Kernels are not specialised to these values: they change from layer to layer, and each variant would be compiled.
 _SIZES = ["M", "H", "W", "blocks", "task_step", "image_step", "channel_step", "row_step", "column_step"]
 
 
@@ -60,7 +63,7 @@ def _tap(
     IN: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr,
     FEW: tl.constexpr, FLIP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc (places, P) + the convolution of x with w there."""
+    """acc (places, P) plus the convolution of x with w at these places."""
     k = tl.arange(0, K)
     o = tl.arange(0, P)
     weights = w + task * (9 * IN * OUT)
@@ -78,7 +81,7 @@ def _tap(
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
     else:
         base = x + task.to(tl.int64) * M * IN
-        for tap in range(9):  # unrolled, a tile of products would not fit into the registers
+        for tap in range(9):  # not unrolled: the products would not fit into the registers
             r = row + (tap // 3 - 1)
             c = col + (tap % 3 - 1)
             inside = ok & (r >= 0) & (r < H) & (c >= 0) & (c < W)
@@ -97,6 +100,7 @@ def _convolution(
     IN: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr, FLIP: tl.constexpr,
     TWO: tl.constexpr, THEN: tl.constexpr, BM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """See `convolve`; a program computes BM places of a task."""
     block = tl.program_id(0)
     task = tl.program_id(1)
     m = block * BM + tl.arange(0, BM)
@@ -149,7 +153,7 @@ def _convolution(
 
 @triton.jit(do_not_specialize=["M", "blocks", "BO"])
 def _finish(sums, out, M, blocks, BO, eps, N: tl.constexpr, BM: tl.constexpr, MOMENTS: tl.constexpr):
-    """Partial sums (2, B·O, blocks) -> their totals (2, B·O); of moments: μ and r."""
+    """Partial sums (2, B·O, blocks) -> their totals (2, B·O); for moments: μ and r."""
     channel = tl.program_id(0)
     i = tl.arange(0, N)
     there = i < blocks
@@ -173,7 +177,7 @@ def _pool(
     y, mean, r, gain, shift, z, q, place, M, H, W, h, w, full,
     OUT: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Maxima of γ y, normed, scaled, rectified. M: pooled places of a task, `full` those before."""
+    """The maxima of γ y, normed, scaled, rectified. M: pooled places of a task; `full`: those before the pooling."""
     task = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     o = tl.arange(0, P)
@@ -184,7 +188,7 @@ def _pool(
     scale = tl.load(r + vector, mask=o < OUT, other=0.0)
     gamma = tl.load(gain + vector, mask=o < OUT, other=0.0)
     beta = tl.load(shift + vector, mask=o < OUT, other=0.0)
-    # Where γ is zero all places are equal, and the first is taken: PyTorch's choice.
+    # If γ is zero all places are equal, and the first is taken, as in PyTorch.
     sign = tl.where(gamma > 0, 1.0, tl.where(gamma < 0, -1.0, 0.0))
     start = y + task.to(tl.int64) * full * OUT
     at = corner[:, None] * OUT + o[None, :]
@@ -210,7 +214,7 @@ def _pool_dots(
     y_dot, z, q, place, r, gain, gain_dot, shift_dot, T, z_dot, q_dot, M, H, W, h, w, full, BO, count,
     OUT: tl.constexpr, P: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
-    """q̇ and ż at the pooled places. T (2, B·O), `count` full-size places."""
+    """q̇ and ż at the pooled places, from T (2, B·O); `count` is the number of full-size places."""
     task = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     o = tl.arange(0, P)
@@ -238,7 +242,7 @@ def _pool_dots(
 def _slope(
     dz, z, q, e, q_dot, out, sums, M, blocks, OUT: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr
 ):
-    """What `_convolution` does after itself with "slope" or "slope_dot", of a given ∂L/∂z."""
+    """What `_convolution` does after the convolution with "slope" or "slope_dot", for a given ∂L/∂z."""
     block = tl.program_id(0)
     task = tl.program_id(1)
     m = block * BM + tl.arange(0, BM)
@@ -262,7 +266,7 @@ def _spread(
     y, e, place, mean, r, gain, S, y_dot, e_dot, gain_dot, T, S_dot, out, M, H, W, h, w, pooled, BO,
     OUT: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """∂L/∂y by (1), or its derivative along the direction. M: full-size places, `pooled` those after."""
+    """∂L/∂y by (1), or its derivative along the direction. M: full-size places; `pooled`: those after the pooling."""
     task = tl.program_id(1)
     m = tl.program_id(0) * BM + tl.arange(0, BM)
     o = tl.arange(0, P)
@@ -280,7 +284,7 @@ def _spread(
     at = task.to(tl.int64) * M * OUT + m[:, None] * OUT + o[None, :]
     above = ((m // (W * H)) * h + down) * w + across
     to = task.to(tl.int64) * pooled * OUT + above[:, None] * OUT + o[None, :]
-    seen = there & ((down < h) & (across < w))[:, None]  # an odd side's last line is in no window
+    seen = there & ((down < h) & (across < w))[:, None]  # the last line of an odd side is in no window
     mine = tl.load(place + to, mask=seen, other=-1).to(tl.int32) == ((row % 2) * 2 + col % 2)[:, None]
     value = tl.load(y + at, mask=there, other=0.0)
     slope = tl.where(mine, tl.load(e + to, mask=seen, other=0.0), 0.0)
@@ -309,7 +313,7 @@ def _weights(
     IN: tl.constexpr, K: tl.constexpr, OUT: tl.constexpr, P: tl.constexpr, FEW: tl.constexpr, TWO: tl.constexpr,
     BK: tl.constexpr, STEPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A partial sum of ∂L/∂W over STEPS·BK places: out (B, blocks, 9, I, O); a program does a row of taps."""
+    """A partial sum of ∂L/∂W over STEPS·BK places: out (B, blocks, 9, C, O); a program handles a row of taps."""
     block = tl.program_id(0)
     g = tl.program_id(1)
     task = tl.program_id(2)
@@ -376,6 +380,7 @@ def _weights(
 def _logits(
     x, w, x2, w2, bias, out, n, F, N: tl.constexpr, FP: tl.constexpr, TWO: tl.constexpr
 ):  # fmt: skip
+    """See `head`; a program computes the logits of an image."""
     image = tl.program_id(0)
     task = tl.program_id(1)
     f = tl.arange(0, FP)
@@ -395,12 +400,13 @@ def _logits(
 
 @triton.jit(do_not_specialize=["rows", "n"])
 def _cross_entropy(logits, y, p, slope, loss, rows, n, N: tl.constexpr, P: tl.constexpr, BM: tl.constexpr):
+    """See `cross_entropy`; a program handles BM images."""
     r = tl.program_id(0) * BM + tl.arange(0, BM)
     k = tl.arange(0, P)
     ok = r < rows
     there = ok[:, None] & (k < N)[None, :]
     at = r[:, None] * N + k[None, :]
-    # In float64, where exp and log are exact to float32's last bit; there are few of them.
+    # In float64, whose exp and log are exact to float32's last bit; there are few values.
     v = tl.load(logits + at, mask=there, other=float("-inf")).to(tl.float64)
     v = tl.where(ok[:, None], v, 0.0)
     top = tl.max(v, 1)
@@ -408,7 +414,7 @@ def _cross_entropy(logits, y, p, slope, loss, rows, n, N: tl.constexpr, P: tl.co
     total = tl.sum(e, 1)
     share = e / total[:, None]
     label = tl.load(y + r, mask=ok, other=0)
-    a_class = (label >= 0) & (label < N)  # of what is none nothing is to be learned
+    a_class = (label >= 0) & (label < N)  # a label that is no class gives NaN
     share = tl.where(a_class[:, None], share, float("nan"))
     hit = k[None, :] == label[:, None]
     tl.store(p + at, share.to(tl.float32), mask=there)
@@ -419,7 +425,7 @@ def _cross_entropy(logits, y, p, slope, loss, rows, n, N: tl.constexpr, P: tl.co
 
 
 class _Tile(NamedTuple):
-    """How a convolution is shared out; measured on an H200."""
+    """How a convolution is divided into programs; measured on an H200."""
 
     places: int
     warps: int
@@ -427,29 +433,33 @@ class _Tile(NamedTuple):
 
 
 def _tile(B: int, M: int, channels: int, few: bool, exact: bool) -> _Tile:
+    """The division for B tasks of M places, by what was fastest."""
     if few:
         return _Tile(128, 4, 2)
-    stages = 3 if channels <= 32 else 2  # or shared memory does not hold them
-    if B * M < _SMALL:  # rather idle threads than idle multiprocessors
+    stages = 3 if channels <= 32 else 2  # more would not fit into shared memory
+    if B * M < _SMALL:  # idle threads cost less than idle multiprocessors
         return _Tile(32, 2, stages)
     return _Tile(128, 8, stages) if exact else _Tile(64, 2, stages)
 
 
 def _few(channels: int) -> bool:
+    """Whether channels are so few that all nine taps share a matrix product."""
     return channels < _DENSE
 
 
 def _inner(channels: int, few: bool) -> int:
+    """The inner size of the matrix products, padded."""
     return _padded(9 * channels if few else channels)
 
 
 def _strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of a plane in the order that kernels take: task, image, channel, row, column."""
     task, image, row, column, channel = x.stride()
     return task, image, channel, row, column
 
 
 def as_source(x: Tensor) -> Tensor:
-    """Images (B, n, C, H, W) as a plane that convolutions read: a view where channels are few, else a copy."""
+    """Images (B, n, C, H, W) as a plane that convolutions read: a view if channels are few, otherwise a copy."""
     plane = x.permute(0, 1, 3, 4, 2)
     return plane if _few(x.shape[2]) else plane.contiguous()
 
@@ -464,24 +474,25 @@ def convolve(
     norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    """The 3×3 convolution (padding 1) of x with a weight, and of a second pair added to it; and sums over the result.
+    """The 3×3 convolution (padding 1) of x with a weight, plus that of a second pair if given; and sums over the
+    result.
 
     Args:
-        x: a plane of the weight's C channels, or if `transposed` of its O.
-        weight: (B, 9, C, O); if `transposed` (B, 9, O, C), see `turned`.
+        x: a plane of the weight's C channels; with `transposed`, of its O channels.
+        weight: (B, 9, C, O); with `transposed` (B, 9, O, C), see `turned`.
         second: another plane and weight of the same shapes.
-        transposed: the vector-Jacobian product instead, from O channels to C.
-        then: what becomes of the result y, and what is summed over it:
-            "moments": nothing, and its mean μ and r = (variance + eps)^(-1/2);
-            "dots": Σ y and Σ y ŷ, ŷ that of the plane `beside`, normed by `norm`;
-            "slope": of e = y [z > 0], which is returned, Σ e and Σ e q, with z, q `beside`;
-            "slope_dot": of the same, called ė, Σ ė and Σ (ė q + e q̇), with z, q, e, q̇ `beside`.
-        beside: planes like the result.
-        norm: (2, B, O), μ and r.
+        transposed: compute the vector-Jacobian product instead, from O channels to C.
+        then: what is done to the result y, and what is summed over it:
+            "moments": nothing is done; the sums are turned into the mean μ and r = (variance + eps)^(-1/2);
+            "dots": nothing is done; Σ y and Σ y ŷ, with ŷ the normed plane `beside`;
+            "slope": y becomes e = y [z > 0]; Σ e and Σ e q, with z, q = `beside`;
+            "slope_dot": y becomes ė = y [z > 0]; Σ ė and Σ (ė q + e q̇), with z, q, e, q̇ = `beside`.
+        beside: planes of the result's shape.
+        norm: (2, B, O), μ and r of the plane `beside`, for "dots".
         eps: for "moments".
 
     Returns:
-        The result (B, n, H, W, ·), and (2, B, ·).
+        The result (B, n, H, W, ·), and the sums (2, B, ·).
     """
     B, n, H, W, IN = x.shape
     OUT = weight.shape[3]
@@ -505,12 +516,12 @@ def convolve(
 
 
 def turned(weight: Tensor) -> Tensor:
-    """A weight (B, 9, C, O) as transposed convolutions want it."""
+    """A weight (B, 9, C, O) as transposed convolutions need it: (B, 9, O, C)."""
     return weight.transpose(2, 3).contiguous()
 
 
 def _totals(sums: Tensor, B: int, M: int, places: int, eps: float, moments: bool) -> Tensor:
-    """(2, B, O) of partial sums (2, B·O, blocks), each of so many of M places; of moments: μ and r."""
+    """(2, B, O) from partial sums (2, B·O, blocks), each over `places` of the M places; for moments: μ and r."""
     _, BO, blocks = sums.shape
     out = sums.new_empty(2, B, BO // B)
     N = max(16, triton.next_power_of_2(blocks))
@@ -521,7 +532,7 @@ def _totals(sums: Tensor, B: int, M: int, places: int, eps: float, moments: bool
 def pool(
     y: Tensor, norm: Tensor, gain: Tensor, shift: Tensor, keep: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """z, and if they are to be kept q and which place of each window is the maximum, int8 in 0 … 3."""
+    """z and, if they are to be kept, q and which place of each window is the maximum (int8, 0 … 3)."""
     B, n, H, W, OUT = y.shape
     h, w = H // 2, W // 2
     z = y.new_empty(B, n, h, w, OUT)
@@ -558,7 +569,9 @@ def pool_dots(
 
 
 def slope(dz: Tensor, z: Tensor, q: Tensor, dots: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """e = ∂L/∂z [z > 0], and S (2, B, O); with `dots`, e and q̇, of its derivative: see `convolve`."""
+    """e = ∂L/∂z [z > 0] and S (2, B, O); with `dots`, which are e and q̇, their derivatives: see "slope_dot" of
+    `convolve`.
+    """
     B, n, h, w, OUT = z.shape
     M = n * h * w
     blocks = triton.cdiv(M, _TILE)
@@ -577,7 +590,7 @@ def spread(
     S: Tensor,
     dots: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """∂L/∂y from e and S (2, B, O); with `dots`, ẏ, ė, γ̇, T and Ṡ, its derivative."""
+    """∂L/∂y from e and S (2, B, O). With `dots`, which are ẏ, ė, γ̇, T and Ṡ: its derivative along the direction."""
     B, n, H, W, OUT = y.shape
     h, w = H // 2, W // 2
     out = torch.empty_like(y)
@@ -591,7 +604,7 @@ def spread(
 
 
 def weight_gradient(x: Tensor, dy: Tensor, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """(B, 9, C, O): ∂L/∂W of a convolution of x, from ∂L/∂y; and of a second pair, added to it."""
+    """∂L/∂W (B, 9, C, O) of a convolution of x, from ∂L/∂y; plus that of a second pair if given."""
     B, n, H, W, IN = x.shape
     OUT = dy.shape[-1]
     M = n * H * W
@@ -602,7 +615,7 @@ def weight_gradient(x: Tensor, dy: Tensor, second: tuple[Tensor, Tensor] | None 
     few = _few(IN) and second is None
     products = precision(x)
     if few and products == "tf32x3":
-        products = "ieee"  # by gathered patches: no slower
+        products = "ieee"  # not slower here, where patches are gathered
     narrow = max(IN, OUT) <= 32
     _weights[(blocks, 1 if few else 3, B)](
         *(x, dy, x2, dy2, out, M, H, W, *_strides(x)),
@@ -614,10 +627,10 @@ def weight_gradient(x: Tensor, dy: Tensor, second: tuple[Tensor, Tensor] | None 
 
 
 def head(features: Tensor, weight: Tensor, bias: Tensor, second: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Logits (B, n, N) of features (B, n, F) under a head's weight (B, N, F) and bias (B, N).
+    """Logits (B, n, N) from features (B, n, F), by a head's weight (B, N, F) and bias (B, N); plus the products of a
+    second pair.
 
-    With a second pair, its products are added. A library's matrix product gives so few outputs of so long sums to a
-    handful of multiprocessors.
+    A library's matrix product would leave such few outputs of such long sums to a handful of multiprocessors.
     """
     B, n, F = features.shape
     N = weight.shape[1]
@@ -633,16 +646,22 @@ def head(features: Tensor, weight: Tensor, bias: Tensor, second: tuple[Tensor, T
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits (B, n, N) and labels (B, n): the loss of each image (B, n) in nats, the probabilities, and the gradient
-    of the tasks' mean losses. Where a label is not in [0, N) all three are NaN, for the host does not look at it.
+    """The loss of each image (B, n) in nats, the probabilities (B, n, N), and the gradient of the tasks' mean losses
+    (B, n, N).
+
+    If a label is not in [0, N), all three are NaN for its image, because the host does not check the labels.
+
+    Args:
+        logits: (B, n, N).
+        y: labels (B, n).
 
     Raises:
-        ValueError: labels of another shape, or not integers.
+        ValueError: the labels have another shape, or are not integers.
     """
     if y.shape != logits.shape[:2] or y.dtype not in (torch.int64, torch.int32):
         raise ValueError(
             f"labels are {tuple(y.shape)} of {y.dtype}, but logits {tuple(logits.shape)} need "
-            f"{tuple(logits.shape[:2])} of torch.int64: one class in [0, {logits.shape[2]}) an image"
+            f"{tuple(logits.shape[:2])} of torch.int64: one class in [0, {logits.shape[2]}) for each image"
         )
     B, n, N = logits.shape
     p, slope_of, loss = torch.empty_like(logits), torch.empty_like(logits), logits.new_empty(B, n)
