@@ -102,7 +102,7 @@ def warn(message: str) -> None:
     warnings.warn(message, MetaheedWarning, stacklevel=level)
 
 
-def is_systems(error: Exception) -> bool:
+def is_system_error(error: Exception) -> bool:
     """Whether an error is the operating system's (no permission, no space, no such file), not of a file's content."""
     return isinstance(error, OSError) and error.errno is not None
 

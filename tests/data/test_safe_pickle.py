@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metaheed.data.reading.pickle_stream import Stored, StoredArray
+from metaheed.data.reading.pickle_stream import StoredArray, StoredBytes
 from metaheed.data.reading.safe_pickle import load_arrays
 from metaheed.errors import DataError
 from tests.conftest import python2_pickle
@@ -54,12 +54,12 @@ def test_every_protocol(protocol: int, inline: int | None, tmp_path: Path) -> No
     found = load_arrays(path, "x", "there", inline)
     tricky = found.pop("tricky")
     if inline is not None:
-        assert isinstance(tricky, Stored), "what is long stays in the file"
+        assert isinstance(tricky, StoredBytes), "what is long stays in the file"
         with path.open("rb") as file:
             tricky = b"".join(tricky.blocks(file))
     assert tricky == VALUE["tricky"]
     if inline is not None:
-        assert isinstance(found["big"].data, Stored)
+        assert isinstance(found["big"].data, StoredBytes)
     assert np.array_equal(np.concatenate(list(found["big"].chunks(4, 7))), BIG[4:]), "part by part, from any entry"
     for key, value in plain(found).items():
         expected = VALUE[key]

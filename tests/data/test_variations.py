@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from metaheed.data import SPLITS, find_shape, load_dataset, survey
-from metaheed.data.locate import folders
+from metaheed.data.locate import candidate_folders
 from metaheed.data.reading.labels import read_labels
 from metaheed.data.reading.safe_pickle import load_arrays
 from metaheed.errors import DataError
@@ -43,7 +43,7 @@ def test_a_root_may_be_a_string(tmp_path: Path) -> None:
 def test_subfolders_however_they_are_spelt(sub: str, lists: Path, tmp_path: Path) -> None:
     (tmp_path / sub).symlink_to(lists)
     assert str(tmp_path / sub) in load_dataset("miniimagenet", tmp_path).origin
-    assert folders(tmp_path, "miniimagenet", ["mini/imagenet", "nothing"], "", "") == [tmp_path]
+    assert candidate_folders(tmp_path, "miniimagenet", ["mini/imagenet", "nothing"], "", "") == [tmp_path]
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ class Episodes:
         self.ways, self.shots, self.queries, self.seed = ways, shots, queries, seed
         self._key = (seed, zlib.crc32((stream or split).encode()))
         # Sorting all of a few keys at once is quicker than to pick the smallest class by class; of many it is not.
-        self._at_once = len(set(self.split.counts)) == 1 and self.split.counts[0] < 200
+        self._sorts_all_keys = len(set(self.split.counts)) == 1 and self.split.counts[0] < 200
         where = f"split {split!r} of {dataset.name}"
         if ways > len(self.split.classes):
             raise DataError(
@@ -93,7 +93,7 @@ class Episodes:
         chosen = sample(bits, len(self.split.classes), self.ways)
         each = self.shots + self.queries
         starts, counts = self.split.starts, self.split.counts
-        if self._at_once:
+        if self._sorts_all_keys:
             # The same draws, all classes' keys at once.
             keys = bits.random_raw(self.ways * counts[0]).reshape(self.ways, counts[0])
             return starts[chosen, None] + np.argsort(keys, axis=1, kind="stable")[:, :each]
@@ -114,9 +114,9 @@ class Episodes:
 
     def batch(self, first: int, count: int) -> Episode:
         """Tasks first … first+count−1 as one batched Episode, images float32, gathered at once."""
-        return self.episode(self.draw(first, count))
+        return self.finish(self.draw(first, count))
 
-    def draw(self, first: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> "Draw":
+    def draw(self, first: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> "DrawnBatch":
         """The first part of `batch`, which touches no accelerator; all of it where everything is on the CPU.
 
         Raises:
@@ -124,13 +124,13 @@ class Episodes:
         """
         rows = torch.from_numpy(self.batch_rows(first, count, cancelled))
         if self.split.images.device.type != "cpu":
-            return Draw(rows, None, None)
+            return DrawnBatch(rows, None, None)
         pixels = self._pixels(rows)
         if self.dataset.device is not None and self.dataset.device.type != "cpu":
-            return Draw(rows, pixels, None)
-        return Draw(rows, None, self._scaled(pixels, count))
+            return DrawnBatch(rows, pixels, None)
+        return DrawnBatch(rows, None, self._scaled(pixels, count))
 
-    def episode(self, draw: "Draw") -> Episode:
+    def finish(self, draw: "DrawnBatch") -> Episode:
         """The second part of `batch`."""
         if draw.episode is not None:
             return draw.episode
@@ -185,7 +185,7 @@ def fingerprint(images: str, shape: tuple[int, int, int], rows: Sequence[np.ndar
     return digest.hexdigest()
 
 
-class Draw(NamedTuple):
+class DrawnBatch(NamedTuple):
     """A batch of tasks whose images have been chosen, as far as it was made."""
 
     rows: Tensor
@@ -197,7 +197,7 @@ class Draw(NamedTuple):
     """All of it."""
 
 
-class Ahead:
+class Prefetcher:
     """Batch after batch of a stream, the next one being drawn in a thread of its own while this one is trained on.
 
     Drawing takes a processor core and, from a memory map, may wait for the disk; what comes out is the same. The thread
@@ -207,7 +207,7 @@ class Ahead:
     def __init__(self, episodes: Episodes) -> None:
         self._episodes = episodes
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="episodes")
-        self._next: tuple[tuple[int, int], Future[Draw]] | None = None
+        self._next: tuple[tuple[int, int], Future[DrawnBatch]] | None = None
         self._closed = False
 
     def batch(self, first: int, count: int) -> Episode:
@@ -215,9 +215,9 @@ class Ahead:
         expected, self._next = self._next, None
         ready = expected is not None and expected[0] == (first, count)
         draw = expected[1].result() if expected is not None and ready else self._episodes.draw(first, count)
-        drawing = self._pool.submit(apart_from_forks, self._episodes.draw, first + count, count, self._is_closed)
+        drawing = self._pool.submit(run_between_forks, self._episodes.draw, first + count, count, self._is_closed)
         self._next = ((first + count, count), drawing)
-        return self._episodes.episode(draw)
+        return self._episodes.finish(draw)
 
     def _is_closed(self) -> bool:
         return self._closed
@@ -234,7 +234,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_NO_FORK.acquire, after_in_parent=_NO_FORK.release, after_in_child=_NO_FORK.release)
 
 
-def apart_from_forks(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+def run_between_forks(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The function's result, from a thread: this process forks before or after, never meanwhile, when the thread could
     hold a lock of a library that the child, without the thread, would then wait for in vain.
     """

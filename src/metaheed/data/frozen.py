@@ -32,7 +32,7 @@ from torch import Tensor
 
 from metaheed.data.episodes import Episodes, fingerprint
 from metaheed.data.images import SPLITS, Dataset, Split
-from metaheed.data.reading.names import check_out, composed
+from metaheed.data.reading.names import check_output_path, composed
 from metaheed.errors import DataError, brief, shown
 from metaheed.files.opening import put_in_place
 
@@ -47,7 +47,7 @@ _KINDS = {"tasks": "i", "rows": "i", "image_class": "i", "class_names": "U", "im
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenTasks:
     """Tasks, and the images that they use."""
 
     data: str
@@ -80,7 +80,7 @@ class Frozen:
         """What `Episodes.fingerprint` is where these tasks are drawn."""
         return fingerprint(self.split_sha256, (self.ways, self.shots, self.queries), self.rows[self.tasks])
 
-    def filled(self, dataset: Dataset) -> "Frozen":
+    def with_images_from(self, dataset: Dataset) -> "FrozenTasks":
         """With the images out of the data set.
 
         Raises:
@@ -96,7 +96,7 @@ class Frozen:
             raise DataError(
                 f"the tasks use image {self.rows[-1]}, but {where} has {len(split.images)} images: {remedy}"
             )
-        images = _taken(split, self.rows)
+        images = _gather(split, self.rows)
         names = np.array(split.classes)[np.searchsorted(split.starts, self.rows, side="right") - 1]
         theirs = np.array([composed(name) for name in self.class_names.tolist()])
         wrong = (_digests(images) != self.image_sha256) | (names != theirs[self.image_class])
@@ -119,7 +119,7 @@ class FrozenEpisodes(Episodes):
         mean, std: how their pixels are scaled.
     """
 
-    def __init__(self, frozen: Frozen, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    def __init__(self, frozen: FrozenTasks, images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         counts = np.bincount(frozen.image_class, minlength=len(frozen.class_names)).tolist()
         self.split = Split(frozen.split, tuple(frozen.class_names.tolist()), tuple(counts), images)
         self.dataset = Dataset(frozen.data, {frozen.split: self.split}, mean, std)
@@ -136,15 +136,15 @@ class FrozenEpisodes(Episodes):
         return dataclasses.replace(self._frozen, tasks=self._frozen.tasks[:count]).episodes_sha256
 
 
-def freeze(episodes: Episodes, count: int) -> Frozen:
+def freeze(episodes: Episodes, count: int) -> FrozenTasks:
     """The first `count` tasks, with their images."""
     drawn = np.stack([episodes.rows(index) for index in range(count)])
     rows, tasks = np.unique(drawn, return_inverse=True)
     split, dataset = episodes.split, episodes.dataset
     classes, image_class = np.unique(np.searchsorted(split.starts, rows, side="right") - 1, return_inverse=True)
-    images = _taken(split, rows)
+    images = _gather(split, rows)
     channels, height, width = images.shape[1:]
-    return Frozen(
+    return FrozenTasks(
         data=dataset.name,
         split=split.name,
         ways=episodes.ways,
@@ -164,7 +164,7 @@ def freeze(episodes: Episodes, count: int) -> Frozen:
     )
 
 
-def _taken(split: Split, rows: np.ndarray) -> Tensor:
+def _gather(split: Split, rows: np.ndarray) -> Tensor:
     return split.images.index_select(0, torch.from_numpy(rows).to(split.images.device)).cpu()
 
 
@@ -172,7 +172,7 @@ def _digests(images: Tensor) -> np.ndarray:
     return np.array([hashlib.sha256(image.tobytes()).hexdigest() for image in images.numpy()])
 
 
-def write_episodes(frozen: Frozen, path: str | Path, with_images: bool) -> None:
+def write_episodes(frozen: FrozenTasks, path: str | Path, with_images: bool) -> None:
     """Write a file of frozen episodes, whole or not at all; the same tasks give the same bytes.
 
     Raises:
@@ -187,7 +187,7 @@ def write_episodes(frozen: Frozen, path: str | Path, with_images: bool) -> None:
         assert frozen.images is not None  # what was drawn here has them
         arrays["images"] = frozen.images.numpy()
     path = Path(path)
-    check_out(path)
+    check_output_path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def write_episodes(frozen: Frozen, path: str | Path, with_images: bool) -> None:
         ) from error
 
 
-def read_episodes(path: str | Path) -> Frozen:
+def read_episodes(path: str | Path) -> FrozenTasks:
     """Read a file of frozen episodes, a stranger's too: nothing in it is run, and it is checked as a whole.
 
     Raises:
@@ -244,7 +244,7 @@ def read_episodes(path: str | Path) -> Frozen:
         ) from error
 
 
-def _checked(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Frozen:
+def _checked(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> FrozenTasks:
     def require(condition: object, what: str) -> None:
         if not condition:
             raise ValueError(what)
@@ -282,7 +282,7 @@ def _checked(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> Frozen:
         require((_digests(images) == arrays["image_sha256"]).all(), "its images do not have the SHA-256 that it lists")
     scalars: dict[str, Any] = {name: about[name] for name in _SCALARS}
     lists: dict[str, Any] = arrays
-    frozen = Frozen(**scalars, image_shape=(channels, height, width), mean=mean, std=std, images=images, **lists)
+    frozen = FrozenTasks(**scalars, image_shape=(channels, height, width), mean=mean, std=std, images=images, **lists)
     require(frozen.episodes_sha256 == about.get("episodes_sha256"), "its tasks do not have the SHA-256 that it names")
     return frozen
 

@@ -23,7 +23,9 @@ def _committed(file: str) -> list[str]:
     return resources.files("metaheed.data").joinpath("splits", file).read_text(encoding="utf-8").splitlines()
 
 
-def folders(root: Path | None, dataset: str, subfolders: Sequence[str], expected: str, published: str) -> list[Path]:
+def candidate_folders(
+    root: Path | None, dataset: str, subfolders: Sequence[str], expected: str, published: str
+) -> list[Path]:
     """Where to look: the root itself, then its customary subfolders, however their names are spelt.
 
     Raises:
@@ -44,10 +46,10 @@ def folders(root: Path | None, dataset: str, subfolders: Sequence[str], expected
             f"--data-root (or --from) {root} is not a folder; {dataset} needs {expected} in it, published at "
             f"{published}"
         )
-    return [root, *(place for sub in subfolders for place in _below(root, sub))]
+    return [root, *(place for sub in subfolders for place in _matching_folders(root, sub))]
 
 
-def _below(root: Path, sub: str) -> list[Path]:
+def _matching_folders(root: Path, sub: str) -> list[Path]:
     """The folders of that name, or of one that differs in capitals, blanks, - and _ only; sub may be several deep."""
     places = [root]
     for part in sub.split("/"):
@@ -55,21 +57,23 @@ def _below(root: Path, sub: str) -> list[Path]:
             child
             for place in places
             for child in sorted(place.iterdir(), key=lambda c: (c.name != part, c.name))
-            if _plain(child.name) == _plain(part) and child.is_dir()
+            if _normalized(child.name) == _normalized(part) and child.is_dir()
         ]
     return places
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub(r"[\s_-]", "", name).lower()
 
 
-def holding(places: Sequence[Path], files: Sequence[str]) -> Path | None:
+def first_with(places: Sequence[Path], files: Sequence[str]) -> Path | None:
     """The first of the places that has all of the files."""
     return next((folder for folder in places if all((folder / file).is_file() for file in files)), None)
 
 
-def lacking(dataset: str, places: Sequence[Path], layouts: Sequence[Sequence[str]], published: str) -> MissingDataError:
+def missing_files_error(
+    dataset: str, places: Sequence[Path], layouts: Sequence[Sequence[str]], published: str
+) -> MissingDataError:
     """The error that none of the layouts (each a list of files) is in the places: what the nearest one lacks."""
     tried = [
         (sum((folder / file).is_file() for file in files) / len(files), folder, files)

@@ -20,15 +20,15 @@ from metaheed.data.sources import (
     SourceSplit,
     Watcher,
     describe_duplicates,
-    gigabytes,
-    refuse,
+    raise_unreadable,
+    readable_size,
 )
 from metaheed.data.store import (
-    _UNSCALED,
     FORMAT,
+    IDENTITY_SCALING,
     SUFFIX,
     Manifest,
-    broken,
+    damaged_store_error,
     is_store,
     read_manifest,
     store_name,
@@ -129,8 +129,8 @@ def _fill(source: Source, part: Path, watcher: Watcher) -> None:
     free = shutil.disk_usage(part).free
     if needed > free:
         raise DataError(
-            f"{part.parent} has {gigabytes(free)} free, but {source.name} needs {gigabytes(needed)}: make room, or "
-            "choose another --to"
+            f"{part.parent} has {readable_size(free)} free, but {source.name} needs {readable_size(needed)}: make "
+            "room, or choose another --to"
         )
     if not record.exists():
         for split in SPLITS:
@@ -143,7 +143,7 @@ def _fill(source: Source, part: Path, watcher: Watcher) -> None:
                 _fill_split(source, split, file, record, done, problems, watcher)
     finally:
         watcher.stop()
-    refuse(problems, source)
+    raise_unreadable(problems, source)
 
 
 def _fill_split(
@@ -233,7 +233,7 @@ def _finish(source: Source, part: Path, watcher: Watcher) -> dict[str, Any]:
         watcher.stop()
     for line in describe_duplicates(images, source.splits, digests, listed=0 if source.published else 20):
         watcher.message(f"{source.name}: {line}")
-    mean, std = histogram.statistics() if source.standardize else _UNSCALED
+    mean, std = histogram.statistics() if source.standardize else IDENTITY_SCALING
     return {
         "format": FORMAT,
         "name": source.name,
@@ -266,7 +266,7 @@ def scan(
             count = min(at_once, shape[0] - first)
             data = file.read(count * entry)
             if len(data) != count * entry:
-                raise broken(path.parent, f"{path.name} ends too early")
+                raise damaged_store_error(path.parent, f"{path.name} ends too early")
             digest.update(data)
             images = np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
             digests.add(images)
@@ -296,7 +296,9 @@ def verify(path: str | Path, watcher: Watcher | None = None) -> tuple[Manifest, 
             counted = histogram if split == "train" else None
             fingerprint, digests[split] = scan(path / f"images_{split}.npy", classes, counts, watcher, counted)
             if fingerprint != recorded:
-                raise broken(path, f"images_{split}.npy has the checksum {fingerprint}, the manifest says {recorded}")
+                raise damaged_store_error(
+                    path, f"images_{split}.npy has the checksum {fingerprint}, the manifest says {recorded}"
+                )
     finally:
         watcher.stop()
     _check_statistics(manifest, histogram)
@@ -313,9 +315,9 @@ def _check_statistics(manifest: Manifest, histogram: Histogram) -> None:
         histogram.statistics(), (manifest.mean, manifest.std), ("mean", "std"), strict=True
     ):
         if manifest.name in UNSCALED:
-            found = _UNSCALED[what == "std"]
+            found = IDENTITY_SCALING[what == "std"]
         if not np.allclose(found, recorded, rtol=1e-9, atol=1e-12):
-            raise broken(
+            raise damaged_store_error(
                 manifest.path, f"the manifest's {what} is {recorded}, and that of its training images is {found}"
             )
 

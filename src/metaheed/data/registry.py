@@ -6,7 +6,7 @@ from pathlib import Path
 from metaheed.config import EpisodeConfig
 from metaheed.data.images import Dataset
 from metaheed.data.sets import cifar, folder, glyphs, miniimagenet, omniglot, tieredimagenet
-from metaheed.data.sources import Request, Source, Watcher, check_memory, in_memory
+from metaheed.data.sources import Request, Source, Watcher, check_memory, read_into_memory
 from metaheed.data.store import SUFFIX, Manifest, find_store, open_store, read_manifest, store_name, stores_under
 from metaheed.errors import DataError, MissingDataError, unknown
 
@@ -64,7 +64,7 @@ def load_dataset(
     check_name(name)
     request = Request(None if root is None else Path(root), image_size, split_seed)
     path = _find_store(name, request)
-    return open_store(path, request) if path is not None else in_memory(find_source(name, request), watcher)
+    return open_store(path, request) if path is not None else read_into_memory(find_source(name, request), watcher)
 
 
 def find_shape(
@@ -112,7 +112,11 @@ def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
     for name in DATASETS:
         found = [manifest for manifest in stores if manifest.name == name]
         for manifest in found:
-            yield name, f"the store {manifest.path}", _counted([counts for _, counts, _ in manifest.splits.values()])
+            yield (
+                name,
+                f"the store {manifest.path}",
+                _describe_counts([counts for _, counts, _ in manifest.splits.values()]),
+            )
         if found and (name != "folder" or found[0].path == root):
             continue
         try:
@@ -123,8 +127,8 @@ def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
         except (DataError, OSError) as error:
             yield name, f"cannot be used: {error}", ""
         else:
-            yield name, source.layout, _counted([split.counts for split in source.splits.values()])
+            yield name, source.layout, _describe_counts([split.counts for split in source.splits.values()])
 
 
-def _counted(counts: Sequence[Sequence[int]]) -> str:
+def _describe_counts(counts: Sequence[Sequence[int]]) -> str:
     return f"{'/'.join(str(len(split)) for split in counts)} classes, {sum(map(sum, counts))} images"

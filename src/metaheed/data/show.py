@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from metaheed.data.episodes import Episodes
 from metaheed.data.images import Dataset
-from metaheed.data.reading.names import check_out
+from metaheed.data.reading.names import check_output_path
 from metaheed.data.sets.glyphs import font_file
 from metaheed.errors import ConfigError, DataError, shown
 from metaheed.files.opening import put_in_place, write_synced
@@ -64,7 +64,7 @@ def write_png(image: Image.Image, path: str | Path) -> None:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     path = Path(path)
-    check_out(path)
+    check_output_path(path)
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

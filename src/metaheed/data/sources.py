@@ -127,12 +127,12 @@ def check_memory(source: Source) -> None:
     total = sum(split.bytes for split in source.splits.values())
     if total > MOST_IN_MEMORY:
         raise DataError(
-            f"{source.name}: {source.layout} would take {gigabytes(total)} of memory: convert it once with "
+            f"{source.name}: {source.layout} would take {readable_size(total)} of memory: convert it once with "
             f"'metaheed data prepare {source.name} --from FOLDER', and train from what that writes"
         )
 
 
-def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
+def read_into_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
     """Read a whole source into memory.
 
     Raises:
@@ -150,7 +150,7 @@ def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
             images[chunk.rows] = chunk.images
             problems += chunk.problems
         splits[name] = Split(name, split.classes, split.counts, torch.from_numpy(images))
-    refuse(problems, source)
+    raise_unreadable(problems, source)
     # A published set is taken as it is published; of one's own one wants to know.
     if source.published is None and any(split.name_of for split in source.splits.values()):
         for line in describe_duplicates({name: s.images.numpy() for name, s in splits.items()}, source.splits):
@@ -164,7 +164,7 @@ def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
     return Dataset(source.name, splits, mean, std, source.layout)
 
 
-def refuse(problems: Sequence[str], source: Source) -> None:
+def raise_unreadable(problems: Sequence[str], source: Source) -> None:
     """Raise DataError if there are any, naming all of them at once (a hundred at most)."""
     if not problems:
         return
@@ -176,7 +176,7 @@ def refuse(problems: Sequence[str], source: Source) -> None:
     )
 
 
-def gigabytes(count: int) -> str:
+def readable_size(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 

@@ -35,7 +35,7 @@ FORMAT = 1
 _LARGEST_MANIFEST = 1 << 28  # bytes; the names of a million classes
 
 
-_UNSCALED = ((0.0,), (1.0,))  # mean and standard deviation of a grey set whose pixels stay in [0, 1]
+IDENTITY_SCALING = ((0.0,), (1.0,))  # mean and standard deviation of a grey set whose pixels stay in [0, 1]
 
 
 _FIELDS: dict[str, type] = {
@@ -82,13 +82,15 @@ class Manifest:
         try:
             images: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
         except Exception as error:  # numpy raises many kinds on a damaged header; all mean the same here
-            raise broken(self.path, f"{file.name} cannot be read: {error}") from error
+            raise damaged_store_error(self.path, f"{file.name} cannot be read: {error}") from error
         if images.shape != expected or images.dtype != np.uint8:
-            raise broken(self.path, f"{file.name} holds {images.shape} of {images.dtype}, the manifest says {expected}")
+            raise damaged_store_error(
+                self.path, f"{file.name} holds {images.shape} of {images.dtype}, the manifest says {expected}"
+            )
         return images
 
 
-def broken(path: Path, what: str) -> DataError:
+def damaged_store_error(path: Path, what: str) -> DataError:
     """The error that a store is damaged."""
     return DataError(
         f"the store {path} is damaged ({what}): delete it and prepare it anew with 'metaheed data prepare'"
@@ -126,7 +128,7 @@ def read_manifest(path: str | Path) -> Manifest:
         if any(type(number) is not int for number in values["settings"].values()):
             raise ValueError(f"its settings are {shown(values['settings'])}")
     except (ValueError, RecursionError) as error:
-        raise broken(path, f"manifest.json cannot be read: {brief(str(error), 200)}") from error
+        raise damaged_store_error(path, f"manifest.json cannot be read: {brief(str(error), 200)}") from error
     return Manifest(
         path,
         values["name"],

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaheed.data.episodes import apart_from_forks
+from metaheed.data.episodes import run_between_forks
 from metaheed.engine.steps import (
     Interrupting,
     OneByOne,
@@ -270,7 +270,7 @@ class _Drawing:
 
     def ahead(self, spans: Mapping[str, range], t: int, count: int) -> None:
         """Begin to draw the rows of iterations t … t+count−1."""
-        self._next = (t, count, self._pool.submit(apart_from_forks, self._draw, spans, t, count))
+        self._next = (t, count, self._pool.submit(run_between_forks, self._draw, spans, t, count))
 
     def take(self, spans: Mapping[str, range], t: int, count: int) -> dict[str, np.ndarray]:
         """For iterations t … t+count−1 the rows of each stream's batches, from t+span.start on."""

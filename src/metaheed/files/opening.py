@@ -104,7 +104,7 @@ def refuse_link(path: Path, below: Path | None = None) -> None:
     parts = [path] if below is None else [below.joinpath(*names) for names in _prefixes(path.relative_to(below).parts)]
     for part in parts:
         if part.is_symlink():
-            raise _is_link(str(part))
+            raise _link_error(str(part))
 
 
 def refuse_special(path: Path) -> None:
@@ -137,7 +137,7 @@ def open_in_place(path: Path, mode: str) -> IO[Any]:
     with contextlib.suppress(FileNotFoundError):
         _refuse_special(os.lstat(path), str(path))  # before it is opened: opening alone can have effects
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace"}
-    return open(path, mode, opener=_not_following, **text)
+    return open(path, mode, opener=_open_not_following, **text)
 
 
 def open_to_read(path: Path) -> IO[bytes]:
@@ -146,7 +146,7 @@ def open_to_read(path: Path) -> IO[bytes]:
     Raises:
         OSError: it is no file, or cannot be opened.
     """
-    return open(path, "rb", opener=_not_waiting)
+    return open(path, "rb", opener=_open_not_waiting)
 
 
 def read_bounded(path: Path, most: int | None = None) -> bytes:
@@ -172,7 +172,7 @@ def read_bounded(path: Path, most: int | None = None) -> bytes:
         return content
 
 
-def cannot_write(error: OSError, path: Path) -> str:
+def cannot_write_message(error: OSError, path: Path) -> str:
     """What to say where a file cannot be written."""
     name = str(error.filename or path)
     said = f"cannot write {name if len(name) <= _LONGEST else name[:_LONGEST] + '…'}: {error.strerror or error}"
@@ -187,7 +187,7 @@ def _prefixes(names: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [names[: n + 1] for n in range(len(names))]
 
 
-def _is_link(name: str) -> LinkError:
+def _link_error(name: str) -> LinkError:
     where = ""
     with contextlib.suppress(OSError):
         where = f" to {Path(name).readlink()}"
@@ -213,21 +213,21 @@ def _refuse_special(status: os.stat_result, name: str, written: bool = True) -> 
         raise LinkError(errno.EMLINK, words, name)
 
 
-def _not_following(name: str, flags: int) -> int:
+def _open_not_following(name: str, flags: int) -> int:
     try:
         number = os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _is_link(name) from error
+            raise _link_error(name) from error
         raise
-    return _regular(number, name, written=True)
+    return _check_regular(number, name, written=True)
 
 
-def _not_waiting(name: str, flags: int) -> int:
-    return _regular(os.open(name, flags | getattr(os, "O_NONBLOCK", 0)), name, written=False)
+def _open_not_waiting(name: str, flags: int) -> int:
+    return _check_regular(os.open(name, flags | getattr(os, "O_NONBLOCK", 0)), name, written=False)
 
 
-def _regular(number: int, name: str, written: bool) -> int:
+def _check_regular(number: int, name: str, written: bool) -> int:
     try:
         _refuse_special(os.fstat(number), name, written)
     except OSError:

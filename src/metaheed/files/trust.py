@@ -2,7 +2,7 @@
 
 A config can name a network that is not one of metaheed's, as module:Class, and to use it is to import that module,
 which runs it. On the command line or in a call the user names it himself. In a file (a run's config.yaml, a recipe, a
-study's search.yaml) somebody else may have: what `config.from_dict` reads is therefore marked (`Named`), and `require`,
+study's search.yaml) somebody else may have: what `config.from_dict` reads is therefore marked (`NamedByFile`), and `require`,
 without which no such name is imported, lets it pass only if
 
 - the user allowed it in this process (`allow`: he named it himself, or gave --trust or trust=True), or
@@ -36,7 +36,7 @@ _allowed: dict[str, str] = {}  # in this process: file, or name of a module with
 _RECORD_BYTES = 2**16
 
 
-class Named(str):
+class NamedByFile(str):
     """The name of a network as a file has it: nobody's word that its code may run.
 
     It is a string like any other, so that it goes wherever a config goes, copied, pickled or changed in other fields.
@@ -45,7 +45,7 @@ class Named(str):
     __slots__ = ()
 
 
-class Code(NamedTuple):
+class ModuleCode(NamedTuple):
     """What importing a module runs, as far as it can be told without."""
 
     file: Path | None
@@ -73,10 +73,10 @@ def allow(name: str, folder: Path | None) -> None:
     _allowed[_key(module, code)] = code.sha256
     if code.file is None:
         return
-    if _recorded(code.file) == code.sha256:
+    if _allowed_hash(code.file) == code.sha256:
         return
     try:
-        _record(code)
+        _remember(code)
     except OSError as error:
         print(
             f"that {name} may be imported is not remembered ({error}): give --trust each time, or set METAHEED_STATE "
@@ -95,7 +95,7 @@ def require(name: str, folder: Path | None) -> None:
     code = find_code(module, folder)
     if _allowed.get(_key(module, code)) == code.sha256:
         return
-    recorded = None if code.file is None else _recorded(code.file)
+    recorded = None if code.file is None else _allowed_hash(code.file)
     if recorded == code.sha256:
         return
     if code.file is not None:
@@ -111,24 +111,24 @@ def require(name: str, folder: Path | None) -> None:
     )
 
 
-def find_code(module: str, folder: Path | None) -> Code:
+def find_code(module: str, folder: Path | None) -> ModuleCode:
     """What would be imported under that name, found without importing or running anything."""
     files, top = _find_files(module, folder)
     if not files:
-        return Code(None, "")
+        return ModuleCode(None, "")
     own = files[0]
     if top is not None:
-        files = _with_imports([*files, *_in_place_of_others(top)], top)
+        files = _with_imports([*files, *_shadowing_files(top)], top)
     digest = hashlib.sha256()
     for file in sorted({*files}):
         with contextlib.suppress(OSError):  # gone in this moment: then its import fails, too
             digest.update(f"{file}\0".encode(errors="surrogateescape"))
             digest.update(hashlib.sha256(read_bounded(file)).digest())
-    return Code(own, digest.hexdigest())
+    return ModuleCode(own, digest.hexdigest())
 
 
 @contextlib.contextmanager
-def from_source() -> Iterator[None]:
+def import_from_source() -> Iterator[None]:
     """Import from the source that was looked at, not from what lies compiled beside it, which may be of another."""
     before = sys.pycache_prefix, sys.dont_write_bytecode
     with tempfile.TemporaryDirectory(prefix="metaheed-") as empty:
@@ -159,7 +159,7 @@ def state_folder() -> Path | None:
     return None
 
 
-def _key(module: str, code: Code) -> str:
+def _key(module: str, code: ModuleCode) -> str:
     return f"module {module}" if code.file is None else str(code.file)
 
 
@@ -170,7 +170,7 @@ def _record_file(file: Path) -> Path | None:
     return folder / "trusted" / f"{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}.json"
 
 
-def _recorded(file: Path) -> str | None:
+def _allowed_hash(file: Path) -> str | None:
     """The hash of the code that was allowed under that file; none: none was."""
     record = _record_file(file)
     if record is None:
@@ -185,7 +185,7 @@ def _recorded(file: Path) -> str | None:
         return None  # then it is asked for again
 
 
-def _record(code: Code) -> None:
+def _remember(code: ModuleCode) -> None:
     assert code.file is not None  # seen to by allow
     record = _record_file(code.file)
     if record is None:
@@ -212,7 +212,7 @@ def _find_files(module: str, folder: Path | None) -> tuple[list[Path], Path | No
     files: list[Path] = []
     top: Path | None = None
     for depth in range(len(parents)):
-        found = _find_one(".".join(parents[: depth + 1]), search, folder)
+        found = _locate_module(".".join(parents[: depth + 1]), search, folder)
         if found is None:
             break  # its import fails, but not before those above it have run
         origin, search = found
@@ -228,7 +228,7 @@ def _find_files(module: str, folder: Path | None) -> tuple[list[Path], Path | No
     return files, top
 
 
-def _find_one(
+def _locate_module(
     name: str, search: Sequence[str] | None, folder: Path | None
 ) -> tuple[Path | None, list[str] | None] | None:
     """File and, of a package, the folders of its modules; none: there is no such module."""
@@ -236,18 +236,18 @@ def _find_one(
     spec = getattr(loaded, "__spec__", None)
     if loaded is not None and spec is None:
         file = getattr(loaded, "__file__", None)
-        return (None if file is None else _real(file)), [*getattr(loaded, "__path__", ())] or None
+        return (None if file is None else _existing_file(file)), [*getattr(loaded, "__path__", ())] or None
     if spec is None and search is None:
-        spec = _asked(name, sys.path if folder is None else [str(folder), *sys.path], top=True)
+        spec = _ask_finders(name, sys.path if folder is None else [str(folder), *sys.path], top=True)
     elif spec is None:
-        spec = _asked(name, search, top=False)
+        spec = _ask_finders(name, search, top=False)
     if spec is None:
         return None
     places = None if spec.submodule_search_locations is None else [*spec.submodule_search_locations]
-    return (_real(spec.origin) if spec.has_location and spec.origin else None), places
+    return (_existing_file(spec.origin) if spec.has_location and spec.origin else None), places
 
 
-def _asked(name: str, path: Sequence[str] | None, top: bool) -> importlib.machinery.ModuleSpec | None:
+def _ask_finders(name: str, path: Sequence[str] | None, top: bool) -> importlib.machinery.ModuleSpec | None:
     """As the import system asks its finders, which look for a module without running it."""
     for finder in sys.meta_path:
         if finder is importlib.machinery.PathFinder:
@@ -263,7 +263,7 @@ def _asked(name: str, path: Sequence[str] | None, top: bool) -> importlib.machin
     return None
 
 
-def _real(name: str) -> Path:
+def _existing_file(name: str) -> Path:
     """The file, links resolved; of a module in a zip file, the zip file."""
     file = Path(name).resolve()
     while not file.exists() and file != file.parent:
@@ -276,7 +276,7 @@ def _installed() -> set[Path]:
     return {Path(path).resolve() for name in names if (path := sysconfig.get_path(name))}
 
 
-def _in_place_of_others(top: Path) -> list[Path]:
+def _shadowing_files(top: Path) -> list[Path]:
     """The modules of a folder that have the name of one elsewhere: of one of Python's own, or of a library's."""
     elsewhere = [path for path in sys.path if Path(path).resolve() != top]
     found: list[Path] = []
@@ -284,7 +284,7 @@ def _in_place_of_others(top: Path) -> list[Path]:
         for name in sorted({entry.name.partition(".")[0] for entry in top.iterdir()}):
             spec = importlib.machinery.PathFinder.find_spec(name, elsewhere)
             if name in sys.stdlib_module_names or (spec is not None and spec.origin is not None):
-                found += _below(top, [name])
+                found += _module_files(top, [name])
     return found
 
 
@@ -309,7 +309,7 @@ def _imports(file: Path, top: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield from _below(top, alias.name.split("."))
+                yield from _module_files(top, alias.name.split("."))
         elif isinstance(node, ast.ImportFrom):
             base = top
             if node.level:
@@ -317,12 +317,12 @@ def _imports(file: Path, top: Path) -> Iterator[Path]:
                 for _ in range(node.level - 1):
                     base = base.parent
             names = node.module.split(".") if node.module else []
-            yield from _below(base, names)
+            yield from _module_files(base, names)
             for alias in node.names:
-                yield from _below(base, [*names, alias.name])
+                yield from _module_files(base, [*names, alias.name])
 
 
-def _below(base: Path, names: Sequence[str]) -> Iterator[Path]:
+def _module_files(base: Path, names: Sequence[str]) -> Iterator[Path]:
     """The files that importing names[0].names[1]… runs, where they lie in that folder."""
     for depth in range(len(names)):
         place = base.joinpath(*names[: depth + 1])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metaheed.errors import RunError
 from metaheed.files.opening import (
-    cannot_write,
+    cannot_write_message,
     put_in_place,
     refuse_link,
     refuse_special,
@@ -60,7 +60,7 @@ def _part(path: Path) -> Path:
     return path.with_suffix(".part" if path.suffix != ".part" else ".part.part")
 
 
-def name_also(path: Path, other: Path) -> None:
+def add_name(path: Path, other: Path) -> None:
     """Bring a file to a second name, keeping its first, for those who read it meanwhile."""
     part = other.with_suffix(".part")
     part.unlink(missing_ok=True)
@@ -78,4 +78,4 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(cannot_write(error, path)) from error
+        raise RunError(cannot_write_message(error, path)) from error

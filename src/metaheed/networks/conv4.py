@@ -131,11 +131,11 @@ def find_backbone(name: str, folder: Path | None = None) -> Callable[[int, Image
     module_name, separator, attribute = name.partition(":")
     if not separator:
         raise unknown("backbone", name, [*BACKBONES, "module:Class"])
-    from_file = isinstance(name, trust.Named)
+    from_file = isinstance(name, trust.NamedByFile)
     if from_file:
         trust.require(name, folder)  # before the import path is changed, or anything imported
     try:
-        with _looking_in(folder, from_file), trust.from_source() if from_file else contextlib.nullcontext():
+        with _looking_in(folder, from_file), trust.import_from_source() if from_file else contextlib.nullcontext():
             module = importlib.import_module(module_name)
     except Exception as error:  # whatever a user's module raises while it is imported belongs into the message
         raise ConfigError(

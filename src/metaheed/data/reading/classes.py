@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from metaheed.data.reading.decode import SUFFIXES, Encoded, rgb
+from metaheed.data.reading.decode import SUFFIXES, Encoded, decode_rgb
 from metaheed.data.reading.names import composed
-from metaheed.data.reading.trees import beside, open_tree, read_file
+from metaheed.data.reading.trees import is_clutter, open_tree, read_file
 from metaheed.data.sources import SourceSplit, class_rows, encoded_stream
 
 
-def children(folder: Path) -> dict[str, Path]:
+def subfolders(folder: Path) -> dict[str, Path]:
     """The folders directly in a folder, by name; none where it is no folder."""
     if not folder.is_dir():
         return {}
@@ -20,7 +20,7 @@ def children(folder: Path) -> dict[str, Path]:
 
 
 def _is_folder(path: Path) -> bool:
-    return not beside(path.name) and path.is_dir()
+    return not is_clutter(path.name) and path.is_dir()
 
 
 def pictures_in(folder: Path) -> list[Path]:
@@ -29,7 +29,7 @@ def pictures_in(folder: Path) -> list[Path]:
     return [folder / entry.path for entry in sorted(entries, key=lambda e: (composed(e.path), e.path))]
 
 
-def files_split(classes: Sequence[str], files: Sequence[tuple[Path, int]], side: int) -> SourceSplit:
+def split_of_files(classes: Sequence[str], files: Sequence[tuple[Path, int]], side: int) -> SourceSplit:
     """A split of files, each with the position of its class; those of a class keep their order."""
     rows, counts = class_rows(np.array([label for _, label in files], np.int64), len(classes))
     path_of = {int(row): str(path) for row, (path, _) in zip(rows, files, strict=True)}
@@ -39,7 +39,7 @@ def files_split(classes: Sequence[str], files: Sequence[tuple[Path, int]], side:
             yield Encoded(str(path), (row,), read_file(path))
 
     shape = (3, side, side)
-    decode: Callable[[bytes], np.ndarray] = partial(rgb, side=side)
+    decode: Callable[[bytes], np.ndarray] = partial(decode_rgb, side=side)
     return SourceSplit(
         tuple(classes), counts, shape, len(files), encoded_stream(encoded, decode, shape), path_of.__getitem__
     )

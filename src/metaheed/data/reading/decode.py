@@ -1,6 +1,6 @@
 """Encoded images to uint8 arrays, many at a time.
 
-The result of `rgb` for any picture: the first frame, its 16 bits to 8, transparency on white, resized to a square with
+The result of `decode_rgb` for any picture: the first frame, its 16 bits to 8, transparency on white, resized to a square with
 Lanczos without keeping the aspect ratio (as miniImageNet's 84×84 images are customarily made), then turned as its EXIF
 tag says.
 """
@@ -55,7 +55,7 @@ class Decoded(NamedTuple):
     """What could not be decoded, and why."""
 
 
-def rgb(data: bytes, side: int) -> np.ndarray:
+def decode_rgb(data: bytes, side: int) -> np.ndarray:
     """(3, side, side) uint8 of any picture of FORMATS.
 
     Raises:

@@ -13,7 +13,7 @@
 from pathlib import Path
 from types import MappingProxyType
 
-from metaheed.data.reading.transfer import Published, Watcher, fetch, present
+from metaheed.data.reading.transfer import DownloadWatcher, PublishedFile, fetch, find_present
 from metaheed.data.sets import cifar, omniglot
 from metaheed.errors import DataError, unknown
 
@@ -23,7 +23,7 @@ _OMNIGLOT_URLS = (
 )
 
 
-_CIFAR_100 = Published(
+_CIFAR_100 = PublishedFile(
     cifar.ARCHIVE,
     "eb9058c3a382ffc7106e4002c42a8d85",
     (
@@ -43,7 +43,7 @@ _CIFAR_100 = Published(
 
 
 _OMNIGLOT = tuple(
-    Published(f"omniglot/{archive}", md5, tuple(url.format(archive) for url in _OMNIGLOT_URLS))
+    PublishedFile(f"omniglot/{archive}", md5, tuple(url.format(archive) for url in _OMNIGLOT_URLS))
     for archive, md5 in zip(
         omniglot.ARCHIVES,
         ("68d2efa1b9178cc56df9314c21c6e718", "6b91aef0f799c5bb55b94e3f2daec811"),
@@ -52,7 +52,7 @@ _OMNIGLOT = tuple(
 )
 
 
-PUBLISHED: dict[str, tuple[Published, ...]] = {
+PUBLISHED: dict[str, tuple[PublishedFile, ...]] = {
     "glyphs": (),
     "omniglot": _OMNIGLOT,
     "omniglot-vinyals": _OMNIGLOT,
@@ -92,7 +92,7 @@ BY_HAND = {
 """Data set that may not be given away -> what to do."""
 
 
-def download(name: str, root: str | Path, watcher: Watcher) -> list[Path]:
+def download(name: str, root: str | Path, watcher: DownloadWatcher) -> list[Path]:
     """Bring a data set's published files to where its reader looks for them.
 
     Args:
@@ -117,7 +117,7 @@ def download(name: str, root: str | Path, watcher: Watcher) -> list[Path]:
         watcher.message(f"{name} is built in: there is nothing to download")
     found = []
     for file in PUBLISHED[name]:
-        there = present(file, root)
+        there = find_present(file, root)
         if there is not None:
             watcher.message(f"{there} is there already, and right")
         found.append(there or fetch(file, root, watcher))

@@ -41,7 +41,7 @@ def read_labels(values: Any) -> np.ndarray | list[str]:
     if not values:
         raise ValueError("the list is empty")
     if all(isinstance(value, str | bytes) for value in values):
-        names = [composed(text(value)) for value in values]
+        names = [composed(as_text(value)) for value in values]
         if not all(_NUMBER.fullmatch(name) for name in names):
             return names
         values = [int(name) for name in names]
@@ -57,12 +57,12 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def text(value: str | bytes) -> str:
+def as_text(value: str | bytes) -> str:
     """What Python 3 or Python 2 wrote for a text."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
 
-def positions(labels: np.ndarray | Sequence[str]) -> tuple[np.ndarray, list[Any]]:
+def class_positions(labels: np.ndarray | Sequence[str]) -> tuple[np.ndarray, list[Any]]:
     """Labels as positions among the distinct ones, in order: (n,) int64, and the distinct ones."""
     distinct = sorted(set(labels.tolist() if isinstance(labels, np.ndarray) else labels))
     place = {label: k for k, label in enumerate(distinct)}

@@ -17,7 +17,7 @@ def composed(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def decoded(content: bytes) -> str:
+def decode_text(content: bytes) -> str:
     """The text of a list that somebody wrote: UTF-8, or the UTF-16 with a mark that Windows' tools write.
 
     Raises:
@@ -27,7 +27,7 @@ def decoded(content: bytes) -> str:
     return content.decode("utf-16" if marked else "utf-8-sig")
 
 
-def check_out(path: Path) -> None:
+def check_output_path(path: Path) -> None:
     """Refuse to write a file where it could not be, or would take the place of something else.
 
     Raises:

@@ -24,7 +24,7 @@ class RefusedError(Exception):
     """The pickle asks for something that is never done."""
 
 
-class Stored(NamedTuple):
+class StoredBytes(NamedTuple):
     """Bytes, or the text of bytes, that stayed in the file."""
 
     offset: int
@@ -62,7 +62,7 @@ class StoredArray:
         self.shape: tuple[int, ...] = ()
         self.dtype = np.dtype(np.uint8)
         self.fortran = False
-        self.data: bytes | Stored = b""
+        self.data: bytes | StoredBytes = b""
 
     def is_like(self, dtype: type | str, ndim: int | None = None) -> bool:
         """Whether it is whole, of that dtype (or kind of dtype, such as "iu"), and has so many axes."""
@@ -79,7 +79,7 @@ class StoredArray:
         if not self.whole:
             raise ValueError("an array without content")
         data: Any = self.data
-        if isinstance(data, Stored):
+        if isinstance(data, StoredBytes):
             with contextlib.nullcontext(file) if file is not None else self._open() as opened:
                 data = b"".join(data.blocks(opened))
         return np.frombuffer(data, self.dtype).reshape(self.shape, order="F" if self.fortran else "C")
@@ -92,7 +92,9 @@ class StoredArray:
         at = start
         with self._open() as file:
             data = self.data
-            blocks = data.blocks(file, start * entry) if isinstance(data, Stored) else iter([data[start * entry :]])
+            blocks = (
+                data.blocks(file, start * entry) if isinstance(data, StoredBytes) else iter([data[start * entry :]])
+            )
             held = bytearray()
             while at < self.shape[0]:
                 taken = min(count, self.shape[0] - at)
@@ -160,7 +162,7 @@ _DECODERS: dict[str, Callable[[BinaryIO, int], Iterator[bytes]]] = {
 }
 
 
-def read_payload(file: BinaryIO, payload: Stored) -> bytes | str:
+def read_payload(file: BinaryIO, payload: StoredBytes) -> bytes | str:
     """A payload whole; the file stands behind it afterwards."""
     if not payload.text:
         return b"".join(payload.blocks(file))
@@ -208,7 +210,7 @@ _BARE = frozenset(b"0N12()]}tldasuebRoQ.") | {
 }
 
 
-def _operations(file: BinaryIO) -> Iterator[tuple[int, Any]]:
+def read_operations(file: BinaryIO) -> Iterator[tuple[int, Any]]:
     """(operation, argument) one after another; payloads are passed over."""
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
@@ -224,7 +226,7 @@ def _operations(file: BinaryIO) -> Iterator[tuple[int, Any]]:
         elif op in _PAYLOADS:
             width, form, text = _PAYLOADS[op]
             length = int.from_bytes(_exactly(file, width), "little")
-            payload = Stored(file.tell(), length, form, text)
+            payload = StoredBytes(file.tell(), length, form, text)
             if payload.offset + length > size:
                 raise EOFError(f"{length} bytes are announced where {size - payload.offset} are left")
             file.seek(length, os.SEEK_CUR)
@@ -247,7 +249,7 @@ def _line(file: BinaryIO) -> bytes:
     return line[:-1]
 
 
-def _text_line(file: BinaryIO, op: int) -> Stored:
+def _text_line(file: BinaryIO, op: int) -> StoredBytes:
     offset, length, block, last = file.tell(), 0, b"", b""
     first = file.read(1)
     file.seek(offset)
@@ -258,13 +260,13 @@ def _text_line(file: BinaryIO, op: int) -> Stored:
         length += len(block)
         last = block[-2:-1] or last
     if op == _UNICODE:
-        return Stored(offset, length - 1, "unicode-escaped", True)
+        return StoredBytes(offset, length - 1, "unicode-escaped", True)
     if length < 3 or first not in b"\"'" or last != first:
         raise ValueError("a string without quotes")
-    return Stored(offset + 1, length - 3, "escaped", False)
+    return StoredBytes(offset + 1, length - 3, "escaped", False)
 
 
-class Type(NamedTuple):
+class AdmittedType(NamedTuple):
     """The name of a type that a pickle may mention."""
 
     name: str

@@ -20,16 +20,16 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from metaheed.data.reading.pickle_stream import (
+    AdmittedType,
     DType,
     Opener,
     RefusedError,
-    Stored,
     StoredArray,
-    Type,
-    _operations,
+    StoredBytes,
+    read_operations,
     read_payload,
 )
-from metaheed.errors import DataError, brief, is_systems
+from metaheed.errors import DataError, brief, is_system_error
 
 
 def load_arrays(source: Path | Opener, name: str, published: str, inline: int | None = None) -> Any:
@@ -46,12 +46,12 @@ def load_arrays(source: Path | Opener, name: str, published: str, inline: int | 
             offender and where the file is published.
     """
     opener: Opener = (lambda: source.open("rb", buffering=4096)) if isinstance(source, Path) else source
-    with reading(name, published), opener() as file:
+    with damage_explained(name, published), opener() as file:
         return _Machine(file, opener, inline).run()
 
 
 @contextlib.contextmanager
-def reading(name: str, published: str) -> Iterator[None]:
+def damage_explained(name: str, published: str) -> Iterator[None]:
     """Turn whatever damaged content raises into a DataError that names the file and where to have it anew."""
     try:
         yield
@@ -63,7 +63,7 @@ def reading(name: str, published: str) -> Iterator[None]:
             f"which could run code. Fetch the file anew from {published}"
         ) from error
     except Exception as error:  # damaged content makes readers raise nearly anything
-        if is_systems(error):
+        if is_system_error(error):
             raise
         raise DataError(
             f"{name} is damaged ({type(error).__name__}: {brief(str(error), 200)}): fetch it anew from {published}"
@@ -110,18 +110,18 @@ class _Machine:
         self._memo: dict[int, Any] = {}
         self._memoized = 0
         self._ranged = 0  # numbers in ranges so far
-        self._most = 0  # operations of the file
+        self._operations = 0  # operations of the file
         self._copied = 0  # pairs and bytes that were made of what was there already
 
     def run(self) -> Any:
         # What is never fetched from the memo need not be kept there; Python 2 puts everything into it.
         self._fetched = set()
-        for op, argument in _operations(self._file):
-            self._most += 1
+        for op, argument in read_operations(self._file):
+            self._operations += 1
             if op in _GETS:
                 self._fetched.add(self._number(op, argument))
         self._size = self._file.tell()
-        for op, argument in _operations(self._file):
+        for op, argument in read_operations(self._file):
             handler = _HANDLERS.get(op)
             if handler is None:
                 raise RefusedError(_NAMES.get(op, f"the operation {bytes([op])!r}"))
@@ -174,7 +174,7 @@ class _Machine:
     def _integer(self, op: int, argument: Any) -> None:
         self._push(int.from_bytes(argument, "little", signed=op == ord("J")))
 
-    def _long(self, op: int, argument: Stored) -> None:
+    def _long(self, op: int, argument: StoredBytes) -> None:
         if argument.length > 1024:
             raise ValueError(f"a whole number of {argument.length} bytes")
         data = read_payload(self._file, argument)
@@ -184,7 +184,7 @@ class _Machine:
     def _float(self, op: int, argument: Any) -> None:
         self._push(struct.unpack(">d", argument)[0])
 
-    def _payload(self, op: int, argument: Stored) -> None:
+    def _payload(self, op: int, argument: StoredBytes) -> None:
         if self._inline is not None and argument.length > self._inline:
             self._push(argument)
             return
@@ -195,7 +195,7 @@ class _Machine:
     def _empty(self, op: int, argument: Any) -> None:
         self._push({ord("]"): list, ord("}"): dict, ord(")"): tuple}[op]())
 
-    def _few(self, op: int, argument: Any) -> None:
+    def _short_tuple(self, op: int, argument: Any) -> None:
         count = op - 0x84
         if len(self._stack) < count:
             raise IndexError("a tuple of values that are not there")
@@ -249,11 +249,11 @@ class _Machine:
             module, name = (part.decode("utf-8") for part in argument)
         if (module, name) not in _ADMITTED or op == ord("i"):
             raise RefusedError(f"{module}.{name}")
-        self._push(Type(_ADMITTED[module, name]))
+        self._push(AdmittedType(_ADMITTED[module, name]))
 
     def _reduce(self, op: int, argument: Any) -> None:
         arguments, kind = self._stack.pop(), self._stack.pop()
-        if not isinstance(kind, Type) or type(arguments) is not tuple:
+        if not isinstance(kind, AdmittedType) or type(arguments) is not tuple:
             raise RefusedError("a call of what is no function")
         self._push(getattr(self, f"_make_{kind.name}")(*arguments))
 
@@ -262,7 +262,7 @@ class _Machine:
         return StoredArray(self._open)
 
     def _make_frombuffer(self, data: Any, dtype: Any, shape: Any, order: Any) -> StoredArray:
-        return self._filled(StoredArray(self._open), shape, dtype, order == "F", data)
+        return self._fill(StoredArray(self._open), shape, dtype, order == "F", data)
 
     def _make_scalar(self, dtype: Any, data: Any) -> Any:
         # As the plain value: what labels are told apart by.
@@ -280,17 +280,17 @@ class _Machine:
             raise RefusedError(f"an array of {dtype}")
         return DType(dtype)
 
-    def _make_encode(self, text: Any, encoding: Any = "latin1") -> bytes | Stored:
+    def _make_encode(self, text: Any, encoding: Any = "latin1") -> bytes | StoredBytes:
         if not isinstance(encoding, str) or codecs.lookup(encoding).name != "iso8859-1":
             raise RefusedError(f"_codecs.encode with {encoding!r}")
-        if isinstance(text, Stored) and text.text:
+        if isinstance(text, StoredBytes) and text.text:
             return text._replace(text=False)
         if not isinstance(text, str):
             raise RefusedError("_codecs.encode of what is no text")
-        self._copy(len(text), self._size)
+        self._count_copies(len(text), self._size)
         return text.encode("latin1")
 
-    def _copy(self, count: int, most: int) -> None:
+    def _count_copies(self, count: int, most: int) -> None:
         """Count what is made anew of a value: an honest file has each but once, a bomb fetches one again and again."""
         self._copied += count
         if self._copied > most:
@@ -309,11 +309,11 @@ class _Machine:
         # Python 2 hands over an ordered dict's items as a list of lists; Python 3 sets them one after another.
         if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
             raise RefusedError("a dict of what are no pairs")
-        self._copy(len(pairs), self._most)
+        self._count_copies(len(pairs), self._operations)
         return dict(zip(_keys([key for key, _ in pairs]), [value for _, value in pairs], strict=True))
 
     def _make_defaultdict(self, factory: Any = None) -> dict[Any, Any]:
-        if factory is not None and not isinstance(factory, Type):
+        if factory is not None and not isinstance(factory, AdmittedType):
             raise RefusedError("a dict whose missing values come from a function")
         return {}
 
@@ -341,19 +341,19 @@ class _Machine:
             target.dtype = target.dtype.newbyteorder("=" if order == "|" else order)  # type: ignore[arg-type]
         elif isinstance(target, StoredArray):
             _, shape, dtype, fortran, data = state
-            self._filled(target, shape, dtype, bool(fortran), data)
+            self._fill(target, shape, dtype, bool(fortran), data)
         else:
             raise RefusedError("the state of an object")
 
-    def _filled(self, array: StoredArray, shape: Any, dtype: Any, fortran: bool, data: Any) -> StoredArray:
+    def _fill(self, array: StoredArray, shape: Any, dtype: Any, fortran: bool, data: Any) -> StoredArray:
         if not isinstance(dtype, DType) or not (
-            isinstance(data, bytes) or (isinstance(data, Stored) and not data.text)
+            isinstance(data, bytes) or (isinstance(data, StoredBytes) and not data.text)
         ):
             raise RefusedError("an array of Python objects")
         if type(shape) is not tuple or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"an array of shape {shape!r}")
         count = int(np.prod(np.array(shape, dtype=object))) * dtype.dtype.itemsize
-        known = data.length if isinstance(data, Stored) else len(data)
+        known = data.length if isinstance(data, StoredBytes) else len(data)
         raw = isinstance(data, bytes) or data.form == "raw"
         # An escaped payload has more bytes than it means, and none fewer.
         if known < count or (raw and known != count):
@@ -371,7 +371,7 @@ _HANDLERS: dict[int, Callable[[_Machine, int, Any], None]] = {
     **dict.fromkeys((0x8A, 0x8B), _Machine._long),
     **dict.fromkeys((*b"TUBCXSV", 0x8E, 0x96, 0x8C, 0x8D), _Machine._payload),
     **dict.fromkeys(b"]})", _Machine._empty),
-    **dict.fromkeys((0x85, 0x86, 0x87), _Machine._few),
+    **dict.fromkeys((0x85, 0x86, 0x87), _Machine._short_tuple),
     **dict.fromkeys(b"tld", _Machine._container),
     **dict.fromkeys(b"ae", _Machine._append),
     **dict.fromkeys(b"su", _Machine._set_items),

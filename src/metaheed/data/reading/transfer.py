@@ -43,7 +43,7 @@ _BEGINNING = 64  # bytes that tell a web page
 _LARGEST = 1 << 30  # bytes: no published file comes near it
 
 
-class Published(NamedTuple):
+class PublishedFile(NamedTuple):
     """A file as its publisher and others give it away."""
 
     path: str
@@ -56,13 +56,13 @@ class Published(NamedTuple):
     """Files below the data root, with their md5, that do as well."""
 
 
-class Watcher(Protocol):
+class DownloadWatcher(Protocol):
     """Who is told how a download goes."""
 
     def begin(self, name: str, done: int, total: int | None) -> None:
         """Bytes of a file begin to arrive after the `done` that are there; none: how many in all is not known."""
 
-    def advance(self, done: int) -> None:
+    def reached(self, done: int) -> None:
         """So many are there."""
 
     def end(self) -> None:
@@ -72,7 +72,7 @@ class Watcher(Protocol):
         """Something worth a line."""
 
 
-def present(file: Published, root: Path) -> Path | None:
+def find_present(file: PublishedFile, root: Path) -> Path | None:
     """The file, or the folder it was unpacked into, if it is there with the published md5.
 
     Raises:
@@ -80,18 +80,18 @@ def present(file: Published, root: Path) -> Path | None:
     """
     for place in (root / file.path, root / Path(file.path).name):
         if place.exists():
-            _must_be(place, file.md5)
+            _check_md5(place, file.md5)
             return place
     for base in (root, root.parent):  # the root may be the unpacked folder itself
         parts = {base / path: md5 for path, md5 in file.unpacked.items()}
         if parts and all(part.is_file() and part.is_relative_to(root) for part in parts):
             for part, md5 in parts.items():
-                _must_be(part, md5)
+                _check_md5(part, md5)
             return next(iter(parts)).parent
     return None
 
 
-def _must_be(path: Path, md5: str) -> None:
+def _check_md5(path: Path, md5: str) -> None:
     found = md5_of(path)
     if found != md5:
         raise DataError(
@@ -109,7 +109,7 @@ def md5_of(path: Path) -> str:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
-def fetch(file: Published, root: Path, watcher: Watcher) -> Path:
+def fetch(file: PublishedFile, root: Path, watcher: DownloadWatcher) -> Path:
     """Download one file to its place below the root; see the top of this module.
 
     Raises:
@@ -118,13 +118,13 @@ def fetch(file: Published, root: Path, watcher: Watcher) -> Path:
     target = root / file.path
     made = [folder for folder in target.parents if not folder.exists()]
     try:
-        with _writing(target):
+        with _write_errors_explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        with _part_of(target) as part:
+        with _locked_part(target) as part:
             # Another process may have been at it, and have just finished.
-            if present(file, root) is None and not (part.size and md5_of(part.path) == file.md5):
+            if find_present(file, root) is None and not (part.size and md5_of(part.path) == file.md5):
                 _from_mirrors(file, part, target, watcher)
-            return target if target.exists() else part.become(target)
+            return target if target.exists() else part.rename_to(target)
     finally:
         watcher.end()
         with contextlib.suppress(OSError):  # not empty: something has come
@@ -132,7 +132,7 @@ def fetch(file: Published, root: Path, watcher: Watcher) -> Path:
                 folder.rmdir()
 
 
-def _from_mirrors(file: Published, part: "_Part", target: Path, watcher: Watcher) -> None:
+def _from_mirrors(file: PublishedFile, part: "_Part", target: Path, watcher: DownloadWatcher) -> None:
     """Fill the part from the first mirror that gives the published file."""
     failures = []
     for url in file.urls:
@@ -142,12 +142,12 @@ def _from_mirrors(file: Published, part: "_Part", target: Path, watcher: Watcher
             found = md5_of(part.path)
             if found != file.md5 and continued:
                 watcher.message(f"{part.path} held something else from an earlier session: starting anew")
-                part.cut(0)
+                part.truncate(0)
                 _transfer(url, part, watcher)
                 found = md5_of(part.path)
             if found == file.md5:
                 return
-            part.cut(0)
+            part.truncate(0)
             raise _UnusableError(f"gave a file with md5 {found}, but the published one is {file.md5}")
         except _UnusableError as error:
             failures.append(f"{url} {error}")
@@ -185,16 +185,16 @@ class _Part:
 
     def append(self, data: bytes) -> None:
         rest = memoryview(data)
-        with _writing(self.path):
+        with _write_errors_explained(self.path):
             while rest:  # a full disk may take some of it
                 rest = rest[self._file.write(rest) :]
 
-    def cut(self, size: int) -> None:
-        with _writing(self.path):
+    def truncate(self, size: int) -> None:
+        with _write_errors_explained(self.path):
             self._file.truncate(size)
 
-    def become(self, target: Path) -> Path:
-        with _writing(target):
+    def rename_to(self, target: Path) -> Path:
+        with _write_errors_explained(target):
             os.fsync(self._file.fileno())
             if os.name == "nt":
                 self._file.close()  # or Windows does not let it be renamed
@@ -203,10 +203,10 @@ class _Part:
 
 
 @contextlib.contextmanager
-def _part_of(target: Path) -> Iterator[_Part]:
+def _locked_part(target: Path) -> Iterator[_Part]:
     path = target.with_name(target.name + ".part")
     while True:
-        with _writing(path):
+        with _write_errors_explained(path):
             file = FileIO(path, "a+")
         with file:
             if not try_lock(file):
@@ -233,7 +233,7 @@ class _Mirror:
         self.open = urllib.request.build_opener(_Redirects()).open
 
 
-def _transfer(url: str, part: _Part, watcher: Watcher) -> None:
+def _transfer(url: str, part: _Part, watcher: DownloadWatcher) -> None:
     """Append to the part what it lacks, however often the connection breaks, as long as it brings something."""
     mirror, most, tries = _Mirror(url), part.size, 0
     while True:
@@ -250,7 +250,7 @@ def _transfer(url: str, part: _Part, watcher: Watcher) -> None:
             time.sleep(wait)
 
 
-def _request(mirror: _Mirror, part: _Part, watcher: Watcher) -> None:
+def _request(mirror: _Mirror, part: _Part, watcher: DownloadWatcher) -> None:
     """One request for the bytes that the part lacks; what goes wrong is told apart by whether to ask again."""
     start = part.size
     headers = {"User-Agent": f"metaheed/{metaheed.__version__}", "Accept-Encoding": "identity"}
@@ -283,7 +283,7 @@ def _request(mirror: _Mirror, part: _Part, watcher: Watcher) -> None:
         raise _BrokenError(f"the connection broke ({reason or type(reason).__name__})") from error
 
 
-def _receive(response: Any, part: _Part, watcher: Watcher) -> None:
+def _receive(response: Any, part: _Part, watcher: DownloadWatcher) -> None:
     """Append an answer's body to the part, from the start if that is what the server sends."""
     start = part.size
     length = response.headers.get("Content-Length", "")
@@ -301,10 +301,10 @@ def _receive(response: Any, part: _Part, watcher: Watcher) -> None:
             "open the address in a browser to see it"
         )
     if continues and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-        part.cut(0)
+        part.truncate(0)
         raise _BrokenError("the server sent another range than was asked for")
     if not continues and start:
-        part.cut(0)
+        part.truncate(0)
         start = 0
     total = None if length is None else start + length
     free = shutil.disk_usage(part.path.parent).free
@@ -316,9 +316,9 @@ def _receive(response: Any, part: _Part, watcher: Watcher) -> None:
     watcher.begin(part.path.stem, start, total)
     while data:
         part.append(data)
-        watcher.advance(part.size)
+        watcher.reached(part.size)
         if part.size > _LARGEST:
-            part.cut(0)
+            part.truncate(0)
             raise _UnusableError(f"sends more than {_megabytes(_LARGEST)}, which no published file has")
         data = response.read1(_CHUNK)
     if total is not None and part.size < total:
@@ -347,7 +347,7 @@ def _megabytes(size: int) -> str:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write_errors_explained(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from metaheed.errors import DataError, MissingDataError, is_systems
+from metaheed.errors import DataError, MissingDataError, is_system_error
 from metaheed.files.opening import read_bounded
 
 LARGEST_FILE = 1 << 29
@@ -75,12 +75,12 @@ class Tree(NamedTuple):
         except (DataError, MemoryError):
             raise
         except Exception as error:  # archive readers raise many kinds on damaged files; all mean the same here
-            if is_systems(error):
+            if is_system_error(error):
                 raise
-            raise damaged(self.root, error, self.remedy) from error
+            raise damaged_error(self.root, error, self.remedy) from error
 
 
-def damaged(path: Path, error: Exception, remedy: str) -> DataError:
+def damaged_error(path: Path, error: Exception, remedy: str) -> DataError:
     """The error for an archive that its reader cannot go on with."""
     return DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}")
 
@@ -111,9 +111,9 @@ def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_F
     except (DataError, MemoryError):
         raise
     except Exception as error:  # archive readers raise many kinds on damaged files; all mean the same here
-        if is_systems(error):
+        if is_system_error(error):
             raise
-        raise damaged(path, error, remedy) from error
+        raise damaged_error(path, error, remedy) from error
     if published:
         raise DataError(f"{path} is damaged (it is neither a zip nor a tar file): {remedy}")
     raise MissingDataError(f"{path} is neither a folder nor a zip or tar file")
@@ -122,7 +122,7 @@ def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_F
 _SYSTEMS = ("Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
-def beside(name: str) -> bool:
+def is_clutter(name: str) -> bool:
     """Whether that is the name of what a system or this program puts beside images."""
     return name.startswith((".", "__MACOSX", "@eaDir")) or name in _SYSTEMS or ".metaheed" in name
 
@@ -134,7 +134,7 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
         return
     with os.scandir(folder) as found:
         for entry in sorted(found, key=lambda e: e.name):
-            if beside(entry.name):
+            if is_clutter(entry.name):
                 continue
             if entry.is_dir():
                 yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
@@ -251,7 +251,7 @@ def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
 
 
 def _add(entries: dict[str, Entry], entry: Entry, path: Path, remedy: str) -> None:
-    if any(beside(part) for part in PurePosixPath(entry.path).parts):
+    if any(is_clutter(part) for part in PurePosixPath(entry.path).parts):
         return
     if entry.path in entries:
         raise DataError(f"{path}: its member {entry.path!r} is there twice, and which one counts is not said: {remedy}")

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaheed.data.images import SPLITS
-from metaheed.data.locate import class_list, folders, holding, lacking
-from metaheed.data.reading.classes import children, files_split, pictures_in
+from metaheed.data.locate import candidate_folders, class_list, first_with, missing_files_error
+from metaheed.data.reading.classes import pictures_in, split_of_files, subfolders
 from metaheed.data.reading.labels import read_labels
 from metaheed.data.reading.pickle_stream import Opener, StoredArray
-from metaheed.data.reading.safe_pickle import load_arrays, reading
+from metaheed.data.reading.safe_pickle import damage_explained, load_arrays
 from metaheed.data.reading.trees import open_tree
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, stamp
 from metaheed.errors import DataError, MissingDataError, shown
@@ -64,17 +64,17 @@ def find_fc100(request: Request) -> Source:
 def _find(root: Path | None, variant: _Variant) -> Source:
     pickles = [variant.pickle.format(split) for split in SPLITS]
     expected = f"{FOLDER}/{{train,test,meta}} or {ARCHIVE} or {variant.pickle.format('{train,val,test}')}"
-    places = folders(root, variant.name, variant.subfolders, expected, PUBLISHED)
-    folder = holding(places, PARTS)
+    places = candidate_folders(root, variant.name, variant.subfolders, expected, PUBLISHED)
+    folder = first_with(places, PARTS)
     if folder is not None:
         files = {part: folder / part for part in PARTS}
-        parts = {part: _Part(path, str(path)) for part, path in files.items()}
+        parts = {part: _PicklePart(path, str(path)) for part, path in files.items()}
         return _whole(variant, parts, f"the {FOLDER} folder {folder}", stamp(*files.values()))
-    folder = holding(places, [ARCHIVE])
+    folder = first_with(places, [ARCHIVE])
     if folder is not None:
         path = folder / ARCHIVE
         return _whole(variant, _from_archive(path), f"the archive {path}", stamp(path))
-    folder = holding(places, pickles)
+    folder = first_with(places, pickles)
     if folder is not None:
         return _from_pickles(variant, [folder / name for name in pickles])
     found = _from_folders(variant, places)
@@ -84,8 +84,8 @@ def _find(root: Path | None, variant: _Variant) -> Source:
         # Named as the folder's own layout rather than by its parts.
         parts_shown = [f"{FOLDER}/{{train,test,meta}}", ARCHIVE, variant.pickle.format("{train,val,test}")]
         parts_shown.append("cifar100/data/CLASS/*.png")
-        raise lacking(variant.name, places[:1], [[" or ".join(parts_shown)]], PUBLISHED)
-    raise lacking(variant.name, places, [PARTS, pickles], PUBLISHED)
+        raise missing_files_error(variant.name, places[:1], [[" or ".join(parts_shown)]], PUBLISHED)
+    raise missing_files_error(variant.name, places, [PARTS, pickles], PUBLISHED)
 
 
 def _from_folders(variant: _Variant, places: list[Path]) -> Source | None:
@@ -97,7 +97,7 @@ def _from_folders(variant: _Variant, places: list[Path]) -> Source | None:
     wanted = {split: class_list(f"{variant.lists}_{split}") for split in SPLITS}
     names = {name for classes in wanted.values() for name in classes}
     for place in [base for p in places for base in (p, p / "cifar100")]:
-        inside = children(place / "data")
+        inside = subfolders(place / "data")
         if not names & set(inside):
             continue
         absent = sorted(names - set(inside))
@@ -116,7 +116,7 @@ def _from_folders(variant: _Variant, places: list[Path]) -> Source | None:
             absent = [name for k, name in enumerate(classes) if not any(label == k for _, label in files)]
             if absent:
                 raise MissingDataError(f"{variant.name}: {inside[absent[0]]} has no images; published at {PUBLISHED}")
-            splits[split] = files_split(classes, files, SIDE)
+            splits[split] = split_of_files(classes, files, SIDE)
             stamps += [stamp(path.name, path) for path, _ in files]
         layout = f"the folders of CIFAR-100's classes in {place / 'data'}"
         return Source(variant.name, layout, splits, stamp(variant.name, stamps), published=PUBLISHED)
@@ -124,7 +124,7 @@ def _from_folders(variant: _Variant, places: list[Path]) -> Source | None:
 
 
 def _check_list(path: Path, classes: list[str], split: str) -> None:
-    with reading(str(path), PUBLISHED):
+    with damage_explained(str(path), PUBLISHED):
         if path.stat().st_size > _LARGEST_LIST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, more than any list of classes")
         listed = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()}
@@ -137,7 +137,7 @@ def _check_list(path: Path, classes: list[str], split: str) -> None:
         )
 
 
-class _Part:
+class _PicklePart:
     """A part of CIFAR-100, its pixels still in the file."""
 
     def __init__(self, source: Path | Opener, name: str) -> None:
@@ -171,7 +171,7 @@ class _Part:
         return values
 
 
-def _from_archive(path: Path) -> dict[str, _Part]:
+def _from_archive(path: Path) -> dict[str, _PicklePart]:
     tree = open_tree(path, PUBLISHED)
     members = {e.path.removeprefix("./").removeprefix(f"{FOLDER}/"): e for e in tree.entries}
     missing = [part for part in PARTS if part not in members]
@@ -179,15 +179,15 @@ def _from_archive(path: Path) -> dict[str, _Part]:
         raise DataError(f"{path} lacks {FOLDER}/{' and '.join(missing)}: fetch it anew from {PUBLISHED}")
     wanted = [e for e in tree.entries if e in [members[part] for part in PARTS]]
     parts = {}
-    with reading(str(path), PUBLISHED):
+    with damage_explained(str(path), PUBLISHED):
         for entry, content in zip(wanted, tree.read(wanted), strict=True):
             assert isinstance(content, bytes)  # an archive is read whole or not at all
             part = next(p for p in PARTS if members[p] == entry)
-            parts[part] = _Part(lambda content=content: io.BytesIO(content), f"{path}:{entry.path}")  # type: ignore[misc]
+            parts[part] = _PicklePart(lambda content=content: io.BytesIO(content), f"{path}:{entry.path}")  # type: ignore[misc]
     return parts
 
 
-def _whole(variant: _Variant, parts: dict[str, _Part], layout: str, stamped: str) -> Source:
+def _whole(variant: _Variant, parts: dict[str, _PicklePart], layout: str, stamped: str) -> Source:
     names = parts["meta"].names()
     lists = {split: tuple(class_list(f"{variant.lists}_{split}")) for split in SPLITS}
     absent = sorted({name for classes in lists.values() for name in classes} - set(names))
@@ -217,7 +217,7 @@ def _planes(pixels: list[tuple[StoredArray, str]], start: int) -> Iterator[np.nd
     for data, name in pixels:
         count = data.shape[0]
         if start < count:
-            with reading(name, PUBLISHED):
+            with damage_explained(name, PUBLISHED):
                 for chunk in data.chunks(start, _AT_ONCE):
                     yield chunk.reshape(-1, 3, SIDE, SIDE)
         start = max(0, start - count)
@@ -226,7 +226,7 @@ def _planes(pixels: list[tuple[StoredArray, str]], start: int) -> Iterator[np.nd
 def _from_pickles(variant: _Variant, files: list[Path]) -> Source:
     splits = {}
     for split, path in zip(SPLITS, files, strict=True):
-        part = _Part(path, str(path))
+        part = _PicklePart(path, str(path))
         data = part["data"]
         if not isinstance(data, StoredArray) or not data.is_like(np.uint8, 4) or data.shape[1:] != (SIDE, SIDE, 3):
             raise part.refuse("has no usable 'data' (n, 32, 32, 3)")
@@ -247,7 +247,7 @@ def _from_pickles(variant: _Variant, files: list[Path]) -> Source:
 
 def _pictures(data: StoredArray, name: str) -> Any:
     def chunks(start: int) -> Iterator[np.ndarray]:
-        with reading(name, PUBLISHED):
+        with damage_explained(name, PUBLISHED):
             for chunk in data.chunks(start, _AT_ONCE):
                 yield chunk.transpose(0, 3, 1, 2)
 

@@ -21,9 +21,9 @@ import numpy as np
 from metaheed.config import EpisodeConfig
 from metaheed.data.episodes import sample
 from metaheed.data.images import SPLITS
-from metaheed.data.reading.decode import FORMATS, SUFFIXES, Encoded, rgb
-from metaheed.data.reading.names import composed, decoded
-from metaheed.data.reading.trees import Entry, Tree, Unreadable, beside, open_tree
+from metaheed.data.reading.decode import FORMATS, SUFFIXES, Encoded, decode_rgb
+from metaheed.data.reading.names import composed, decode_text
+from metaheed.data.reading.trees import Entry, Tree, Unreadable, is_clutter, open_tree
 from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
 from metaheed.errors import ConfigError, DataError, MissingDataError, shown
 from metaheed.files.opening import put_in_place, write_synced
@@ -48,7 +48,7 @@ def find(request: Request) -> Source:
             "images for each class, or train/, val/ and test/ with such folders"
         )
     tree = open_tree(request.root)
-    parts, around = _parts(tree)
+    parts, around = _path_parts(tree)
     side = EpisodeConfig.folder_image_size if request.image_size is None else request.image_size
     classes, layout, notices = _classes(tree, parts, around)
     settings = {"image_size": side}
@@ -70,14 +70,14 @@ def find(request: Request) -> Source:
                     f"{shown(left_out[0])})",
                 )
         classes = {split: {name: classes[""][name] for name in lists[split]} for split in SPLITS}
-    _check(classes, tree.root)
+    _check_classes(classes, tree.root)
     splits = {split: _split(tree, split, classes[split], side) for split in SPLITS}
     archive = [tree.root] if tree.root.is_file() else []
     stamped = stamp(tree.entries, settings, sorted(map(sorted, classes.values())), *archive)
     return Source("folder", layout, splits, stamped, settings=settings, notices=notices)
 
 
-def _read_lists(tree: Tree, parts: "_Parts") -> dict[str, list[str]] | None:
+def _read_lists(tree: Tree, parts: "_PathParts") -> dict[str, list[str]] | None:
     """The classes of each split from train.txt, val.txt and test.txt; none: there are none of these.
 
     Raises:
@@ -105,7 +105,7 @@ def _read_lists(tree: Tree, parts: "_Parts") -> dict[str, list[str]] | None:
         if isinstance(content, Unreadable):
             raise DataError(f"{tree.root}: the list {entry.path} cannot be read: {content.reason}")
         try:
-            lines = decoded(content).splitlines()
+            lines = decode_text(content).splitlines()
         except ValueError:
             lines = content.decode("utf-8", "replace").splitlines()  # what is not found is then named
         listed = [composed(line.strip()) for line in lines if line.strip()]
@@ -167,7 +167,7 @@ def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: boo
     if not folder.is_dir():
         raise MissingDataError(f"{folder} is not a folder: lists are written into the folder of classes")
     tree = open_tree(folder)
-    classes, layout, _ = _classes(tree, *_parts(tree))
+    classes, layout, _ = _classes(tree, *_path_parts(tree))
     if set(classes) != {""}:
         raise DataError(f"{layout} already, and needs no lists")
     there = [name for name in (f"{split}.txt" for split in SPLITS) if (folder / name).exists()]
@@ -188,7 +188,7 @@ def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: boo
 
 Members = dict[str, dict[str, list[tuple[Entry, str]]]]
 """Split ("": undivided) -> class -> its images, each an entry and its name."""
-_Parts = dict[str, tuple[str, ...]]
+_PathParts = dict[str, tuple[str, ...]]
 """Path of a file -> the folders that it lies in, below the one that holds everything, and its name."""
 
 
@@ -198,11 +198,11 @@ class _Found(NamedTuple):
     notices: tuple[str, ...]
 
 
-def _parts(tree: Tree) -> tuple[_Parts, Path]:
+def _path_parts(tree: Tree) -> tuple[_PathParts, Path]:
     """Where each file lies below the folder that holds the classes (or train/, val/, test/), and that folder."""
     parts = {e.path: PurePosixPath(e.path).parts for e in tree.entries}
     around = tree.root
-    while (top := _holder(parts, around)) is not None:
+    while (top := _single_top_folder(parts, around)) is not None:
         outer = parts
         parts = {path: p[1:] for path, p in outer.items() if p[0] == top and len(p) > 1}
         inner = set(parts.values())
@@ -212,7 +212,7 @@ def _parts(tree: Tree) -> tuple[_Parts, Path]:
     return parts, around
 
 
-def _holder(parts: _Parts, around: Path) -> str | None:
+def _single_top_folder(parts: _PathParts, around: Path) -> str | None:
     """The one folder that holds all pictures in folders of its own, so that it can be no class; none: there is none."""
     images = [p for p in parts.values() if _is_image(p)]
     tops = {p[0] for p in images}
@@ -228,7 +228,7 @@ def _is_image(parts: Sequence[str]) -> bool:
     return parts[-1].lower().endswith(SUFFIXES)
 
 
-def _classes(tree: Tree, parts: _Parts, around: Path) -> _Found:
+def _classes(tree: Tree, parts: _PathParts, around: Path) -> _Found:
     kind = "folder" if tree.root.is_dir() else "archive"
     images = [(e, parts[e.path]) for e in tree.entries if e.path in parts and _is_image(parts[e.path])]
     divided = {_SPLITS[p[0].lower()] for _, p in images if len(p) > 2 and p[0].lower() in _SPLITS}
@@ -284,7 +284,7 @@ def _classes(tree: Tree, parts: _Parts, around: Path) -> _Found:
 
 
 def _folders(path: Path) -> list[Path]:
-    return [child for child in path.iterdir() if child.is_dir() and not beside(child.name)]
+    return [child for child in path.iterdir() if child.is_dir() and not is_clutter(child.name)]
 
 
 def _passed_over(paths: Iterable[str]) -> tuple[str, ...]:
@@ -316,7 +316,7 @@ def _check_lists(lists: Mapping[str, Sequence[str]], names: set[str], root: Path
             )
 
 
-def _check(classes: Members, root: Path) -> None:
+def _check_classes(classes: Members, root: Path) -> None:
     where: dict[str, list[str]] = {}
     for split in SPLITS:
         for name in classes[split]:
@@ -358,5 +358,5 @@ def _split(tree: Tree, split: str, classes: dict[str, list[tuple[Entry, str]]], 
 
     shape = (3, side, side)
     counts = tuple(len(classes[name]) for name in names)
-    stream = encoded_stream(encoded, partial(rgb, side=side), shape)
+    stream = encoded_stream(encoded, partial(decode_rgb, side=side), shape)
     return SourceSplit(tuple(names), counts, shape, len(entries), stream, path_of.__getitem__)

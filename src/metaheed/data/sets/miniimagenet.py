@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 
 from metaheed.data.images import SPLITS
-from metaheed.data.locate import class_list, folders, holding, lacking
-from metaheed.data.reading.classes import children, files_split, pictures_in
+from metaheed.data.locate import candidate_folders, class_list, first_with, missing_files_error
+from metaheed.data.reading.classes import pictures_in, split_of_files, subfolders
 from metaheed.data.reading.decode import SUFFIXES
-from metaheed.data.reading.labels import positions, read_labels, text
-from metaheed.data.reading.names import composed, decoded
+from metaheed.data.reading.labels import as_text, class_positions, read_labels
+from metaheed.data.reading.names import composed, decode_text
 from metaheed.data.reading.pickle_stream import StoredArray
-from metaheed.data.reading.safe_pickle import load_arrays, reading
+from metaheed.data.reading.safe_pickle import damage_explained, load_arrays
 from metaheed.data.reading.trees import open_tree, read_file
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, stamp
 from metaheed.errors import DataError, MissingDataError, brief, shown
@@ -65,7 +65,7 @@ def find(request: Request) -> Source:
     lists = [f"{s}.csv" for s in SPLITS]
     category = [_CATEGORY.format(_PHASES[s]) for s in SPLITS]
     expected = f"{PICKLE.format('{train,val,test}')}, or images/ and {{train,val,test}}.csv"
-    places = folders(request.root, "miniimagenet", _SUBFOLDERS, expected, PUBLISHED)
+    places = candidate_folders(request.root, "miniimagenet", _SUBFOLDERS, expected, PUBLISHED)
     pickles = [PICKLE.format(s) for s in SPLITS]
     for folder in places:
         files = [_first(folder, [PICKLE.format(name) for name in _PICKLES[split]]) for split in SPLITS]
@@ -75,10 +75,10 @@ def find(request: Request) -> Source:
             return _source(f"the pickles {PICKLE.format('*')} in {folder}", splits, stamp(*found))
         if found:
             pickles = [name if file is None else file.name for name, file in zip(pickles, files, strict=True)]
-    holder = holding(places, category)
+    holder = first_with(places, category)
     if holder is not None:
         folder = holder
-        parts = {split: _Category(folder / name, split) for split, name in zip(SPLITS, category, strict=True)}
+        parts = {split: _CategoryPickle(folder / name, split) for split, name in zip(SPLITS, category, strict=True)}
         splits = {split: part.split for split, part in parts.items()}
         _check_disjoint({split: part.names for split, part in parts.items()}, folder)
         layout = f"the pickles {_CATEGORY.format('*')} in {folder}"
@@ -93,7 +93,7 @@ def find(request: Request) -> Source:
         place = folder if folder in places else folder.parent
         read = {split: _read_list(path, split) for split, path in paths.items()}
         located = {split: _locate(place, path, split, read[split]) for split, path in paths.items()}
-        splits = {split: files_split(_classes(split), files, SIDE) for split, (files, _) in located.items()}
+        splits = {split: split_of_files(_classes(split), files, SIDE) for split, (files, _) in located.items()}
         holders = sorted({str(holder) for _, holder in located.values()})
         layout = f"{' and '.join(holders)} and the lists {', '.join(lists)} in {folder}"
         where: list[object] = [*paths.values()]
@@ -107,7 +107,7 @@ def find(request: Request) -> Source:
     if source is not None:
         return source
     if partly:
-        raise lacking("miniimagenet", places, [pickles, lists, category], PUBLISHED)
+        raise missing_files_error("miniimagenet", places, [pickles, lists, category], PUBLISHED)
     raise MissingDataError(
         f"miniimagenet: nothing of it is recognised in {' or '.join(map(str, places))}: neither "
         f"{PICKLE.format('{train,val,test}')} nor {_CATEGORY.format('{train_phase_train,val,test}')} nor "
@@ -188,21 +188,21 @@ def _from_pickle(path: Path, split: str) -> SourceSplit:
         first += len(indices)
         counts.append(len(indices))
 
-    return _arrays(classes, tuple(counts), images, rows, path)
+    return _split_of_array(classes, tuple(counts), images, rows, path)
 
 
-def _arrays(
+def _split_of_array(
     classes: tuple[str, ...], counts: tuple[int, ...], images: StoredArray, rows: np.ndarray, path: Path
 ) -> SourceSplit:
     def chunks(start: int) -> Iterator[np.ndarray]:
-        with reading(str(path), PUBLISHED):
+        with damage_explained(str(path), PUBLISHED):
             for chunk in images.chunks(start, _AT_ONCE):
                 yield chunk.transpose(0, 3, 1, 2)
 
     return SourceSplit(classes, counts, (3, SIDE, SIDE), images.shape[0], array_stream(rows, chunks))
 
 
-class _Category:
+class _CategoryPickle:
     """A split of the form that names `data`, `labels` and, in most copies, the classes in `catname2label`."""
 
     def __init__(self, path: Path, split: str) -> None:
@@ -220,7 +220,7 @@ class _Category:
         ):
             raise self.refuse(f"has no usable 'data' (n, {SIDE}, {SIDE}, 3)")
         try:
-            labels, distinct = positions(read_labels(field("labels")))
+            labels, distinct = class_positions(read_labels(field("labels")))
         except ValueError as error:
             raise self.refuse(f"has no usable 'labels' ({error})") from error
         if len(labels) != images.shape[0]:
@@ -239,7 +239,7 @@ class _Category:
         numbered = all(re.fullmatch(r"\d{3,}", name) for name in names)
         self.names = [] if numbered else names  # numbers may start anew in each split
         rows, counts = class_rows(labels, len(classes))
-        self.split = _arrays(classes, counts, images, rows, path)
+        self.split = _split_of_array(classes, counts, images, rows, path)
 
     def refuse(self, what: str) -> DataError:
         return DataError(f"{self.path} {what}: fetch it anew from {PUBLISHED}")
@@ -254,7 +254,7 @@ class _Category:
         name_of: dict[int, str] = {}
         for name, number in numbers.items() if isinstance(numbers, dict) else ():
             if isinstance(name, str | bytes) and type(number) is int:
-                name_of[number] = composed(text(name))
+                name_of[number] = composed(as_text(name))
         nameless = [label for label in distinct if label not in name_of]
         if nameless:
             raise self.refuse(f"has a 'catname2label' without the label {nameless[0]}")
@@ -264,10 +264,10 @@ class _Category:
 def _read_list(path: Path, split: str) -> list[tuple[str, str]]:
     """(file, class) of each line of a list; relative files only."""
     # Spreadsheets put a mark of the encoding before the first word, and some a semicolon between the columns.
-    with reading(str(path), PUBLISHED):
+    with damage_explained(str(path), PUBLISHED):
         if path.stat().st_size > _LARGEST_LIST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, where the published lists have 1,500,000 at most")
-        table = decoded(path.read_bytes())
+        table = decode_text(path.read_bytes())
         head = table.partition("\n")[0]
         delimiter = max(",;\t", key=head.count)
         rows = [
@@ -361,9 +361,9 @@ def _from_folders(places: Sequence[Path]) -> Source | None:
     wanted = set.union(*ours.values())
     groups: list[dict[str, dict[str, Path]]] = []  # name of a folder -> class -> its folder
     for place in [base for p in places for base in (p, p / "images", p / "data")]:
-        inside = children(place)
+        inside = subfolders(place)
         groups.append({"": inside})
-        groups.append({name: children(path) for name, path in inside.items() if name.lower() in _DIVISIONS})
+        groups.append({name: subfolders(path) for name, path in inside.items() if name.lower() in _DIVISIONS})
     group = max(groups, key=lambda g: len(wanted & {name for classes in g.values() for name in classes}))
     found = {name for classes in group.values() for name in classes if _WORDNET.fullmatch(name)}
     if not wanted & found:
@@ -385,7 +385,9 @@ def _from_folders(places: Sequence[Path]) -> Source | None:
         empty = [name for name in classes if not pictures[name]]
         if empty:
             raise MissingDataError(f"miniimagenet: {' and '.join(where)} has no images of {empty[0]}; see {PUBLISHED}")
-        splits[split] = files_split(classes, [(p, k) for k, name in enumerate(classes) for p in pictures[name]], SIDE)
+        splits[split] = split_of_files(
+            classes, [(p, k) for k, name in enumerate(classes) for p in pictures[name]], SIDE
+        )
     notices: tuple[str, ...] = ()
     if "" not in group and any(
         found & set(classes) != ours[_DIVISIONS[name.lower()]]

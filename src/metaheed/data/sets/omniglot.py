@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from metaheed.data.images import SPLITS
-from metaheed.data.locate import class_list, folders, holding, lacking
+from metaheed.data.locate import candidate_folders, class_list, first_with, missing_files_error
 from metaheed.data.reading.decode import Encoded
 from metaheed.data.reading.trees import Tree, open_tree
 from metaheed.data.sources import UNSCALED, Request, Source, SourceSplit, encoded_stream, stamp
@@ -50,8 +50,8 @@ def find_vinyals(request: Request) -> Source:
 
 
 def _find(root: Path | None, name: str, lists: str) -> Source:
-    places = folders(root, "omniglot", _SUBFOLDERS, " and ".join(ARCHIVES), PUBLISHED)
-    folder = holding(places, ARCHIVES)
+    places = candidate_folders(root, "omniglot", _SUBFOLDERS, " and ".join(ARCHIVES), PUBLISHED)
+    folder = first_with(places, ARCHIVES)
     unpacked = [a.removesuffix(".zip") for a in ARCHIVES]
     if folder is not None:
         found = [folder / archive for archive in ARCHIVES]
@@ -65,7 +65,7 @@ def _find(root: Path | None, name: str, lists: str) -> Source:
                 if there and not any((place / a).is_file() for a in ARCHIVES):
                     absent = " and ".join(str(place / u) for u in unpacked if u not in there)
                     raise MissingDataError(f"omniglot: {absent} not found; published at {PUBLISHED}")
-            raise lacking("omniglot", places, [ARCHIVES], PUBLISHED)
+            raise missing_files_error("omniglot", places, [ARCHIVES], PUBLISHED)
         found = [folder / u for u in unpacked]
         parts = [(f"{path.name}/", open_tree(path, PUBLISHED)) for path in found]
         layout = f"the folders {' and '.join(unpacked)} in {folder}"

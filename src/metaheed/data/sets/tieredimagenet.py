@@ -22,11 +22,11 @@ import numpy as np
 from PIL import Image
 
 from metaheed.data.images import SPLITS
-from metaheed.data.locate import class_table, folders, holding, lacking
+from metaheed.data.locate import candidate_folders, class_table, first_with, missing_files_error
 from metaheed.data.reading.decode import Encoded
-from metaheed.data.reading.labels import positions, read_labels, text
+from metaheed.data.reading.labels import as_text, class_positions, read_labels
 from metaheed.data.reading.pickle_stream import StoredArray
-from metaheed.data.reading.safe_pickle import load_arrays, reading
+from metaheed.data.reading.safe_pickle import damage_explained, load_arrays
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, encoded_stream, stamp
 from metaheed.errors import DataError, MissingDataError, shown
 
@@ -53,13 +53,13 @@ def find(request: Request) -> Source:
     arrays = [f"{s}_images.npz" for s in SPLITS]
     labels = [f"{s}_labels.pkl" for s in SPLITS]
     expected = "{train,val,test}_images_png.pkl or _images.npz, and {train,val,test}_labels.pkl"
-    places = folders(request.root, "tieredimagenet", _SUBFOLDERS, expected, PUBLISHED)
+    places = candidate_folders(request.root, "tieredimagenet", _SUBFOLDERS, expected, PUBLISHED)
     layouts: tuple[tuple[list[str], Callable[[Path, _Labels], SourceSplit], str], ...] = (
         (pickles, _from_pickle, "the pickled PNGs *_images_png.pkl"),
         (arrays, _from_npz, "the arrays *_images.npz (BGR)"),
     )
     for files, read, layout in layouts:
-        folder = holding(places, files)
+        folder = first_with(places, files)
         if folder is None:
             continue
         found = {s: label for s in SPLITS if (label := _find_labels(folder, s)) is not None}
@@ -74,7 +74,7 @@ def find(request: Request) -> Source:
         beside = [label.path for label in found.values() if label.path.name not in files]
         stamped = stamp(*(folder / f for f in files), *beside)
         return Source("tieredimagenet", f"{layout} in {folder}", splits, stamped, published=PUBLISHED)
-    raise lacking("tieredimagenet", places, [[*pickles, *labels], [*arrays, *labels]], PUBLISHED)
+    raise missing_files_error("tieredimagenet", places, [[*pickles, *labels], [*arrays, *labels]], PUBLISHED)
 
 
 def _find_labels(folder: Path, split: str) -> "_Labels | None":
@@ -119,8 +119,8 @@ class _Labels:
                 self.general = self._read(general, "label_general")
             described = _get(values, "label_specific_str")
             if isinstance(described, list) and all(isinstance(d, str | bytes) for d in described):
-                self.descriptions = [text(d) for d in described]
-        self.labels, self.distinct = positions(self._read(specific, key))
+                self.descriptions = [as_text(d) for d in described]
+        self.labels, self.distinct = class_positions(self._read(specific, key))
         table = class_table(f"tieredimagenet_{split}")
         self._expect("classes", len(self.distinct), len(table))
         known = {name for name, _ in table}
@@ -128,7 +128,7 @@ class _Labels:
         if odd:
             raise self.refuse(f"has the class {odd[0]}, which is none of tieredImageNet's {split} split")
         if self.general is not None:
-            self._expect("categories", len(positions(self.general)[1]), len({category for _, category in table}))
+            self._expect("categories", len(class_positions(self.general)[1]), len({category for _, category in table}))
             if len(self.general) != len(self.labels):
                 raise self.refuse(f"has {len(self.labels)} classes of images, but {len(self.general)} categories")
 
@@ -180,7 +180,7 @@ def _from_pickle(path: Path, labels: _Labels) -> SourceSplit:
             for index in range(start, len(pictures)):
                 one = pictures[index]
                 pictures[index] = None
-                with reading(f"{path} (image {index})", PUBLISHED):
+                with damage_explained(f"{path} (image {index})", PUBLISHED):
                     if isinstance(one, StoredArray):
                         if not one.is_like(np.uint8) or one.nbytes > _LARGEST_PNG:
                             raise ValueError(f"no PNG, but an array {one.shape} of {one.dtype}")
@@ -200,7 +200,7 @@ def _decode_png(data: bytes) -> np.ndarray:
 
 
 def _from_npz(path: Path, labels: _Labels) -> SourceSplit:
-    with reading(str(path), PUBLISHED), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+    with damage_explained(str(path), PUBLISHED), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
         shape, dtype, offset = _header(file)
         size = archive.getinfo("images.npy").file_size
         if dtype != np.uint8 or shape[1:] != (SIDE, SIDE, 3):
@@ -211,7 +211,11 @@ def _from_npz(path: Path, labels: _Labels) -> SourceSplit:
 
     def chunks(start: int) -> Iterator[np.ndarray]:
         entry = SIDE * SIDE * 3
-        with reading(str(path), PUBLISHED), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+        with (
+            damage_explained(str(path), PUBLISHED),
+            zipfile.ZipFile(path) as archive,
+            archive.open("images.npy") as file,
+        ):
             file.seek(offset + start * entry)
             for first in range(start, shape[0], _AT_ONCE):
                 count = min(_AT_ONCE, shape[0] - first)
@@ -236,7 +240,7 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
 def _small_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an npz that may be labels."""
     found = {}
-    with reading(str(path), PUBLISHED), zipfile.ZipFile(path) as archive:
+    with damage_explained(str(path), PUBLISHED), zipfile.ZipFile(path) as archive:
         for name in (*_KEYS, "label_general"):
             if f"{name}.npy" not in archive.namelist():
                 continue
@@ -248,7 +252,7 @@ def _small_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _small_npy(path: Path) -> np.ndarray:
-    with reading(str(path), PUBLISHED), path.open("rb") as file:
+    with damage_explained(str(path), PUBLISHED), path.open("rb") as file:
         if path.stat().st_size > _LARGEST_LABELS:
             raise ValueError("it has more bytes than labels have")
         array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)

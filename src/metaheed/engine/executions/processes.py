@@ -39,7 +39,7 @@ class Workers:
     """Forked processes that run functions of a learner; they end with this object, and with the process.
 
     They are forked at the first use, from the thread that makes it and must outlive them. Threads of ours may be at
-    work then: those that draw batches are waited for (`apart_from_forks`), the streams that a progress bar writes to
+    work then: those that draw batches are waited for (`run_between_forks`), the streams that a progress bar writes to
     are opened anew in the worker, and it uses nothing else that they may hold. A user's own threads must hold no lock
     of a library then.
 
