@@ -196,7 +196,7 @@ def test_download(fetch: Fetch, server: Server, in_folder: Path) -> None:
     assert files(in_folder / "data") == ["sub", "sub/file.bin"]
     status, out, err = fetch("good")
     assert (status, out) == (0, "data/sub/file.bin\n")
-    assert "data/sub/file.bin is there already, and right" in err
+    assert "data/sub/file.bin is there already, with the published content" in err
     assert len(server.seen) == 1, "nothing is asked for again"
 
 
@@ -512,7 +512,7 @@ CASES: dict[str, Callable[[SimpleNamespace], str]] = {
     "… has a certificate that is not trusted here (…)": _https("certificate"),
     "… redirects to …, which is not HTTPS": _https("redirect"),
     "… sends more than …, which no published file has": _endless,
-    "no room for …: … are to come, but … has only … free. …": _no_room,
+    "no room for …: … are still to be downloaded, but … has only … free. …": _no_room,
     "cannot write …: …. Make room or grant permission there …": _not_writable,
     "… is being downloaded by another process: …": _locked,
     "… is there already, but its md5 is … and the published file's …. …": _other_file,

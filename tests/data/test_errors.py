@@ -162,7 +162,7 @@ def _zip(path: Path, name: str, content: bytes = b"", attributes: int = 0) -> li
     return train("folder", path / "x.zip")
 
 
-@row("would leave the folder, which no honest archive does")
+@row("would leave the folder, so that the archive may be an attack")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return _zip(path, "a/../../x.png")
 
@@ -323,17 +323,17 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
 @row("free, but … needs")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     full = shutil._ntuple_diskusage(10**9, 10**9, 0)
-    request.getfixturevalue("monkeypatch").setattr("metaheed.data.store.shutil.disk_usage", lambda path: full)
+    request.getfixturevalue("monkeypatch").setattr("metaheed.data.preparing.shutil.disk_usage", lambda path: full)
     return ["data", "prepare", "folder", "--from", divided(path)]
 
 
 @row("is being prepared by another process")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
-    request.getfixturevalue("monkeypatch").setattr("metaheed.data.store.try_lock", lambda file: False)
+    request.getfixturevalue("monkeypatch").setattr("metaheed.data.preparing.try_lock", lambda file: False)
     return ["data", "prepare", "folder", "--from", divided(path)]
 
 
-@row("is there already, and was made from something else")
+@row("is there already, and was made from other files or settings")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     prepare(find_source("folder", Request(divided(path))), path)
     pictures(path / "train", 1, prefix="more")
@@ -358,7 +358,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return ["data", "verify", store]
 
 
-@row("is no store, and holds none")
+@row("is not a store, and contains none")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return ["data", "verify", path]
 
@@ -399,7 +399,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return ["data", "list", "--data-root", path / "nowhere"]
 
 
-@row("is there twice, and which one counts is not said")
+@row("is there twice, and it is not clear which one counts")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     with tarfile.open(path / "x.tar", "w") as tar:
         for _ in range(2):
@@ -531,7 +531,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return _altered(path, request, [0.0, 0.1, 0.1])
 
 
-@row("and that of its training images is")
+@row("but that of its training images is")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return _altered(path, request, [0.1, 0.1, 0.1])
 

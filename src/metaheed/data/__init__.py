@@ -1,4 +1,4 @@
-"""Data sets as classes of uint8 images, and the episodes drawn from them."""
+"""Data sets, as classes of uint8 images, and the episodes that are drawn from them."""
 
 from metaheed.data.episodes import Episodes, Prefetcher
 from metaheed.data.images import SPLITS, Dataset, Split

@@ -1,4 +1,4 @@
-"""Finding a data set's published files, and the committed class lists."""
+"""Find the published files of a data set, and read the class lists that come with metaheed."""
 
 import re
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ from metaheed.errors import MissingDataError
 
 
 def class_list(name: str) -> list[str]:
-    """The lines of data/splits/NAME.txt."""
+    """Return the classes listed in data/splits/NAME.txt."""
     return [line for line in _committed(f"{name}.txt") if line and not line.startswith("# ")]
 
 
 def class_table(name: str) -> list[tuple[str, str]]:
-    """The lines of data/splits/NAME.csv: class and category."""
+    """Return the pairs (class, category) listed in data/splits/NAME.csv."""
     pairs = (line.split(",") for line in _committed(f"{name}.csv"))
     return [(label, category) for label, category in pairs]
 
@@ -26,7 +26,7 @@ def _committed(file: str) -> list[str]:
 def candidate_folders(
     root: Path | None, dataset: str, subfolders: Sequence[str], expected: str, published: str
 ) -> list[Path]:
-    """Where to look: the root itself, then its customary subfolders, however their names are spelt.
+    """Return the folders in which a data set is looked for: the root, then its customary subfolders.
 
     Raises:
         MissingDataError: no root was given, or it is not a folder.
@@ -50,7 +50,7 @@ def candidate_folders(
 
 
 def _matching_folders(root: Path, sub: str) -> list[Path]:
-    """The folders of that name, or of one that differs in capitals, blanks, - and _ only; sub may be several deep."""
+    """The folders at the path `sub` below the root; capitals, blanks, - and _ in their names make no difference."""
     places = [root]
     for part in sub.split("/"):
         places = [
@@ -67,20 +67,28 @@ def _normalized(name: str) -> str:
 
 
 def first_with(places: Sequence[Path], files: Sequence[str]) -> Path | None:
-    """The first of the places that has all of the files."""
+    """Return the first of the folders that contains all of the files; None if none does."""
     return next((folder for folder in places if all((folder / file).is_file() for file in files)), None)
 
 
 def missing_files_error(
     dataset: str, places: Sequence[Path], layouts: Sequence[Sequence[str]], published: str
 ) -> MissingDataError:
-    """The error that none of the layouts (each a list of files) is in the places: what the nearest one lacks."""
+    """Make the error for files that are in none of the folders; it names what the most complete layout lacks.
+
+    Args:
+        dataset: the name of the data set.
+        places: the folders that were searched.
+        layouts: the files of each layout in which the data set is known.
+        published: where the files are published.
+    """
     tried = [
         (sum((folder / file).is_file() for file in files) / len(files), folder, files)
         for files in layouts
         for folder in places
     ]
-    share, folder, files = max(tried, key=lambda t: t[0])  # the first of equals
+    share, folder, files = max(tried, key=lambda t: t[0])  # of several equal ones, the first
+
     if share:
         missing = " and ".join(str(folder / file) for file in files if not (folder / file).is_file())
         return MissingDataError(f"{dataset}: {missing} not found; published at {published}")

@@ -1,6 +1,6 @@
 """Seals: a file carries a checksum of its own content, so that a changed bit is noticed when the file is read.
 
-    text    ends with the line "# sha256: " and 64 digits, a YAML comment; the checksum covers everything above that line
+    text    ends with the line "# sha256: " and 64 digits, a YAML comment; the checksum covers everything above it
     values  have the keys "format" and "sha256"; the checksum covers all the other values
 
 Files of earlier versions have no seal and are read unchecked. Damage must not make a sealed file look like one of

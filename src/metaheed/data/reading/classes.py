@@ -1,4 +1,4 @@
-"""Published pictures as files in folders of classes, or as lists say."""
+"""Read published data sets whose pictures are single files, in folders of classes or named by lists."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -13,7 +13,7 @@ from metaheed.data.sources import SourceSplit, class_rows, encoded_stream
 
 
 def subfolders(folder: Path) -> dict[str, Path]:
-    """The folders directly in a folder, by name; none where it is no folder."""
+    """Return name -> path of the folders directly in a folder; empty if `folder` is not a folder."""
     if not folder.is_dir():
         return {}
     return {composed(child.name): child for child in sorted(folder.iterdir()) if _is_folder(child)}
@@ -24,13 +24,19 @@ def _is_folder(path: Path) -> bool:
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """The pictures in a class's folder and below, by name."""
+    """Return the pictures in the folder of a class and below it, sorted by name."""
     entries = [entry for entry in open_tree(folder).entries if entry.path.lower().endswith(SUFFIXES)]
     return [folder / entry.path for entry in sorted(entries, key=lambda e: (composed(e.path), e.path))]
 
 
 def split_of_files(classes: Sequence[str], files: Sequence[tuple[Path, int]], side: int) -> SourceSplit:
-    """A split of files, each with the position of its class; those of a class keep their order."""
+    """Make a split of picture files.
+
+    Args:
+        classes: the names of the classes.
+        files: the path of each picture, with the index of its class; pictures of one class keep their order.
+        side: the side in pixels to which the pictures are resized.
+    """
     rows, counts = class_rows(np.array([label for _, label in files], np.int64), len(classes))
     path_of = {int(row): str(path) for row, (path, _) in zip(rows, files, strict=True)}
 

@@ -1,8 +1,8 @@
-"""Names: of classes and files in one form, whichever system wrote them; and of files that may be written.
+"""Names of classes and files: bring them to one form of Unicode, and check the names of output files.
 
-Unicode writes é as one character or as e and an accent. Linux and Windows keep whichever a file was given; macOS hands
-out the second for what was given the first. Compared and sorted as they come, the same folder would be divided
-otherwise on another machine, and a class could be in two splits under what looks like one name.
+Unicode can write é as one character, or as an e followed by an accent. Linux and Windows keep the form that a file was
+given; macOS can turn the first form into the second. If names were compared and sorted as they come, the same folder
+could be divided in another way on another machine, and a class could be in two splits under names that look the same.
 """
 
 import codecs
@@ -13,12 +13,12 @@ from metaheed.errors import ConfigError
 
 
 def composed(name: str) -> str:
-    """A name in Unicode's composed form (NFC), in which names are compared, sorted and recorded."""
+    """Return a name in Unicode's composed form (NFC), in which names are compared, sorted and recorded."""
     return unicodedata.normalize("NFC", name)
 
 
 def decode_text(content: bytes) -> str:
-    """The text of a list that somebody wrote: UTF-8, or the UTF-16 with a mark that Windows' tools write.
+    """Decode a text file: UTF-8, or UTF-16 with a byte order mark, which tools of Windows write.
 
     Raises:
         ValueError: it is neither.
@@ -28,11 +28,10 @@ def decode_text(content: bytes) -> str:
 
 
 def check_output_path(path: Path) -> None:
-    """Refuse to write a file where it could not be, or would take the place of something else.
+    """Raise ConfigError unless a file can be written to the path without replacing something other than a file.
 
     Raises:
-        ConfigError: the path has no name, or a folder, a pipe or a device is there, which a file renamed to it would
-            replace.
+        ConfigError: the path does not end in a name, or a folder, a pipe or a device is there.
     """
     if not path.name:
         raise ConfigError(f"--out is {str(path)!r}, but it must be the name of a file to write")
