@@ -109,7 +109,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return train("tieredimagenet", path)
 
 
-@row("has 3 images, … 702: fetch both anew")
+@row("has 3 images, but … has 702 labels: fetch both anew")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     (tiered_pickles(path, 2) / "train_images_png.pkl").write_bytes(python2_pickle([b"a", b"b", b"c"]))
     return train("tieredimagenet", path)
@@ -138,7 +138,7 @@ def _omniglot(path: Path, request: pytest.FixtureRequest, left_out: str) -> list
     return train("omniglot", path)
 
 
-@row("24 characters are in neither of")
+@row("24 characters are missing from both")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return _omniglot(path, request, "/Greek/")
 
@@ -468,7 +468,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return train("miniimagenet", path)
 
 
-@row("are the same image: its class would have it twice")
+@row("are the same image, so that a task could both adapt to it")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     for name in (name for split in SPLITS for name in class_list(f"miniimagenet_{split}")):
         for split in ("train", "val"):
@@ -499,7 +499,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return train("folder", path)
 
 
-@row("bytes, and a list of classes at most")
+@row("bytes, but a list of classes at most")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     pictures(path)
     for split in SPLITS:

@@ -225,7 +225,7 @@ class TestTiered:
             ([b"x"], "val_images_png.pkl has 1 images, val_labels.pkl 194"),
             ({}, "has no list of images"),
             ([np.zeros((2, 2), np.uint8), *[b""] * 193], None),
-            ([5] * 194, r"image 0\) is damaged \(ValueError: no PNG, but a int\)"),
+            ([5] * 194, r"image 0\) is damaged \(ValueError: not a PNG, but a int\)"),
         ],
     )
     def test_pickles_of_something_else(

@@ -228,7 +228,7 @@ class TestMiniFolders:
     ) -> None:
         arranged(flat, tmp_path, lambda split, label, number: f"{('train', 'val')[number]}/{label}")
         assert same(load_dataset("miniimagenet", tmp_path), mini)
-        assert "train, val divide the images otherwise than Ravi & Larochelle" in capfd.readouterr().err
+        assert "train, val divide the images in another way than Ravi & Larochelle" in capfd.readouterr().err
 
     def test_what_is_refused(self, flat: Path, tmp_path: Path) -> None:
         arranged(flat, tmp_path, lambda split, label, number: f"{('train', 'val')[number]}/{label}")
@@ -340,7 +340,7 @@ class TestTieredLabels:
             ({"labels": []}, "the list is empty"),
             ({"labels": [k // 2 for k in range(160)]}, "has 80 classes, but tieredImageNet's val split has 97"),
             ({"labels": [k % 97 for k in range(193)]}, "has 193 labels, but val_images.npz 194 images"),
-            ({"labels": [f"n{k % 97:08d}" for k in range(194)]}, "has the class n00000000, which is none of tiered"),
+            ({"labels": [f"n{k % 97:08d}" for k in range(194)]}, "has the class n00000000, which is not one of tiered"),
         ],
     )
     def test_what_is_refused(self, values: Any, message: str, arrays: Path, tmp_path: Path) -> None:
@@ -410,7 +410,7 @@ class TestCifar:
             load_dataset("cifar-fs", tmp_path)
         shutil.rmtree(folder / "splits")
         shutil.rmtree(folder / "data" / "apple")
-        with pytest.raises(DataError, match=r"cifar-fs: .*/data has 99 of CIFAR-100's classes, and not 'apple'"):
+        with pytest.raises(DataError, match=r"cifar-fs: .*/data has 99 of CIFAR-100's classes, but not 'apple'"):
             load_dataset("cifar-fs", tmp_path)
         (folder / "data" / "apple").mkdir()
         with pytest.raises(DataError, match=r"data/apple has no images"):

@@ -71,7 +71,7 @@ def test_messages_that_help(lists: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing of it is recognised in .*train_phase_train.* nor folders n01532829"):
         load_dataset("miniimagenet", tmp_path)
     relisted(lists, tmp_path, lambda text: text.rstrip().replace("\n", "\n/home/me/").encode(), str)
-    with pytest.raises(DataError, match=r"would leave the folder .*: write the names of the files alone"):
+    with pytest.raises(DataError, match=r"would leave the folder .*: write the names of the files without a path"):
         load_dataset("miniimagenet", tmp_path)
     (tmp_path / "o" / "omniglot" / "images_background").mkdir(parents=True)
     with pytest.raises(DataError, match=r"omniglot: [^ ]*/omniglot/images_evaluation not found; published"):
@@ -127,7 +127,7 @@ class TestFolder:
         with pytest.raises(DataError, match=rf"too few for three splits.*say, .*/{names[0]}\), or call the folders"):
             load_dataset("folder", tmp_path, 8)
         status, _, err = metaheed("data", "split", tmp_path)
-        assert (status, "name the folder that holds them" in err) == (1, True)
+        assert (status, "give the folder that contains them" in err) == (1, True)
 
     def test_lists_of_windows_and_empty_ones(self, tmp_path: Path) -> None:
         pictures(tmp_path, 8, 2)

@@ -1,10 +1,13 @@
-"""CIFAR-FS (Bertinetto et al., ICLR 2019) and FC100 (Oreshkin et al., NeurIPS 2018): CIFAR-100, 32×32 RGB, split anew.
+"""CIFAR-FS (Bertinetto et al., ICLR 2019) and FC100 (Oreshkin et al., NeurIPS 2018), two few-shot splits of CIFAR-100.
 
-CIFAR-FS splits the 100 classes 64/16/20 at random; FC100 60/20/20 by superclass (12/4/4), so that train and test are
-further apart. 600 images a class. Read from the published cifar-100-python folder or its tar.gz; or from the pickles
-that circulate, CIFAR_FS_{split}.pickle and FC100_{split}.pickle: Python 2 pickles, by the safe reader; or from the form
-in which Bertinetto et al. released theirs: cifar100/data/CLASS/*.png, with the lists splits/bertinetto/*.txt
-or without.
+CIFAR-100 has 100 classes of 600 images, 32×32 RGB. CIFAR-FS divides the classes at random into 64/16/20 for train, val
+and test. FC100 divides them by superclass into 60/20/20 (12/4/4 superclasses), so that train and test are less alike.
+
+Three layouts are read:
+
+- the published folder cifar-100-python, or its tar.gz;
+- CIFAR_FS_{split}.pickle or FC100_{split}.pickle, which are pickles of Python 2 and are read by the safe reader;
+- cifar100/data/CLASS/*.png, as Bertinetto et al. released CIFAR-FS, with the lists splits/bertinetto/*.txt or without.
 """
 
 import io
@@ -29,18 +32,19 @@ FOLDER = "cifar-100-python"
 ARCHIVE = "cifar-100-python.tar.gz"
 PARTS = ("train", "test", "meta")
 SIDE = 32
-_INLINE = 4096  # bytes of a string that are kept; the pixels stay in the file
-_AT_ONCE = 1024  # images
-_LARGEST_LIST = 1 << 20  # bytes
+_INLINE = 4096  # longer strings (the pixels) are left in the file
+_AT_ONCE = 1024  # images that are read at once
+_LARGEST_LIST = 1 << 20  # bytes of a list of classes
 
 
 class _Variant(NamedTuple):
     name: str
     lists: str
-    """The class lists' name."""
+    """The name of the class lists, without the split."""
     pickle: str
-    """The circulating pickles' name."""
+    """The name of the pickles, with {} for the split."""
     subfolders: tuple[str, ...]
+    """The customary subfolders of the data root."""
 
 
 _FS = _Variant("cifar-fs", "cifar_fs", "CIFAR_FS_{}.pickle", (FOLDER, "cifar-fs", "cifar100"))
@@ -48,16 +52,20 @@ _FC100 = _Variant("fc100", "fc100", "FC100_{}.pickle", (FOLDER, "fc100", "cifar1
 
 
 def find_fs(request: Request) -> Source:
-    """CIFAR-FS in the folder that holds (or is) cifar-100-python, or its tar.gz, or the three pickles.
+    """Find CIFAR-FS in any of its layouts.
 
     Raises:
-        DataError: a file is missing or damaged; says which, and where it is published.
+        DataError: a file is missing or damaged; the message says which, and where it is published.
     """
     return _find(request.root, _FS)
 
 
 def find_fc100(request: Request) -> Source:
-    """As `find_fs`, FC100."""
+    """Find FC100 in any of its layouts.
+
+    Raises:
+        DataError: as in `find_fs`.
+    """
     return _find(request.root, _FC100)
 
 
@@ -81,7 +89,7 @@ def _find(root: Path | None, variant: _Variant) -> Source:
     if found is not None:
         return found
     if not any((place / p).is_file() for place in places for p in (*PARTS, *pickles)):
-        # Named as the folder's own layout rather than by its parts.
+        # Nothing is there: the error names each layout by a pattern and not by all its files.
         parts_shown = [f"{FOLDER}/{{train,test,meta}}", ARCHIVE, variant.pickle.format("{train,val,test}")]
         parts_shown.append("cifar100/data/CLASS/*.png")
         raise missing_files_error(variant.name, places[:1], [[" or ".join(parts_shown)]], PUBLISHED)
@@ -89,10 +97,10 @@ def _find(root: Path | None, variant: _Variant) -> Source:
 
 
 def _from_folders(variant: _Variant, places: list[Path]) -> Source | None:
-    """The data set from a folder of pictures for each class of CIFAR-100, as Bertinetto et al. released CIFAR-FS.
+    """Find a folder of pictures for each class of CIFAR-100, as Bertinetto et al. released CIFAR-FS; None if not there.
 
     Raises:
-        DataError: a class is not there, or their lists divide the classes otherwise.
+        DataError: a class is missing, or the lists beside the folders divide the classes in another way.
     """
     wanted = {split: class_list(f"{variant.lists}_{split}") for split in SPLITS}
     names = {name for classes in wanted.values() for name in classes}
@@ -103,7 +111,7 @@ def _from_folders(variant: _Variant, places: list[Path]) -> Source | None:
         absent = sorted(names - set(inside))
         if absent:
             raise MissingDataError(
-                f"{variant.name}: {place / 'data'} has {len(names) - len(absent)} of CIFAR-100's classes, and not "
+                f"{variant.name}: {place / 'data'} has {len(names) - len(absent)} of CIFAR-100's classes, but not "
                 f"{absent[0]!r}; published at {PUBLISHED}"
             )
         lists = [place / "splits" / "bertinetto" / f"{split}.txt" for split in SPLITS]
@@ -132,20 +140,20 @@ def _check_list(path: Path, classes: list[str], split: str) -> None:
     if odd:
         raise DataError(
             f"{path} lists {len(listed)} classes, which are not the {len(classes)} of CIFAR-FS's {split} split "
-            f"({shown(odd[0])} is {'not one of them' if odd[0] in listed else 'missing'}): delete it, and the classes "
-            "are divided as they were published"
+            f"({shown(odd[0])} is {'not one of them' if odd[0] in listed else 'missing'}): delete the list, and the "
+            "published split is used"
         )
 
 
 class _PicklePart:
-    """A part of CIFAR-100, its pixels still in the file."""
+    """One of the pickles that make up a data set; its pixels are left in the file."""
 
     def __init__(self, source: Path | Opener, name: str) -> None:
         self.name = name
         self._values = load_arrays(source, name, PUBLISHED, _INLINE)
 
     def __getitem__(self, key: str) -> Any:
-        # A file written anew by Python 3 has str keys.
+        # The published files have bytes as keys; a file that Python 3 has rewritten has str.
         if not isinstance(self._values, dict):
             return None
         return self._values.get(key.encode(), self._values.get(key))
@@ -167,7 +175,7 @@ class _PicklePart:
         if len(values) != count:
             raise self.refuse(f"has {count} images but no {key!r} that match")
         if not isinstance(values, np.ndarray) or int(values.max()) >= below:
-            raise self.refuse(f"has {key!r} that are no numbers below {below}")
+            raise self.refuse(f"has {key!r} that are not numbers below {below}")
         return values
 
 
@@ -181,7 +189,7 @@ def _from_archive(path: Path) -> dict[str, _PicklePart]:
     parts = {}
     with damage_explained(str(path), PUBLISHED):
         for entry, content in zip(wanted, tree.read(wanted), strict=True):
-            assert isinstance(content, bytes)  # an archive is read whole or not at all
+            assert isinstance(content, bytes)  # a damaged archive raises an error instead of giving Unreadable
             part = next(p for p in PARTS if members[p] == entry)
             parts[part] = _PicklePart(lambda content=content: io.BytesIO(content), f"{path}:{entry.path}")  # type: ignore[misc]
     return parts
@@ -203,7 +211,7 @@ def _whole(variant: _Variant, parts: dict[str, _PicklePart], layout: str, stampe
     label = np.concatenate(labels)
     splits = {}
     for split, classes in lists.items():
-        # The number of a class in CIFAR-100 to its place in the split's list.
+        # The number of a class in CIFAR-100 -> its position in the split's list, −1 if it is in another split.
         place = np.full(len(names), -1)
         place[[names.index(c) for c in classes]] = np.arange(len(classes))
         rows, counts = class_rows(place[label], len(classes))
@@ -236,7 +244,7 @@ def _from_pickles(variant: _Variant, files: list[Path]) -> Source:
         if len(numbers) != expected:
             raise part.refuse(f"has {len(numbers)} classes, but {variant.name}'s {split} split has {expected}")
         rows, counts = class_rows(np.searchsorted(numbers, label), expected)
-        # The files hold numbers, which need not be CIFAR-100's, and no names.
+        # The files hold numbers of classes but no names, and the numbers may differ from CIFAR-100's.
         classes = tuple(f"{split} class {number}" for number in numbers)
         splits[split] = SourceSplit(
             classes, counts, (3, SIDE, SIDE), len(label), array_stream(rows, _pictures(data, part.name))

@@ -1,18 +1,19 @@
 """miniImageNet in the split of Ravi & Larochelle (ICLR 2017): 64/16/20 classes of ImageNet, 600 images each, 84×84 RGB.
 
-Four layouts circulate:
+Four layouts are read:
 
-- mini-imagenet-cache-{train,val,test}.pkl (`validation` for val, too): all pixels in one array, and the indices of each
-  class;
-- miniImageNet_category_split_{train_phase_train,val,test}.pickle: pixels and labels, as TADAM's and MetaOptNet's code
-  has them. train_phase_val and train_phase_test are further images of the *training* classes, and are not read;
+- mini-imagenet-cache-{train,val,test}.pkl (val may be called validation or valid): an array of all pixels, and the
+  indices of each class;
+- miniImageNet_category_split_{train_phase_train,val,test}.pickle: pixels and labels, as the code of TADAM and of
+  MetaOptNet uses them. The files train_phase_val and train_phase_test have more images of the *training* classes, and
+  are not read;
 - {train,val,test}.csv, the lists of Ravi & Larochelle, with the images in images/, in folders of classes, or beside;
-- a folder of images for each of the 100 classes: all in one place, or in train/, val/ and test/, however these divide
-  them (some have 500 and 100 images of every class there, others the classes themselves). All images of a class are
-  then joined, and the classes divided by the lists of Ravi & Larochelle.
+- a folder of images for each of the 100 classes, all in one place or below train/, val/ and test/. In some copies these
+  three divide the images of every class and not the classes. All images of a class are therefore joined, and the
+  classes are divided by the lists of Ravi & Larochelle.
 
-Arrays are read from the file part by part. Images of another size are resized to 84×84 with Lanczos, the aspect ratio
-not kept, as the scripts of Ravi & Larochelle and of Finn do.
+Arrays are read from the file in chunks. Images of another size are resized to 84×84 with a Lanczos filter, without
+keeping the aspect ratio, as the scripts of Ravi & Larochelle and of Finn do.
 """
 
 import csv
@@ -47,20 +48,21 @@ _PICKLES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": 
 _CATEGORY = "miniImageNet_category_split_{}.pickle"
 _PHASES = {"train": "train_phase_train", "val": "val", "test": "test"}
 _SUBFOLDERS = ("miniimagenet", "mini_imagenet_full_size")
-_INLINE = 512  # bytes of a string that are kept; the pixels stay in the file
-_AT_ONCE = 64  # images
-_LARGEST_LIST = 1 << 24  # bytes; the published ones have 1.5 million at most
+_INLINE = 512  # longer strings (the pixels) are left in the file
+_AT_ONCE = 64  # images that are read at once
+_LARGEST_LIST = 1 << 24  # bytes; the published lists have 1.5 million at most
 _WORDNET = re.compile(r"n\d{8}")
 _FILE_COLUMNS = ("filename", "file", "imagename", "imagefile", "image", "img", "imagepath", "filepath", "path")
 _CLASS_COLUMNS = ("label", "classname", "class", "wnid", "synset", "category", "classlabel", "labelname")
-"""What people call the columns of a list, without capitals, blanks and underscores."""
+"""Names that the columns of a list have in practice, without capitals, blanks and underscores."""
 
 
 def find(request: Request) -> Source:
-    """The data set from the folder that holds it, in any of its layouts.
+    """Find miniImageNet in any of its layouts.
 
     Raises:
-        DataError: a file is missing or damaged, or has other classes; says which, and where it is published.
+        DataError: a file is missing or damaged, or has other classes; the message says which, and where it is
+            published.
     """
     lists = [f"{s}.csv" for s in SPLITS]
     category = [_CATEGORY.format(_PHASES[s]) for s in SPLITS]
@@ -111,8 +113,8 @@ def find(request: Request) -> Source:
     raise MissingDataError(
         f"miniimagenet: nothing of it is recognised in {' or '.join(map(str, places))}: neither "
         f"{PICKLE.format('{train,val,test}')} nor {_CATEGORY.format('{train_phase_train,val,test}')} nor "
-        f"{{train,val,test}}.csv with images/ nor folders n01532829 and so on, there or in {{train,val,test}}/; name "
-        f"the folder that holds them; published at {PUBLISHED}"
+        f"{{train,val,test}}.csv with images/ nor folders n01532829 and so on, there or in {{train,val,test}}/: give "
+        f"the folder that contains them; published at {PUBLISHED}"
     )
 
 
@@ -129,7 +131,7 @@ def _classes(split: str) -> tuple[str, ...]:
 
 
 def _check_disjoint(names: dict[str, list[str]], folder: Path) -> None:
-    """Names that are not WordNet's may be any: at least they must not say that a class is in two splits."""
+    """Raise DataError if a class name is in two splits; other names than WordNet's cannot be checked further."""
     where: dict[str, str] = {}
     for split, of_split in names.items():
         for name in of_split:
@@ -182,7 +184,7 @@ def _from_pickle(path: Path, split: str) -> SourceSplit:
             raise refuse(f"has a 'class_dict' whose entry {name!r} is no list of numbers below {count}")
         indices = listed.tolist()
         if len(set(indices)) < len(indices) or (labels[indices] >= 0).any():
-            raise refuse(f"gives an image of {name!r} to two places")
+            raise refuse(f"lists an image of {name!r} twice")
         labels[indices] = k
         rows[indices] = first + np.arange(len(indices))
         first += len(indices)
@@ -203,7 +205,7 @@ def _split_of_array(
 
 
 class _CategoryPickle:
-    """A split of the form that names `data`, `labels` and, in most copies, the classes in `catname2label`."""
+    """A file miniImageNet_category_split_*: it has `data`, `labels` and, in most copies, names in `catname2label`."""
 
     def __init__(self, path: Path, split: str) -> None:
         self.path = path
@@ -233,7 +235,7 @@ class _CategoryPickle:
         names = self._names(field("catname2label"), distinct)
         if all(_WORDNET.fullmatch(name) for name in names):
             order = [_check_classes(set(names), split, path).index(name) for name in names]
-            labels = np.array(order, np.int64)[labels]  # so that episodes are those of the other layouts
+            labels = np.array(order, np.int64)[labels]  # gives the same episodes as the other layouts
         else:
             classes = tuple(f"{split} {name}" for name in names)
         numbered = all(re.fullmatch(r"\d{3,}", name) for name in names)
@@ -245,7 +247,7 @@ class _CategoryPickle:
         return DataError(f"{self.path} {what}: fetch it anew from {PUBLISHED}")
 
     def _names(self, numbers: Any, distinct: list[Any]) -> list[str]:
-        """The names of the distinct labels; their numbers where the file has no names."""
+        """Return the names of the distinct labels, or their numbers as text if the file has no names."""
         if all(isinstance(label, str) for label in distinct):
             return distinct
         if numbers is None:
@@ -262,8 +264,12 @@ class _CategoryPickle:
 
 
 def _read_list(path: Path, split: str) -> list[tuple[str, str]]:
-    """(file, class) of each line of a list; relative files only."""
-    # Spreadsheets put a mark of the encoding before the first word, and some a semicolon between the columns.
+    """Read (file, class) of each line of a csv list.
+
+    Raises:
+        DataError: the list is damaged, has other classes, a file twice, or a path that leaves the folder.
+    """
+    # Spreadsheets put a byte order mark before the first word, and some separate the columns by semicolons.
     with damage_explained(str(path), PUBLISHED):
         if path.stat().st_size > _LARGEST_LIST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, where the published lists have 1,500,000 at most")
@@ -287,13 +293,17 @@ def _read_list(path: Path, split: str) -> list[tuple[str, str]]:
         if parts.is_absolute() or ".." in parts.parts or ":" in name or "\0" in name:
             raise DataError(
                 f"{path} names {shown(name)}, which would leave the folder {path.parent}: write the names of the files "
-                f"alone, or fetch the list anew from {PUBLISHED}"
+                f"without a path, or fetch the list anew from {PUBLISHED}"
             )
     return lines
 
 
 def _columns(path: Path, rows: list[list[str]]) -> tuple[int, int, list[list[str]]]:
-    """Which columns hold the files and the classes, by what they are called or hold; and the lines below the head."""
+    """Find the columns of the files and of the classes by their names or, if these are unknown, by their content.
+
+    Returns:
+        The indices of the two columns, and the rows without the header.
+    """
     if not rows:
         raise ValueError("it is empty")
     head = rows[0]
@@ -301,13 +311,13 @@ def _columns(path: Path, rows: list[list[str]]) -> tuple[int, int, list[list[str
     files = [k for k, name in enumerate(names) if name in _FILE_COLUMNS]
     labels = [k for k, name in enumerate(names) if name in _CLASS_COLUMNS]
     body = rows[1:]
-    if len(labels) > 1:  # a number beside the name, say; or the name twice
+    if len(labels) > 1:  # a class has a number beside its name, say, or its name twice
         labels = [k for k in labels if all(len(row) > k and _WORDNET.fullmatch(row[k]) for row in body)] or labels
         if all(len({row[k] for k in labels if k < len(row)}) == 1 for row in body):
             labels = labels[:1]
     if len(files) == 1 and len(labels) == 1:
         return files[0], labels[0], body
-    if not any(_WORDNET.fullmatch(cell) for cell in head):  # else it has no head
+    if not any(_WORDNET.fullmatch(cell) for cell in head):  # else the list has no header
         rows = body
     width = min(map(len, rows), default=0)
     files = [k for k in range(width) if all(row[k].lower().endswith(SUFFIXES) for row in rows)]
@@ -315,13 +325,26 @@ def _columns(path: Path, rows: list[list[str]]) -> tuple[int, int, list[list[str
     if len(files) == 1 and len(labels) == 1:
         return files[0], labels[0], rows
     raise DataError(
-        f"{path}: its columns are {shown(head)}, and which one names the pictures and which one their classes is not "
-        "known: rename them, in its first line, to filename and label"
+        f"{path}: its columns are {shown(head)}, and it is not clear which one has the pictures and which one their "
+        "classes: rename them, in its first line, to filename and label"
     )
 
 
 def _locate(place: Path, path: Path, split: str, lines: list[tuple[str, str]]) -> tuple[list[tuple[Path, int]], str]:
-    """Each listed file with the position of its class, and where the files are, in words."""
+    """Find the files that a list names.
+
+    Args:
+        place: the folder to look in.
+        path: the list, for messages.
+        split: the split that it lists.
+        lines: (file, class) of each of its lines.
+
+    Returns:
+        The path of each file with the index of its class, and a description of where the files lie.
+
+    Raises:
+        MissingDataError: files are missing.
+    """
     ways: dict[str, Callable[[str, str], Path]] = {
         "images/": lambda name, label: place / "images" / name,
         "images/CLASS/": lambda name, label: place / "images" / label / name,
@@ -332,7 +355,7 @@ def _locate(place: Path, path: Path, split: str, lines: list[tuple[str, str]]) -
     }
     some = lines[:: max(1, len(lines) // 50)]
     there = {words: sum(way(*line).is_file() for line in some) for words, way in ways.items()}
-    words = max(there, key=lambda w: there[w])  # the first of equals
+    words = max(there, key=lambda w: there[w])  # of several equal ones, the first
     files = [ways[words](*line) for line in lines]
     absent = [name for (name, _), file in zip(lines, files, strict=True) if not file.is_file()]
     if absent:
@@ -352,14 +375,14 @@ _DIVISIONS = {"train": "train", "val": "val", "valid": "val", "validation": "val
 
 
 def _from_folders(places: Sequence[Path]) -> Source | None:
-    """The data set from folders of classes; none: there are none of its classes.
+    """Find the data set in folders of classes; None if there is no folder of any of its classes.
 
     Raises:
-        DataError: only some of them are there, or others as well, or an image is there twice.
+        DataError: classes are missing, there are other classes as well, or an image is there twice.
     """
     ours = {split: set(_classes(split)) for split in SPLITS}
     wanted = set.union(*ours.values())
-    groups: list[dict[str, dict[str, Path]]] = []  # name of a folder -> class -> its folder
+    groups: list[dict[str, dict[str, Path]]] = []  # train, val or test ("" if not divided) -> class -> its folder
     for place in [base for p in places for base in (p, p / "images", p / "data")]:
         inside = subfolders(place)
         groups.append({"": inside})
@@ -395,19 +418,19 @@ def _from_folders(places: Sequence[Path]) -> Source | None:
         if found & set(classes)
     ):
         notices = (
-            f"{', '.join(sorted(group))} divide the images otherwise than Ravi & Larochelle, whose training, "
-            "validation and test classes are disjoint: the images of each class are joined, and the classes divided by "
-            "their lists",
+            f"{', '.join(sorted(group))} divide the images in another way than Ravi & Larochelle, whose training, "
+            "validation and test classes are disjoint: the images of each class are joined, and the classes are "
+            "divided by their lists",
         )
     stamped = stamp([stamp(path.name, path) for name in sorted(pictures) for path in pictures[name]])
     return _source(f"the folders of 100 classes in {' and '.join(where)}", splits, stamped, notices)
 
 
 def _joined(parts: list[list[Path]], folders_of: list[Path]) -> list[Path]:
-    """A class's pictures from several folders, by name.
+    """Join the pictures of one class from several folders, sorted by name.
 
     Raises:
-        DataError: one of them is in two of the folders.
+        DataError: the same picture is in two of the folders.
     """
     if len(parts) == 1:
         return parts[0]
@@ -419,8 +442,8 @@ def _joined(parts: list[list[Path]], folders_of: list[Path]) -> list[Path]:
             other = named.setdefault(name, file)
             if other != file and other.stat().st_size == file.stat().st_size and read_file(other) == read_file(file):
                 raise DataError(
-                    f"miniimagenet: {other} and {file} are the same image: its class would have it twice, to adapt "
-                    "to and to be judged on; remove one of the two copies"
+                    f"miniimagenet: {other} and {file} are the same image, so that a task could both adapt to it and "
+                    "be evaluated on it: remove one of the two copies"
                 )
             every.append((name, file))
     return [file for _, file in sorted(every)]
