@@ -313,18 +313,6 @@ def test_the_record_is_private_and_may_be_impossible(
     trust.allow(name, stranger.folder)
     assert "not remembered" in capsys.readouterr().err
     trust.require(name, stranger.folder)  # in this process it holds
-    monkeypatch.setenv("METAHEED_STATE", "state")
-    with pytest.raises(ConfigError, match="must be an absolute path"):
-        trust.state_folder()
-
-
-def test_where_the_record_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv("METAHEED_STATE")
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
-    assert trust.state_folder() == tmp_path / "metaheed"
-    monkeypatch.setenv("XDG_STATE_HOME", "relative")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert trust.state_folder() == tmp_path / ".local" / "state" / "metaheed"
 
 
 def test_the_mark_survives_what_is_done_to_configs(stranger: Stranger) -> None:

@@ -36,6 +36,7 @@ from typing import NamedTuple
 
 from metaheed.errors import ConfigError, brief, shown
 from metaheed.files.opening import put_in_place, read_bounded
+from metaheed.files.places import state_folder
 
 _allowed: dict[str, str] = {}  # allowed in this process: file, or name of a module without a file -> hash of its code
 _RECORD_BYTES = 2**16
@@ -142,26 +143,6 @@ def import_from_source() -> Iterator[None]:
             yield
         finally:
             sys.pycache_prefix, sys.dont_write_bytecode = before
-
-
-def state_folder() -> Path | None:
-    """The folder that keeps what this user allowed: $METAHEED_STATE, or else $XDG_STATE_HOME/metaheed, or else
-    ~/.local/state/metaheed. None if the user has no home folder.
-
-    Raises:
-        ConfigError: METAHEED_STATE is not an absolute path, so that it could mean another folder each time.
-    """
-    chosen = os.environ.get("METAHEED_STATE")
-    if chosen:
-        if not Path(chosen).is_absolute():
-            raise ConfigError(f"METAHEED_STATE is {shown(chosen)}, but it must be an absolute path")
-        return Path(chosen)
-    base = Path(os.environ.get("XDG_STATE_HOME") or "")
-    if base.is_absolute():
-        return base / "metaheed"
-    with contextlib.suppress(RuntimeError):  # a user without a home
-        return Path.home() / ".local" / "state" / "metaheed"
-    return None
 
 
 def _key(module: str, code: ModuleCode) -> str:

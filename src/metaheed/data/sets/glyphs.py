@@ -11,7 +11,6 @@ All arithmetic is on integers, so that the pixels are the same on every processo
 
 import hashlib
 import importlib.util
-import os
 import sys
 import tempfile
 import zipfile
@@ -27,6 +26,7 @@ from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list
 from metaheed.data.sources import UNSCALED, Source, SourceSplit, array_stream, stamp
 from metaheed.files.opening import put_in_place
+from metaheed.files.places import cache_folder
 
 FACES = tuple(
     f"DejaVu{family}"
@@ -50,19 +50,20 @@ _GRID = 4  # nodes along each side of the grid of elastic displacements
 def find() -> Source:
     """Return the data set. Its images are read from a cache or, the first time, built, which takes seconds.
 
-    The cache lies in $METAHEED_CACHE, or else in $XDG_CACHE_HOME/metaheed, or else in ~/.cache/metaheed. If that folder
-    cannot be written, the images are built anew each time.
+    The cache lies in the folder that `cache_folder` returns. If that cannot be written, they are built anew each time.
     """
     classes = {split: tuple(class_list(f"glyphs_{split}")) for split in SPLITS}
     names = [name for split in SPLITS for name in classes[split]]
 
     @cache
     def images() -> np.ndarray:
-        path = _cache_folder() / f"glyphs-{_cache_key(names)}.npy"
-        found = _read_cache(path, (len(names), INSTANCES, 1, SIDE, SIDE))
+        folder = cache_folder()
+        path = None if folder is None else folder / f"glyphs-{_cache_key(names)}.npy"
+        found = None if path is None else _read_cache(path, (len(names), INSTANCES, 1, SIDE, SIDE))
         if found is None:
             found = build(names)
-            _write_cache(path, found)
+            if path is not None:
+                _write_cache(path, found)
         return found.reshape(-1, 1, SIDE, SIDE)
 
     def chunks(first: int, behind: int, start: int) -> Iterator[np.ndarray]:
@@ -195,13 +196,6 @@ def _uniform(code: int, count: int) -> np.ndarray:
     """Draw `count` whole numbers in [−_ONE, _ONE] that depend on the character alone."""
     raw = np.random.Philox(key=np.array([code, _VERSION], np.uint64)).random_raw(count)
     return (raw >> np.uint64(1)).astype(np.int64) % (2 * _ONE + 1) - _ONE
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("METAHEED_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaheed"
 
 
 def _cache_key(names: list[str]) -> str:
