@@ -448,7 +448,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return ["data", "show", "glyphs", "--classes", 0]
 
 
-@row("choose another --out")
+@row("Choose another --out")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     (path / "file").write_bytes(b"")
     return ["data", "show", "glyphs", "--out", path / "file" / "x.png"]

@@ -31,9 +31,9 @@ from torch import Tensor
 
 from metaheed.data.episodes import Episodes, fingerprint
 from metaheed.data.images import SPLITS, Dataset, Split
-from metaheed.data.reading.names import check_output_path, composed
+from metaheed.data.output import write_output
+from metaheed.data.reading.names import composed
 from metaheed.errors import DataError, brief, shown
-from metaheed.files.opening import put_in_place
 
 _FORMAT = 1
 _LARGEST = 1 << 33  # bytes of all arrays; 600 tasks of 84×84 RGB images need one eighth of it
@@ -187,21 +187,8 @@ def write_episodes(frozen: FrozenTasks, path: str | Path, with_images: bool) -> 
     if with_images:
         assert frozen.images is not None  # tasks from `freeze` have images
         arrays["images"] = frozen.images.numpy()
-    path = Path(path)
-    check_output_path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with part.open("wb") as file:
-                np.savez_compressed(file, about=np.array(json.dumps(about)), **arrays)
-            put_in_place(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"cannot write {error.filename or path}: {error.strerror or error}. Choose another --out"
-        ) from error
+    about_json = np.array(json.dumps(about))
+    write_output(Path(path), lambda file: np.savez_compressed(file, about=about_json, **arrays))
 
 
 def read_episodes(path: str | Path) -> FrozenTasks:

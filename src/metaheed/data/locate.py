@@ -1,11 +1,11 @@
 """Find the published files of a data set, and read the class lists that come with metaheed."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
-from metaheed.errors import MissingDataError
+from metaheed.errors import DataError, MissingDataError, shown
 
 
 def class_list(name: str) -> list[str]:
@@ -69,6 +69,24 @@ def _normalized(name: str) -> str:
 def first_with(places: Sequence[Path], files: Sequence[str]) -> Path | None:
     """Return the first of the folders that contains all of the files; None if none does."""
     return next((folder for folder in places if all((folder / file).is_file() for file in files)), None)
+
+
+def check_disjoint(names: Mapping[str, Iterable[str]], folder: Path, published: str) -> None:
+    """Raise DataError if a class is in two splits.
+
+    Args:
+        names: split -> the names of its classes.
+        folder: where they were read from, for the message.
+        published: where the data set is published.
+    """
+    where: dict[str, str] = {}
+    for split, of_split in names.items():
+        for name in of_split:
+            if where.setdefault(name, split) != split:
+                raise DataError(
+                    f"{folder}: the labels say that {shown(name)} is in {where[name]} and in {split}, and a class that "
+                    f"is tested on must not be known from training: fetch them anew from {published}"
+                )
 
 
 def missing_files_error(

@@ -1,6 +1,5 @@
 """Draw pictures of a data set: the images of an episode, or a sheet of its classes."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,10 +8,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from metaheed.data.episodes import Episodes
 from metaheed.data.images import Dataset
-from metaheed.data.reading.names import check_output_path
+from metaheed.data.output import write_output
 from metaheed.data.sets.glyphs import font_file
-from metaheed.errors import ConfigError, DataError, shown
-from metaheed.files.opening import put_in_place, write_synced
+from metaheed.errors import ConfigError, shown
 
 _TILE = 64  # smallest side of a drawn image in pixels; images are enlarged by whole factors
 _GAP, _LINE, _NAME = 4, 18, 190  # pixels between images, height of a line of text, width of the column of names
@@ -77,20 +75,7 @@ def write_png(image: Image.Image, path: str | Path) -> None:
         ConfigError: the path does not name a file, or something other than a file is there.
         DataError: it cannot be written.
     """
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    path = Path(path)
-    check_output_path(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_synced(part, buffer.getvalue())
-        try:
-            put_in_place(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write {path} ({error.strerror}): choose another --out") from error
+    write_output(Path(path), lambda file: image.save(file, "PNG"))
 
 
 def _sheet(title: str, names: Sequence[str], rows: Sequence[np.ndarray], framed: int) -> Image.Image:

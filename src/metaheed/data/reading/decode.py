@@ -6,6 +6,7 @@ images of miniImageNet are customarily made), and then turns the image as the EX
 """
 
 import collections
+import contextlib
 import io
 import itertools
 import os
@@ -125,29 +126,18 @@ class _Budget:
         self._free = self._most = most
         self._changed = threading.Condition()
 
-    def __call__(self, pixels: int) -> "_Share":
-        return _Share(self, min(pixels, self._most))
-
-    def take(self, pixels: int) -> None:
+    @contextlib.contextmanager
+    def __call__(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._most)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
-
-    def give(self, pixels: int) -> None:
-        with self._changed:
-            self._free += pixels
-            self._changed.notify_all()
-
-
-class _Share:
-    def __init__(self, budget: _Budget, pixels: int) -> None:
-        self._budget, self._pixels = budget, pixels
-
-    def __enter__(self) -> None:
-        self._budget.take(self._pixels)
-
-    def __exit__(self, *_: object) -> None:
-        self._budget.give(self._pixels)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
 
 
 _budget = _Budget(_AT_ONCE)

@@ -57,6 +57,14 @@ def _is_whole(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
+def get_field(values: Any, key: str) -> Any:
+    """Return the value of a key in a dict whose keys Python 3 wrote as str, or Python 2 as bytes.
+
+    None if the key is missing, or if `values` is not a dict.
+    """
+    return values.get(key, values.get(key.encode())) if isinstance(values, dict) else None
+
+
 def as_text(value: str | bytes) -> str:
     """Return a text that Python 3 wrote as str, or Python 2 as bytes."""
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else value

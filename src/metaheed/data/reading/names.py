@@ -1,4 +1,4 @@
-"""Names of classes and files: bring them to one form of Unicode, and check the names of output files.
+"""Names of classes and files, in one form of Unicode.
 
 Unicode can write é as one character, or as an e followed by an accent. Linux and Windows keep the form that a file was
 given; macOS can turn the first form into the second. If names were compared and sorted as they come, the same folder
@@ -7,9 +7,6 @@ could be divided in another way on another machine, and a class could be in two 
 
 import codecs
 import unicodedata
-from pathlib import Path
-
-from metaheed.errors import ConfigError
 
 
 def composed(name: str) -> str:
@@ -25,15 +22,3 @@ def decode_text(content: bytes) -> str:
     """
     marked = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return content.decode("utf-16" if marked else "utf-8-sig")
-
-
-def check_output_path(path: Path) -> None:
-    """Raise ConfigError unless a file can be written to the path without replacing something other than a file.
-
-    Raises:
-        ConfigError: the path does not end in a name, or a folder, a pipe or a device is there.
-    """
-    if not path.name:
-        raise ConfigError(f"--out is {str(path)!r}, but it must be the name of a file to write")
-    if path.exists() and not path.is_file():
-        raise ConfigError(f"--out is {path}, but a folder, a pipe or a device is there: choose the name of a file")

@@ -20,7 +20,7 @@ import numpy as np
 from metaheed.data.images import SPLITS
 from metaheed.data.locate import candidate_folders, class_list, first_with, missing_files_error
 from metaheed.data.reading.classes import pictures_in, split_of_files, subfolders
-from metaheed.data.reading.labels import read_labels
+from metaheed.data.reading.labels import get_field, read_labels
 from metaheed.data.reading.pickle_stream import Opener, StoredArray
 from metaheed.data.reading.safe_pickle import damage_explained, load_arrays
 from metaheed.data.reading.trees import open_tree
@@ -153,10 +153,7 @@ class _PicklePart:
         self._values = load_arrays(source, name, PUBLISHED, _INLINE)
 
     def __getitem__(self, key: str) -> Any:
-        # The published files have bytes as keys; a file that Python 3 has rewritten has str.
-        if not isinstance(self._values, dict):
-            return None
-        return self._values.get(key.encode(), self._values.get(key))
+        return get_field(self._values, key)
 
     def refuse(self, what: str) -> DataError:
         return DataError(f"{self.name} {what}: fetch it anew from {PUBLISHED}")

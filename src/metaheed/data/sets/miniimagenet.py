@@ -27,10 +27,10 @@ from typing import Any
 import numpy as np
 
 from metaheed.data.images import SPLITS
-from metaheed.data.locate import candidate_folders, class_list, first_with, missing_files_error
+from metaheed.data.locate import candidate_folders, check_disjoint, class_list, first_with, missing_files_error
 from metaheed.data.reading.classes import pictures_in, split_of_files, subfolders
 from metaheed.data.reading.decode import SUFFIXES
-from metaheed.data.reading.labels import as_text, class_positions, read_labels
+from metaheed.data.reading.labels import as_text, class_positions, get_field, read_labels
 from metaheed.data.reading.names import composed, decode_text
 from metaheed.data.reading.pickle_stream import StoredArray
 from metaheed.data.reading.safe_pickle import damage_explained, load_arrays
@@ -82,7 +82,7 @@ def find(request: Request) -> Source:
         folder = holder
         parts = {split: _CategoryPickle(folder / name, split) for split, name in zip(SPLITS, category, strict=True)}
         splits = {split: part.split for split, part in parts.items()}
-        _check_disjoint({split: part.names for split, part in parts.items()}, folder)
+        check_disjoint({split: part.names for split, part in parts.items()}, folder, PUBLISHED)
         layout = f"the pickles {_CATEGORY.format('*')} in {folder}"
         return _source(layout, splits, stamp(*(folder / name for name in category)))
     listed = [*places, *(place / sub for place in places for sub in ("split", "splits"))]
@@ -130,18 +130,6 @@ def _classes(split: str) -> tuple[str, ...]:
     return tuple(class_list(f"miniimagenet_{split}"))
 
 
-def _check_disjoint(names: dict[str, list[str]], folder: Path) -> None:
-    """Raise DataError if a class name is in two splits; other names than WordNet's cannot be checked further."""
-    where: dict[str, str] = {}
-    for split, of_split in names.items():
-        for name in of_split:
-            if where.setdefault(name, split) != split:
-                raise DataError(
-                    f"{folder}: 'catname2label' says that {shown(name)} is in {where[name]} and in {split}, and a "
-                    f"class that is tested on must not be known from training: fetch them anew from {PUBLISHED}"
-                )
-
-
 def _check_classes(found: set[str], split: str, where: Path) -> tuple[str, ...]:
     classes = _classes(split)
     if found != set(classes):
@@ -160,10 +148,7 @@ def _from_pickle(path: Path, split: str) -> SourceSplit:
     def refuse(what: str) -> DataError:
         return DataError(f"{path} {what}: fetch it anew from {PUBLISHED}")
 
-    def field(key: str) -> Any:
-        return values.get(key, values.get(key.encode())) if isinstance(values, dict) else None
-
-    images, members = field("image_data"), field("class_dict")
+    images, members = get_field(values, "image_data"), get_field(values, "class_dict")
     if not isinstance(images, StoredArray) or not images.is_like(np.uint8, 4) or images.shape[1:] != (SIDE, SIDE, 3):
         raise refuse(f"has no usable 'image_data' (n, {SIDE}, {SIDE}, 3)")
     if not isinstance(members, dict):
@@ -211,10 +196,7 @@ class _CategoryPickle:
         self.path = path
         values = load_arrays(path, str(path), PUBLISHED, _INLINE)
 
-        def field(key: str) -> Any:
-            return values.get(key, values.get(key.encode())) if isinstance(values, dict) else None
-
-        images = field("data")
+        images = get_field(values, "data")
         if (
             not isinstance(images, StoredArray)
             or not images.is_like(np.uint8, 4)
@@ -222,7 +204,7 @@ class _CategoryPickle:
         ):
             raise self.refuse(f"has no usable 'data' (n, {SIDE}, {SIDE}, 3)")
         try:
-            labels, distinct = class_positions(read_labels(field("labels")))
+            labels, distinct = class_positions(read_labels(get_field(values, "labels")))
         except ValueError as error:
             raise self.refuse(f"has no usable 'labels' ({error})") from error
         if len(labels) != images.shape[0]:
@@ -232,7 +214,7 @@ class _CategoryPickle:
             raise self.refuse(
                 f"has {len(distinct)} classes, but the {split} split of Ravi & Larochelle has {len(classes)}"
             )
-        names = self._names(field("catname2label"), distinct)
+        names = self._names(get_field(values, "catname2label"), distinct)
         if all(_WORDNET.fullmatch(name) for name in names):
             order = [_check_classes(set(names), split, path).index(name) for name in names]
             labels = np.array(order, np.int64)[labels]  # gives the same episodes as the other layouts

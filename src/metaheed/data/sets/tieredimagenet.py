@@ -24,13 +24,13 @@ import numpy as np
 from PIL import Image
 
 from metaheed.data.images import SPLITS
-from metaheed.data.locate import candidate_folders, class_table, first_with, missing_files_error
+from metaheed.data.locate import candidate_folders, check_disjoint, class_table, first_with, missing_files_error
 from metaheed.data.reading.decode import Encoded
-from metaheed.data.reading.labels import as_text, class_positions, read_labels
+from metaheed.data.reading.labels import as_text, class_positions, get_field, read_labels
 from metaheed.data.reading.pickle_stream import StoredArray
 from metaheed.data.reading.safe_pickle import damage_explained, load_arrays
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, encoded_stream, stamp
-from metaheed.errors import DataError, MissingDataError, shown
+from metaheed.errors import DataError, MissingDataError
 
 PUBLISHED = "https://github.com/renmengye/few-shot-ssl-public"
 SIDE = 84
@@ -72,7 +72,9 @@ def find(request: Request) -> Source:
                 f"tieredimagenet: {absent[0]}_labels.pkl not found in {folder}, nor {absent[0]}_labels.npy or .npz, "
                 f"nor 'labels' in the images' npz; published at {PUBLISHED}"
             )
-        _check_disjoint(found, folder)
+        # Numbers are not compared, because they may start from 0 in each split.
+        names = {s: [name for name in label.distinct if isinstance(name, str)] for s, label in found.items()}
+        check_disjoint(names, folder, PUBLISHED)
         splits = {s: read(folder / file, found[s]) for s, file in zip(SPLITS, files, strict=True)}
         beside = [label.path for label in found.values() if label.path.name not in files]
         stamped = stamp(*(folder / f for f in files), *beside)
@@ -95,18 +97,6 @@ def _find_labels(folder: Path, split: str) -> "_Labels | None":
     return None
 
 
-def _check_disjoint(labels: "dict[str, _Labels]", folder: Path) -> None:
-    """Raise DataError if a name is in two splits. Numbers are not compared: they may start from 0 in each split."""
-    where: dict[str, str] = {}
-    for split, of_split in labels.items():
-        for name in of_split.distinct:
-            if isinstance(name, str) and where.setdefault(name, split) != split:
-                raise DataError(
-                    f"{folder}: the labels say that {shown(name)} is in {where[name]} and in {split}, and a class that "
-                    f"is tested on must not be known from training: fetch them anew from {PUBLISHED}"
-                )
-
-
 class _Labels:
     """The labels of a split."""
 
@@ -115,12 +105,12 @@ class _Labels:
         self.general = self.descriptions = None
         specific, key = values, "labels"
         if isinstance(values, dict):
-            key = next((k for k in _KEYS if _get(values, k) is not None), _KEYS[0])
-            specific = _get(values, key)
-            general = _get(values, "label_general")
+            key = next((k for k in _KEYS if get_field(values, k) is not None), _KEYS[0])
+            specific = get_field(values, key)
+            general = get_field(values, "label_general")
             if general is not None:
                 self.general = self._read(general, "label_general")
-            described = _get(values, "label_specific_str")
+            described = get_field(values, "label_specific_str")
             if isinstance(described, list) and all(isinstance(d, str | bytes) for d in described):
                 self.descriptions = [as_text(d) for d in described]
         self.labels, self.distinct = class_positions(self._read(specific, key))
@@ -171,10 +161,6 @@ class _Labels:
         descriptions = self.descriptions or []
         at = position if len(descriptions) == count else label
         return f"{self.split} {number:03d} {descriptions[at] if at < len(descriptions) else ''}".strip()
-
-
-def _get(values: Any, key: str) -> Any:
-    return values.get(key, values.get(key.encode())) if isinstance(values, dict) else None
 
 
 def _from_pickle(path: Path, labels: _Labels) -> SourceSplit:
