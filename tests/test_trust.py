@@ -311,7 +311,7 @@ def test_the_record_is_private_and_may_be_impossible(
     (tmp_path / "file").touch()
     monkeypatch.setenv("METAHEED_STATE", str(tmp_path / "file" / "below"))
     trust.allow(name, stranger.folder)
-    assert "not remembered" in capsys.readouterr().err
+    assert "could not be saved" in capsys.readouterr().err
     trust.require(name, stranger.folder)  # in this process it holds
 
 
