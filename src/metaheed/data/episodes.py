@@ -154,6 +154,7 @@ class Episodes:
         return support, query
 
     def _scaled(self, pixels: tuple[Tensor, Tensor], count: int) -> Episode:
+        """Make the Episode of gathered pixels: move them to the batch's device, scale them, and add the labels."""
         device = self.split.images.device if self.dataset.device is None else self.dataset.device
         labels = torch.arange(self.ways, device=device).unsqueeze(1)
         (support_x, support_y), (query_x, query_y) = (

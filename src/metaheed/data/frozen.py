@@ -233,6 +233,8 @@ def read_episodes(path: str | Path) -> FrozenTasks:
 
 
 def _checked(about: dict[str, Any], arrays: dict[str, np.ndarray]) -> FrozenTasks:
+    """Make the tasks from the content of a file; raise ValueError if any of it is impossible or inconsistent."""
+
     def require(condition: object, what: str) -> None:
         if not condition:
             raise ValueError(what)

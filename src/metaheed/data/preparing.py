@@ -87,6 +87,7 @@ def prepare(source: Source, folder: str | Path, watcher: Watcher | None = None) 
 
 @contextlib.contextmanager
 def _system_errors_explained(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a DataError that says what to do."""
     try:
         yield
     except OSError as error:
@@ -99,6 +100,7 @@ def _system_errors_explained(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(lock: Path, path: Path) -> Iterator[None]:
+    """Hold the lock file of a store; raise DataError if another process holds it."""
     while True:
         file: IO[str] = lock.open("a")
         if not try_lock(file):
@@ -152,6 +154,7 @@ def _fill_split(
     problems: list[str],
     watcher: Watcher,
 ) -> None:
+    """Write the images of one split that are not done yet, and record the progress from time to time."""
     split = source.splits[name]
     entry = int(np.prod(split.shape))
     np.lib.format.read_magic(file)
@@ -197,6 +200,10 @@ def _create(path: Path, split: SourceSplit) -> None:
 
 
 def _read_progress(record: Path, source: Source) -> tuple[dict[str, int], list[str]]:
+    """Return the items done of each split, and the problems found, from the record of an interrupted conversion.
+
+    If the record is missing, damaged or of another source, what was written is deleted.
+    """
     try:
         values: Any = json.loads(record.read_text(encoding="utf-8"))
         if values["stamp"] == source.stamp:

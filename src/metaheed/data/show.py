@@ -79,6 +79,14 @@ def write_png(image: Image.Image, path: str | Path) -> None:
 
 
 def _sheet(title: str, names: Sequence[str], rows: Sequence[np.ndarray], framed: int) -> Image.Image:
+    """Draw a sheet.
+
+    Args:
+        title: the line above.
+        names: the name of each row.
+        rows: the images of each row, (k, C, H, W) uint8.
+        framed: how many images of each row get a frame.
+    """
     height, width = rows[0].shape[2:]
     scale = max(1, -(-_TILE // height))
     step_x, step_y = width * scale + _GAP, max(height * scale + _GAP, _LINE)

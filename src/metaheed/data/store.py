@@ -146,6 +146,7 @@ def _statistics(values: dict[str, Any], name: str, channels: int) -> tuple[float
 
 
 def _split_record(record: Any, split: str) -> tuple[tuple[str, ...], tuple[int, ...], str]:
+    """Check what a manifest says of a split; return its classes, counts and fingerprint."""
     classes, counts, digest = (
         (record.get(k) for k in ("classes", "counts", "sha256")) if isinstance(record, dict) else [None] * 3
     )

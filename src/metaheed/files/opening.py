@@ -216,6 +216,7 @@ def _refuse_special(status: os.stat_result, name: str, written: bool = True) -> 
 
 
 def _open_not_following(name: str, flags: int) -> int:
+    """Open a file to write into it, as `open`'s opener; a link is refused."""
     try:
         number = os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as error:

@@ -172,6 +172,7 @@ def _allowed_hash(file: Path) -> str | None:
 
 
 def _remember(code: ModuleCode) -> None:
+    """Write the record that the user allows this code."""
     assert code.file is not None  # `allow` has checked it
     record = _record_file(code.file)
     if record is None:
@@ -286,6 +287,7 @@ def _with_imports(files: list[Path], top: Path) -> list[Path]:
 
 
 def _imports(file: Path, top: Path) -> Iterator[Path]:
+    """Yield the files in the folder `top` (or, for relative imports, near the file) that a file imports by name."""
     if file.suffix != ".py":
         return
     try:

@@ -179,6 +179,7 @@ def decode_all(encoded: Iterator[Encoded], decode: Decoder, shape: tuple[int, in
 
 
 def _groups(encoded: Iterator[Encoded]) -> Iterator[tuple[list[Encoded], int]]:
+    """Collect encoded images into groups, and yield each group with its size in bytes."""
     group: list[Encoded] = []
     size = 0
     for one in encoded:
@@ -192,6 +193,7 @@ def _groups(encoded: Iterator[Encoded]) -> Iterator[tuple[list[Encoded], int]]:
 
 
 def _decode_group(group: list[Encoded], decode: Decoder, shape: tuple[int, int, int]) -> Decoded:
+    """Decode a group of images; those that cannot be decoded become problems."""
     rows: list[int] = []
     images: list[np.ndarray] = []
     problems = []

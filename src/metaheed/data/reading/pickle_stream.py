@@ -138,6 +138,13 @@ def _utf8(file: BinaryIO, length: int) -> Iterator[bytes]:
 
 
 def _escapes(pattern: re.Pattern[bytes], decode: Callable[[bytes], bytes]) -> Callable[..., Iterator[bytes]]:
+    """Make a decoder of escaped text.
+
+    Args:
+        pattern: matches as many whole escapes and other characters as possible.
+        decode: decodes such a match.
+    """
+
     def decoded(file: BinaryIO, length: int) -> Iterator[bytes]:
         rest = b""
         for block, _ in _blocks(file, length):
@@ -234,6 +241,7 @@ def _line(file: BinaryIO) -> bytes:
 
 
 def _text_line(file: BinaryIO, op: int) -> StoredBytes:
+    """Skip the line of a quoted string or of a unicode text, and return where it lies."""
     offset, length, block, last = file.tell(), 0, b"", b""
     first = file.read(1)
     file.seek(offset)

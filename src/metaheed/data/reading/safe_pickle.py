@@ -99,6 +99,8 @@ _LONGEST_RANGE = 1 << 22  # numbers in all ranges together, because they take me
 
 
 class _Machine:
+    """The stack machine: a method for each kind of operation, and a `_make_…` method for each admitted global."""
+
     def __init__(self, file: BinaryIO, opener: Opener, inline: int | None) -> None:
         self._file, self._open, self._inline = file, opener, inline
         self._stack: list[Any] = []
@@ -109,6 +111,7 @@ class _Machine:
         self._copied = 0  # the pairs and bytes that were copied from values that existed already
 
     def run(self) -> Any:
+        """Execute all operations and return the value that is left on the stack."""
         # Only values that are fetched later are kept in the memo; Python 2 puts everything into it.
         self._fetched = set()
         for op, argument in read_operations(self._file):
@@ -129,6 +132,7 @@ class _Machine:
         return int(argument[0]) if op in b"gp" else int.from_bytes(argument, "little")
 
     def _pop_to_mark(self) -> list[Any]:
+        """Remove the values above the topmost mark, and the mark itself; return the values."""
         at = len(self._stack) - 1
         while self._stack[at] is not _MARK:
             at -= 1
@@ -341,6 +345,7 @@ class _Machine:
             raise RefusedError("the state of an object")
 
     def _fill(self, array: StoredArray, shape: Any, dtype: Any, fortran: bool, data: Any) -> StoredArray:
+        """Give an array its shape, dtype and bytes, after checking that they fit together."""
         if not isinstance(dtype, DType) or not (
             isinstance(data, bytes) or (isinstance(data, StoredBytes) and not data.text)
         ):

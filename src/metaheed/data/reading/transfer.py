@@ -199,6 +199,7 @@ class _Part:
 
 @contextlib.contextmanager
 def _locked_part(target: Path) -> Iterator[_Part]:
+    """Open and lock FILE.part; raise DataError if another process holds it. An empty file is deleted at the end."""
     path = target.with_name(target.name + ".part")
     while True:
         with _write_errors_explained(path):
@@ -352,6 +353,7 @@ def _megabytes(size: int) -> str:
 
 @contextlib.contextmanager
 def _write_errors_explained(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a DataError that says what to do."""
     try:
         yield
     except OSError as error:

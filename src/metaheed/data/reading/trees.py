@@ -134,6 +134,7 @@ def is_clutter(name: str) -> bool:
 
 
 def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+    """Yield the files in a folder and below it, without clutter; links to folders are followed, but not in a circle."""
     status = folder.stat()
     here = status.st_dev, status.st_ino
     if here in above:  # a link to a folder that contains the link
@@ -150,6 +151,7 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
 
 
 def _zip_tree(path: Path, largest: int, remedy: str) -> Tree:
+    """List a zip; see `open_tree`."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     entries: dict[str, Entry] = {}
@@ -220,6 +222,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
+    """List a tar; see `open_tree`."""
     files: list[Entry] = []
     total, slashes = 0, False
     with tarfile.open(path, tarinfo=_Member) as archive:
@@ -259,6 +262,7 @@ def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
 
 
 def _add(entries: dict[str, Entry], entry: Entry, path: Path, remedy: str) -> None:
+    """Add a member of an archive to the entries, unless it is clutter; raise DataError if it is there already."""
     if any(is_clutter(part) for part in PurePosixPath(entry.path).parts):
         return
     if entry.path in entries:
@@ -269,6 +273,7 @@ def _add(entries: dict[str, Entry], entry: Entry, path: Path, remedy: str) -> No
 
 
 def _check(path: Path, name: str, plain: bool, size: int, packed: int | None, largest: int, remedy: str) -> None:
+    """Raise DataError if a member would leave the folder, is not a plain file or folder, or claims an absurd size."""
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or _DRIVE.match(name) or "\0" in name:
         raise DataError(

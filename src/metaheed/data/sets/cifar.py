@@ -38,6 +38,8 @@ _LARGEST_LIST = 1 << 20  # bytes of a list of classes
 
 
 class _Variant(NamedTuple):
+    """What distinguishes CIFAR-FS and FC100."""
+
     name: str
     lists: str
     """The name of the class lists, without the split."""
@@ -70,6 +72,7 @@ def find_fc100(request: Request) -> Source:
 
 
 def _find(root: Path | None, variant: _Variant) -> Source:
+    """Find a variant in any of its layouts."""
     pickles = [variant.pickle.format(split) for split in SPLITS]
     expected = f"{FOLDER}/{{train,test,meta}} or {ARCHIVE} or {variant.pickle.format('{train,val,test}')}"
     places = candidate_folders(root, variant.name, variant.subfolders, expected, PUBLISHED)
@@ -132,6 +135,7 @@ def _from_folders(variant: _Variant, places: list[Path]) -> Source | None:
 
 
 def _check_list(path: Path, classes: list[str], split: str) -> None:
+    """Raise DataError if a list of classes is not that of CIFAR-FS's published split."""
     with damage_explained(str(path), PUBLISHED):
         if path.stat().st_size > _LARGEST_LIST:
             raise ValueError(f"it has {path.stat().st_size:,} bytes, more than any list of classes")
@@ -165,6 +169,7 @@ class _PicklePart:
         return [v.decode("ascii", "replace") if isinstance(v, bytes) else str(v) for v in values]
 
     def labels(self, key: str, below: int, count: int) -> np.ndarray:
+        """Return the labels under a key, (count,) int64; raise DataError if they are not `count` numbers below `below`."""
         try:
             values = read_labels(self[key])
         except ValueError as error:
@@ -177,6 +182,7 @@ class _PicklePart:
 
 
 def _from_archive(path: Path) -> dict[str, _PicklePart]:
+    """Read the parts train, test and meta out of the tar.gz."""
     tree = open_tree(path, PUBLISHED)
     members = {e.path.removeprefix("./").removeprefix(f"{FOLDER}/"): e for e in tree.entries}
     missing = [part for part in PARTS if part not in members]
@@ -193,6 +199,7 @@ def _from_archive(path: Path) -> dict[str, _PicklePart]:
 
 
 def _whole(variant: _Variant, parts: dict[str, _PicklePart], layout: str, stamped: str) -> Source:
+    """Make a variant from the parts of CIFAR-100, by the names of the classes."""
     names = parts["meta"].names()
     lists = {split: tuple(class_list(f"{variant.lists}_{split}")) for split in SPLITS}
     absent = sorted({name for classes in lists.values() for name in classes} - set(names))
@@ -219,6 +226,7 @@ def _whole(variant: _Variant, parts: dict[str, _PicklePart], layout: str, stampe
 
 
 def _planes(pixels: list[tuple[StoredArray, str]], start: int) -> Iterator[np.ndarray]:
+    """Yield the images of both parts from item `start` on, in chunks of (k, 3, 32, 32)."""
     for data, name in pixels:
         count = data.shape[0]
         if start < count:
@@ -229,6 +237,7 @@ def _planes(pixels: list[tuple[StoredArray, str]], start: int) -> Iterator[np.nd
 
 
 def _from_pickles(variant: _Variant, files: list[Path]) -> Source:
+    """Make a variant from one pickle for each split."""
     splits = {}
     for split, path in zip(SPLITS, files, strict=True):
         part = _PicklePart(path, str(path))

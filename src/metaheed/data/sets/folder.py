@@ -246,6 +246,7 @@ def _is_image(parts: Sequence[str]) -> bool:
 
 
 def _classes(tree: Tree, parts: _PathParts, around: Path) -> _Found:
+    """Find the classes and their images, and whether they are divided into train/, val/ and test/."""
     kind = "folder" if tree.root.is_dir() else "archive"
     images = [(e, parts[e.path]) for e in tree.entries if e.path in parts and _is_image(parts[e.path])]
     divided = {_SPLITS[p[0].lower()] for _, p in images if len(p) > 2 and p[0].lower() in _SPLITS}
@@ -305,6 +306,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _passed_over(paths: Iterable[str]) -> tuple[str, ...]:
+    """Make a notice of the files that are not read; empty if there are none."""
     paths = list(paths)
     if not paths:
         return ()
@@ -322,6 +324,7 @@ def _listed(names: Sequence[str], most: int = 20) -> str:
 
 
 def _check_lists(lists: Mapping[str, Sequence[str]], names: set[str], root: Path) -> None:
+    """Raise DataError if the lists name a class twice, or one that has no folder."""
     listed = [name for split in SPLITS for name in lists[split]]
     twice = sorted(name for name, count in Counter(listed).items() if count > 1)
     absent = sorted(set(listed) - names)
@@ -334,6 +337,7 @@ def _check_lists(lists: Mapping[str, Sequence[str]], names: set[str], root: Path
 
 
 def _check_classes(classes: Members, root: Path) -> None:
+    """Raise DataError if a class is in two splits, or has too few images."""
     where: dict[str, list[str]] = {}
     for split in SPLITS:
         for name in classes[split]:
@@ -358,6 +362,7 @@ def _check_classes(classes: Members, root: Path) -> None:
 
 
 def _split(tree: Tree, split: str, classes: dict[str, list[tuple[Entry, str]]], side: int) -> SourceSplit:
+    """Make a split of some classes, with images resized to `side` pixels."""
     names = sorted(classes)
     # The rows of a class are sorted by the names of the images, which may be read in another order.
     row, row_of = 0, {}

@@ -207,6 +207,7 @@ def _cache_key(names: list[str]) -> str:
 
 
 def _read_cache(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return the cached images; None if there are none, or if the file is damaged."""
     try:
         images: np.ndarray = np.load(path, allow_pickle=False)
     except FileNotFoundError:
@@ -218,6 +219,7 @@ def _read_cache(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _write_cache(path: Path, images: np.ndarray) -> None:
+    """Write the images to the cache; if that fails, only print a notice."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:

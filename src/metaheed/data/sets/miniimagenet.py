@@ -131,6 +131,7 @@ def _classes(split: str) -> tuple[str, ...]:
 
 
 def _check_classes(found: set[str], split: str, where: Path) -> tuple[str, ...]:
+    """Return the classes of a split; raise DataError if those found are others."""
     classes = _classes(split)
     if found != set(classes):
         odd = sorted(found ^ set(classes))
@@ -143,6 +144,7 @@ def _check_classes(found: set[str], split: str, where: Path) -> tuple[str, ...]:
 
 
 def _from_pickle(path: Path, split: str) -> SourceSplit:
+    """Make a split from a file mini-imagenet-cache-*."""
     values = load_arrays(path, str(path), PUBLISHED, _INLINE)
 
     def refuse(what: str) -> DataError:
@@ -181,6 +183,8 @@ def _from_pickle(path: Path, split: str) -> SourceSplit:
 def _split_of_array(
     classes: tuple[str, ...], counts: tuple[int, ...], images: StoredArray, rows: np.ndarray, path: Path
 ) -> SourceSplit:
+    """Make a split from an array of images (n, 84, 84, 3) and the row of each image."""
+
     def chunks(start: int) -> Iterator[np.ndarray]:
         with damage_explained(str(path), PUBLISHED):
             for chunk in images.chunks(start, _AT_ONCE):

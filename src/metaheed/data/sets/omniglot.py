@@ -57,6 +57,7 @@ def find_vinyals(request: Request) -> Source:
 
 
 def _find(root: Path | None, name: str, lists: str) -> Source:
+    """Find Omniglot, packed or unpacked, and divide it by the lists of that name."""
     places = candidate_folders(root, "omniglot", _SUBFOLDERS, " and ".join(ARCHIVES), PUBLISHED)
     folder = first_with(places, ARCHIVES)
     unpacked = [a.removesuffix(".zip") for a in ARCHIVES]

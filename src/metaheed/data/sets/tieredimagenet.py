@@ -164,6 +164,7 @@ class _Labels:
 
 
 def _from_pickle(path: Path, labels: _Labels) -> SourceSplit:
+    """Make a split from a pickled list of PNGs."""
     classes, rows, counts = labels.split_of(len(labels.labels), path)
 
     def encoded(start: int) -> Iterator[Encoded]:
@@ -198,6 +199,7 @@ def _decode_png(data: bytes) -> np.ndarray:
 
 
 def _from_npz(path: Path, labels: _Labels) -> SourceSplit:
+    """Make a split from the array in an npz, whose channels are in the order BGR."""
     with damage_explained(str(path), PUBLISHED), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
         shape, dtype, offset = _header(file)
         size = archive.getinfo("images.npy").file_size
