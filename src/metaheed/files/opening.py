@@ -170,7 +170,7 @@ def read_bounded(path: Path, most: int | None = None) -> bytes:
             content += file.read(most + 1 - len(content))
         if len(content) > most:
             size = os.fstat(file.fileno()).st_size
-            raise OSError(errno.EFBIG, f"it has {size:,} bytes, where such a file has {most:,} at most", str(path))
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, but such a file may have {most:,} at most", str(path))
         return content
 
 
@@ -209,7 +209,7 @@ _KINDS = {
 def _refuse_special(status: os.stat_result, name: str, written: bool = True) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise OSError(errno.EINVAL, f"it is {kind}, where a file is expected", name)
+        raise OSError(errno.EINVAL, f"it is {kind}, but a file is expected", name)
     if written and status.st_nlink > 1:
         words = "it has a second name (a hard link), under which its content would change too: replace it by a copy"
         raise LinkError(errno.EMLINK, words, name)

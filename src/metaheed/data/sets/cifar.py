@@ -169,7 +169,7 @@ class _PicklePart:
         return [v.decode("ascii", "replace") if isinstance(v, bytes) else str(v) for v in values]
 
     def labels(self, key: str, below: int, count: int) -> np.ndarray:
-        """Return the labels under a key, (count,) int64; raise DataError if they are not `count` numbers below `below`."""
+        """Return the labels under a key, (count,) int64; raise DataError unless they are `count` numbers < `below`."""
         try:
             values = read_labels(self[key])
         except ValueError as error:
