@@ -128,7 +128,7 @@ class TestMini:
 
     @pytest.mark.parametrize(
         ("indices", "message"),
-        [([0, 0], "lists an image of"), ([99], "no list of numbers below 16"), (b"x", "no list of numbers")],
+        [([0, 0], "lists an image of"), ([99], "not a list of numbers below 16"), (b"x", "not a list of numbers")],
     )
     def test_members_that_cannot_be(self, indices: object, message: str, mini: Path, tmp_path: Path) -> None:
         for path in mini.iterdir():

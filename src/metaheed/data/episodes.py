@@ -58,7 +58,7 @@ class Episodes:
         if min(ways, shots, queries) < 1 or not 0 <= seed < 2**63:
             raise ConfigError(
                 f"episodes of {shown(ways)} ways, {shown(shots)} shots, {shown(queries)} queries with seed "
-                f"{shown(seed)}: each must be at least 1, the seed in [0, 2**63)"
+                f"{shown(seed)}: each must be at least 1, and the seed in [0, 2**63)"
             )
         self.dataset = dataset
         self.split = dataset.split(split)

@@ -33,18 +33,18 @@ def candidate_folders(
     """
     if root is None:
         raise MissingDataError(
-            f"{dataset} needs --data-root, or --from of 'data prepare', the folder with {expected}, published at "
-            f"{published}"
+            f"{dataset} needs --data-root, the folder that contains {expected} (in 'data prepare' it is called "
+            f"--from); published at {published}"
         )
     if root.is_file():
         raise MissingDataError(
             f"--data-root (or --from) {root} is a file, but {dataset} is looked for in a folder: unpack it if it is an "
-            f"archive, and name the folder with {expected}, published at {published}"
+            f"archive, and give the folder that contains {expected}; published at {published}"
         )
     if not root.is_dir():
         raise MissingDataError(
-            f"--data-root (or --from) {root} is not a folder; {dataset} needs {expected} in it, published at "
-            f"{published}"
+            f"--data-root (or --from) {root} is not a folder, but {dataset} needs one that contains {expected}; published "
+            f"at {published}"
         )
     return [root, *(place for sub in subfolders for place in _matching_folders(root, sub))]
 
@@ -84,7 +84,7 @@ def check_disjoint(names: Mapping[str, Iterable[str]], folder: Path, published: 
         for name in of_split:
             if where.setdefault(name, split) != split:
                 raise DataError(
-                    f"{folder}: the labels say that {shown(name)} is in {where[name]} and in {split}, and a class that "
+                    f"{folder}: the labels say that {shown(name)} is in {where[name]} and in {split}, but a class that "
                     f"is tested on must not be known from training: fetch them anew from {published}"
                 )
 

@@ -50,8 +50,8 @@ def find(request: Request) -> Source:
     """
     if request.root is None:
         raise MissingDataError(
-            "folder needs --data-root (for 'data prepare': --from), the folder (or zip, or tar) that has a folder of "
-            "images for each class, or train/, val/ and test/ with such folders"
+            "folder needs --data-root, the folder (or zip, or tar) that has a folder of images for each class, or "
+            "train/, val/ and test/ with such folders (in 'data prepare' it is called --from)"
         )
     tree = open_tree(request.root)
     parts, around = _path_parts(tree)
@@ -346,7 +346,7 @@ def _check_classes(classes: Members, root: Path) -> None:
     if twice:
         raise DataError(
             f"{root}: {_listed(twice)} in more than one split; a class that is tested on must not be known from "
-            "training: move or rename"
+            "training: move or rename it"
         )
     few = [
         f"{name!r} ({len(images)})"

@@ -168,7 +168,7 @@ def _from_pickle(path: Path, split: str) -> SourceSplit:
         except ValueError:
             listed = []
         if not isinstance(listed, np.ndarray) or listed.max() >= count:
-            raise refuse(f"has a 'class_dict' whose entry {name!r} is no list of numbers below {count}")
+            raise refuse(f"has a 'class_dict' whose entry {name!r} is not a list of numbers below {count}")
         indices = listed.tolist()
         if len(set(indices)) < len(indices) or (labels[indices] >= 0).any():
             raise refuse(f"lists an image of {name!r} twice")
@@ -258,7 +258,7 @@ def _read_list(path: Path, split: str) -> list[tuple[str, str]]:
     # Spreadsheets put a byte order mark before the first word, and some separate the columns by semicolons.
     with damage_explained(str(path), PUBLISHED):
         if path.stat().st_size > _LARGEST_LIST:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes, where the published lists have 1,500,000 at most")
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, but the published lists have 1,500,000 at most")
         table = decode_text(path.read_bytes())
         head = table.partition("\n")[0]
         delimiter = max(",;\t", key=head.count)
