@@ -43,8 +43,8 @@ def candidate_folders(
         )
     if not root.is_dir():
         raise MissingDataError(
-            f"--data-root (or --from) {root} is not a folder, but {dataset} needs one that contains {expected}; published "
-            f"at {published}"
+            f"--data-root (or --from) {root} is not a folder, but {dataset} needs one that contains {expected}; "
+            f"published at {published}"
         )
     return [root, *(place for sub in subfolders for place in _matching_folders(root, sub))]
 
