@@ -222,7 +222,7 @@ class TestTiered:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ([b"x"], "val_images_png.pkl has 1 images, val_labels.pkl 194"),
+            ([b"x"], "val_images_png.pkl has 1 images, but val_labels.pkl has 194"),
             ({}, "has no list of images"),
             ([np.zeros((2, 2), np.uint8), *[b""] * 193], None),
             ([5] * 194, r"image 0\) is damaged \(ValueError: not a PNG, but a int\)"),
