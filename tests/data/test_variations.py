@@ -97,7 +97,7 @@ def test_a_word_for_a_class_in_two_splits_is_refused(tmp_path: Path) -> None:
         numbers = {f"{'dog' if split != 'val' else 'cat'} {k}": k for k in range(count)}
         values = {"data": np.zeros((count, 84, 84, 3), np.uint8), "labels": [*range(count)], "catname2label": numbers}
         (tmp_path / f"miniImageNet_category_split_{phase}.pickle").write_bytes(pickle.dumps(values))
-    with pytest.raises(DataError, match=r"says that 'dog 0' is in train and in test"):
+    with pytest.raises(DataError, match=r"say that 'dog 0' is in train and in test"):
         load_dataset("miniimagenet", tmp_path)
 
 
@@ -124,7 +124,7 @@ class TestFolder:
     def test_classes_that_lie_deeper(self, names: tuple[str, ...], tmp_path: Path, metaheed: Run) -> None:
         for name in names:
             pictures(tmp_path / name, 8 if name == names[0] else 7, 2)
-        with pytest.raises(DataError, match=rf"too few for three splits.*say, .*/{names[0]}\), or call the folders"):
+        with pytest.raises(DataError, match=rf"too few for three splits.*/{names[0]}, say\), or rename the upper folders"):
             load_dataset("folder", tmp_path, 8)
         status, _, err = metaheed("data", "split", tmp_path)
         assert (status, "give the folder that contains them" in err) == (1, True)
