@@ -43,7 +43,7 @@ from benchmarks.processes import ROOT
 from benchmarks.settings import SETTINGS, Setting
 from benchmarks.speed import conditions
 from metaheed.config import MAMLConfig, RunConfig, default_config
-from metaheed.data import SPLITS, Ahead, Dataset, Episodes, Split, load_dataset
+from metaheed.data import SPLITS, Dataset, Episodes, Prefetcher, Split, load_dataset
 from metaheed.data.preparing import prepare
 from metaheed.data.sources import Quiet, Source, SourceSplit, array_stream
 from metaheed.files.writing import write_whole
@@ -157,13 +157,13 @@ def ways_of_sampling(folder: Path, images: int, seconds: float) -> dict[str, flo
         found.append(("memory map, cold", timed(cold, seconds, before=drop)))
     if torch.cuda.is_available():
         found.append(("on the device", rate(episodes(memory, torch.device("cuda")), seconds)))
-        found.append(("on the device, drawn ahead", rate(Ahead(episodes(memory, torch.device("cuda"))), seconds)))
+        found.append(("on the device, drawn ahead", rate(Prefetcher(episodes(memory, torch.device("cuda"))), seconds)))
     found.append(("learn2learn's way (image by image)", timed(learn2learn_way(memory, images), seconds)))
     found.append(("torchmeta's way (image by image)", timed(torchmeta_way(memory, images), seconds)))
     return dict(found)
 
 
-def rate(episodes: Episodes | Ahead, seconds: float) -> float:
+def rate(episodes: Episodes | Prefetcher, seconds: float) -> float:
     return timed(lambda first: episodes.batch(first, TASKS), seconds)
 
 
@@ -312,7 +312,7 @@ def _round(setting: Setting, algorithm: str, folder: Path, iterations: int, numb
     chosen = config(setting, algorithm, name, folder, iterations, out)
     waited: list[float] = []
 
-    class Timed(Ahead):
+    class Timed(Prefetcher):
         def batch(self, first: int, count: int) -> Episode:
             began = time.perf_counter()
             drawn = super().batch(first, count)
@@ -320,7 +320,7 @@ def _round(setting: Setting, algorithm: str, folder: Path, iterations: int, numb
             return drawn
 
     clock = _Clock()
-    with mock.patch("metaheed.engine.steps.Ahead", Timed):
+    with mock.patch("metaheed.engine.steps.Prefetcher", Timed):
         path = train(chosen, clock)
     trained = RunFolder(path).read_config()
     dataset = load_dataset(chosen.episodes.data, chosen.episodes.data_root)

@@ -22,7 +22,7 @@ from tools.flip_bits import flip, make_runs, readers
 
 import metaheed.running.process
 from metaheed.config import RunConfig, default_config
-from metaheed.data import Ahead, Dataset, Episodes
+from metaheed.data import Dataset, Episodes, Prefetcher
 from metaheed.engine.steps import OneByOne
 from metaheed.errors import ConfigError, Interrupted, OutOfMemoryError, RunError
 from metaheed.files import opening as files
@@ -285,7 +285,7 @@ class TestSignals:
             return rows(episodes, index)
 
         monkeypatch.setattr(Episodes, "rows", counted)
-        monkeypatch.setattr(Ahead, "batch", lambda ahead, first, count: ahead._episodes.batch(first, count))
+        monkeypatch.setattr(Prefetcher, "batch", lambda ahead, first, count: ahead._episodes.batch(first, count))
         began = time.monotonic()
         with pytest.raises(Interrupted) as stop:
             train(small(tmp_path / "run"))
@@ -331,7 +331,7 @@ class TestSignals:
         assert steps.state == "before"  # type: ignore[comparison-overlap]
 
     def test_a_thread_that_draws_is_not_waited_for(self, small_dataset: Dataset) -> None:
-        ahead = Ahead(Episodes(small_dataset, "train", 5, 1, 3, seed=3))
+        ahead = Prefetcher(Episodes(small_dataset, "train", 5, 1, 3, seed=3))
         ahead.batch(0, 2)
         ahead._next = (
             (2, 10**6),

@@ -430,7 +430,7 @@ def test_reading_and_writing_in_place(tmp_path: Path) -> None:
     file = tmp_path / "f"
     file.write_bytes(b"12345")
     assert read_bounded(file, 5) == read_bounded(file) == b"12345"
-    with pytest.raises(OSError, match="5 bytes, where such a file has 4 at most"):
+    with pytest.raises(OSError, match="5 bytes, but such a file may have 4 at most"):
         read_bounded(file, 4)
     with open_in_place(file, "ab") as opened:
         opened.write(b"6")

@@ -1,6 +1,7 @@
 """The errors that a user can meet.
 
-Every one names the thing, the value found and the remedy; the command line prints it in one line and never a traceback.
+Every message names the thing, the value that was found and the remedy. The command line prints it in one line, without
+a traceback.
 """
 
 import contextlib
@@ -13,31 +14,31 @@ from pathlib import Path
 
 
 class MetaheedError(Exception):
-    """Base of all errors raised on purpose."""
+    """The base class of all errors that metaheed raises on purpose."""
 
 
 class ConfigError(MetaheedError, ValueError):
-    """A setting that cannot be used."""
+    """A setting has a value that cannot be used."""
 
 
 class DataError(MetaheedError):
-    """Images that are missing, damaged, or too few for the episodes asked for."""
+    """Images are missing, damaged, or too few for the episodes asked for."""
 
 
 class MissingDataError(DataError):
-    """A data set that does not lie where it was looked for."""
+    """A data set was not found where it was looked for."""
 
 
 class RunError(MetaheedError):
-    """A run folder that cannot be used."""
+    """A run folder cannot be used."""
 
 
 class OutOfMemoryError(MetaheedError, MemoryError):
-    """The device's memory does not hold the tasks that are computed at once."""
+    """The tasks that are computed at the same time do not fit into the device's memory."""
 
 
 class StartError(MetaheedError, RuntimeError):
-    """The system starts no further thread or process."""
+    """The operating system refuses to start another thread or process."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(
@@ -45,14 +46,14 @@ class StartError(MetaheedError, RuntimeError):
             "--execution (looped takes the fewest), end other processes of this user, or raise its limit (ulimit -u)"
         )
         self.reason = reason
-        """In the system's words."""
+        """The operating system's own message."""
 
     def __reduce__(self) -> tuple[type["StartError"], tuple[str]]:
         return type(self), (self.reason,)
 
 
 class WorkerError(MetaheedError, RuntimeError):
-    """A worker process of the execution "processes" is gone."""
+    """A worker process of the execution "processes" has ended."""
 
     def __init__(self, status: int, remedy: str = "use fewer --threads, or --execution vectorized") -> None:
         if status < 0:
@@ -61,15 +62,17 @@ class WorkerError(MetaheedError, RuntimeError):
         else:
             end = f"ended unexpectedly (status {status})"
         super().__init__(f"a worker process {end}: {remedy}")
-        self.status, self.remedy = status, remedy
-        """How it ended: its exit status, or minus the number of the signal that killed it. What to do about it."""
+        self.status = status
+        """The exit status, or minus the number of the signal that killed the process."""
+        self.remedy = remedy
+        """What the user can do about it."""
 
     def __reduce__(self) -> tuple[type["WorkerError"], tuple[int, str]]:
         return type(self), (self.status, self.remedy)
 
 
 class NonFiniteError(MetaheedError, ArithmeticError):
-    """A loss or gradient that is not a finite number."""
+    """A loss or gradient is not a finite number."""
 
 
 class NonFiniteTaskError(NonFiniteError):
@@ -77,12 +80,16 @@ class NonFiniteTaskError(NonFiniteError):
 
     def __init__(self, what: str, task: int, stream: str) -> None:
         super().__init__(f"the {what} of task {task} of the {stream} batch is not finite")
-        self.what, self.task, self.stream = what, task, stream
-        """What it was, of which task (counted from 1), of which stream of batches."""
+        self.what = what
+        """What is not finite: a loss or a gradient."""
+        self.task = task
+        """The number of the task in its batch, counted from 1."""
+        self.stream = stream
+        """The stream of batches that the task belongs to."""
 
 
-class Interrupted(MetaheedError):  # noqa: N818  # an end asked for, not a fault
-    """Training was stopped by a signal after its state had been written."""
+class Interrupted(MetaheedError):  # noqa: N818  # the user asked for the end: it is no error
+    """A signal stopped the training, whose state has been written."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
@@ -90,50 +97,52 @@ class Interrupted(MetaheedError):  # noqa: N818  # an end asked for, not a fault
 
 
 class MetaheedWarning(UserWarning):
-    """Something that the user did not ask for, and should know."""
+    """Tells the user about something that was not asked for and should be known."""
 
 
 def warn(message: str) -> None:
-    """Warn at the line of the user's that led here: the nearest one outside of this package."""
-    ours = (str(Path(__file__).parent), contextlib.__file__)  # whose context managers decorate functions of ours
+    """Issue a MetaheedWarning that points at the user's line: the nearest caller outside this package."""
+    # contextlib is skipped too, because its context managers decorate functions of this package.
+    ours = (str(Path(__file__).parent), contextlib.__file__)
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(ours):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, MetaheedWarning, stacklevel=level)
 
 
-def is_systems(error: Exception) -> bool:
-    """Whether an error is the operating system's (no permission, no space, no such file), not of a file's content."""
+def is_system_error(error: Exception) -> bool:
+    """Whether the operating system raised the error (no permission, no space), rather than a reader of bad content."""
     return isinstance(error, OSError) and error.errno is not None
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> ConfigError:
-    """A ConfigError for a name that is not in `known`, with the closest one suggested."""
+    """Make a ConfigError for a name that is not in `known`; the message suggests the closest known name."""
     known = sorted(known)
     close = difflib.get_close_matches(name[:_LONGEST].lower(), known, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return ConfigError(f"unknown {kind} {shown(name)}: {hint}known are {', '.join(known)}")
 
 
-_LONGEST = 120  # characters of a value in a message: about a line
+_LONGEST = 120  # characters of a value in a message, about one line
 
 
 def shown(value: object) -> str:
-    """A value as a message prints it: as repr does, on one line and never longer, whatever a file made it.
+    """Return a value's `repr`, cut to one line, for use in a message.
 
-    Large values are not written out first: a number of a million digits, or a list in itself, takes no time.
+    Huge values are cut before they are written out, so a number of a million digits, or a list that contains itself,
+    takes no time.
     """
-    if isinstance(value, int) and abs(value) >= 10**_LONGEST:  # whose digits Python may refuse to write out
+    if isinstance(value, int) and abs(value) >= 10**_LONGEST:  # Python may refuse to convert so many digits
         return f"a whole number of {value.bit_length():,} bits"
     try:
         text = _REPR.repr(value)
-    except (ValueError, RecursionError):  # such a number inside; or nested too deep
+    except (ValueError, RecursionError):  # it contains such a number, or is nested too deep
         return f"a {type(value).__name__} that cannot be shown"
     return brief(text)
 
 
 def brief(text: str, most: int = _LONGEST) -> str:
-    """Text on one line, cut to so many characters."""
+    """Return the text on one line, cut to `most` characters."""
     line = " ".join(text[: 4 * most].split())
     return line if len(line) <= most and len(text) <= 4 * most else f"{line[: most - 1]}…"
 

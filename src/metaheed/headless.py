@@ -1,9 +1,11 @@
-"""matplotlib, whatever the environment says of a screen: figures are made as files, and never shown.
+"""Import matplotlib without a screen: figures are written to files and never shown.
 
-matplotlib fails to import where MPLBACKEND names a backend that it does not have, so the variable is out of its sight
-meanwhile. It also reads a file matplotlibrc of the current folder, which may be a stranger's, and with which a figure
-can ask for another program (LaTeX): figures are drawn with matplotlib's own settings. Every module here takes from
-this one what it needs of matplotlib.
+Every other module of the package imports what it needs of matplotlib from here, for two reasons:
+
+- The import fails if the environment variable MPLBACKEND names a backend that is not installed. The variable is
+  therefore removed while matplotlib is imported.
+- matplotlib reads a file named matplotlibrc in the current folder. That file may come from a stranger, and its settings
+  can start another program (LaTeX). Figures are therefore drawn with matplotlib's default settings.
 """
 
 import contextlib
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _settings = Path("matplotlibrc")
-if _settings.exists() and not (_settings.is_file() or _settings.is_dir()):  # a pipe's writer would be waited for
+if _settings.exists() and not (_settings.is_file() or _settings.is_dir()):  # reading a pipe would wait for its writer
     raise OSError(f"{_settings.absolute()} is a pipe or a device, and matplotlib would read it: remove it")
 
 _backend = os.environ.pop("MPLBACKEND", None)
@@ -31,7 +33,7 @@ __all__ = ["Axes", "Figure", "colormaps", "ft2font", "matplotlib", "own_settings
 
 @contextlib.contextmanager
 def own_settings(settings: Any = None) -> Iterator[None]:
-    """Draw with matplotlib's own settings and these; a user's come back at the end."""
+    """Draw with matplotlib's default settings, changed by `settings`; the user's settings are restored at the end."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(settings or {})

@@ -26,7 +26,7 @@ from metaheed.config import PRESETS
 from metaheed.data import load_dataset
 from metaheed.data.reading import download, transfer
 from metaheed.data.reading.download import PUBLISHED
-from metaheed.data.reading.transfer import Published
+from metaheed.data.reading.transfer import PublishedFile
 from tests.conftest import Run
 from tests.documented import assert_each_has_a_case, assert_seen, rows
 from tests.test_training import environment
@@ -178,7 +178,7 @@ def fetch(server: Server, metaheed: Run, monkeypatch: pytest.MonkeyPatch, in_fol
 
     def run(*ways: str, urls: tuple[str, ...] = ()) -> tuple[int, str, str]:
         urls = urls or tuple(server.url(way) for way in ways)
-        monkeypatch.setitem(PUBLISHED, "omniglot", (Published("sub/file.bin", MD5, urls),))
+        monkeypatch.setitem(PUBLISHED, "omniglot", (PublishedFile("sub/file.bin", MD5, urls),))
         return metaheed("data", "download", "omniglot", "--data-root", "data")
 
     return run
@@ -196,7 +196,7 @@ def test_download(fetch: Fetch, server: Server, in_folder: Path) -> None:
     assert files(in_folder / "data") == ["sub", "sub/file.bin"]
     status, out, err = fetch("good")
     assert (status, out) == (0, "data/sub/file.bin\n")
-    assert "data/sub/file.bin is there already, and right" in err
+    assert "data/sub/file.bin is there already, with the published content" in err
     assert len(server.seen) == 1, "nothing is asked for again"
 
 
@@ -269,7 +269,7 @@ def test_a_root_that_is_the_folder_itself(fetch: Fetch, server: Server, in_folde
 
 
 def test_an_unpacked_folder_will_do(metaheed: Run, in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = Published("a.tar.gz", MD5, (), {"a/one": hashlib.md5(b"1").hexdigest(), "a/two": MD5})
+    file = PublishedFile("a.tar.gz", MD5, (), {"a/one": hashlib.md5(b"1").hexdigest(), "a/two": MD5})
     monkeypatch.setitem(PUBLISHED, "cifar-fs", (file,))
     (in_folder / "a").mkdir()
     (in_folder / "a/one").write_bytes(b"1")
@@ -302,7 +302,7 @@ SCRIPT = """
 import sys
 from metaheed.cli.entry import main
 from metaheed.data.reading import download
-download.PUBLISHED["omniglot"] = (download.Published("sub/file.bin", sys.argv[1], tuple(sys.argv[2:])),)
+download.PUBLISHED["omniglot"] = (download.PublishedFile("sub/file.bin", sys.argv[1], tuple(sys.argv[2:])),)
 sys.exit(main(["data", "download", "omniglot", "--data-root", "data"]))
 """
 
@@ -512,7 +512,7 @@ CASES: dict[str, Callable[[SimpleNamespace], str]] = {
     "… has a certificate that is not trusted here (…)": _https("certificate"),
     "… redirects to …, which is not HTTPS": _https("redirect"),
     "… sends more than …, which no published file has": _endless,
-    "no room for …: … are to come, but … has only … free. …": _no_room,
+    "no room for …: … are still to be downloaded, but … has only … free. …": _no_room,
     "cannot write …: …. Make room or grant permission there …": _not_writable,
     "… is being downloaded by another process: …": _locked,
     "… is there already, but its md5 is … and the published file's …. …": _other_file,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from metaheed.data import Ahead, Dataset, Episodes
-from metaheed.data.episodes import Draw, apart_from_forks
+from metaheed.data import Dataset, Episodes, Prefetcher
+from metaheed.data.episodes import DrawnBatch, run_between_forks
 from metaheed.data.images import make_split
 from metaheed.errors import ConfigError, DataError
 
@@ -95,14 +95,14 @@ def test_classes_of_unequal_size_are_drawn_as_one_by_one(small_dataset: Dataset)
     """The draws for equal classes are made at once; they must be those of each class on its own."""
     episodes = Episodes(small_dataset, "train", 5, 2, 7, seed=3)
     at_once = [episodes.rows(index) for index in range(20)]
-    assert episodes._at_once
-    episodes._at_once = False
+    assert episodes._sorts_all_keys
+    episodes._sorts_all_keys = False
     assert all(np.array_equal(episodes.rows(index), rows) for index, rows in enumerate(at_once))
 
 
 def test_drawing_ahead_changes_nothing(small_dataset: Dataset) -> None:
     episodes = Episodes(small_dataset, "train", 5, 1, 3, seed=3)
-    ahead = Ahead(episodes)
+    ahead = Prefetcher(episodes)
     for first, count in ((0, 1), (0, 4), (4, 4), (8, 4), (40, 4), (44, 2), (48, 2)):  # resumed, and of other sizes
         for ours, theirs in zip(ahead.batch(first, count), episodes.batch(first, count), strict=True):
             assert torch.equal(ours, theirs)
@@ -115,12 +115,12 @@ def test_the_next_batch_is_drawn_while_this_one_is_used(
     drawn: queue.Queue[tuple[int, int, int]] = queue.Queue()
     draw = episodes.draw
 
-    def watched(first: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> Draw:
+    def watched(first: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> DrawnBatch:
         drawn.put((first, count, threading.get_ident()))
         return draw(first, count, cancelled)
 
     monkeypatch.setattr(episodes, "draw", watched)
-    ahead = Ahead(episodes)
+    ahead = Prefetcher(episodes)
     ahead.batch(0, 4)
     seen = [drawn.get(timeout=10) for _ in range(2)]
     assert [task[:2] for task in seen] == [(0, 4), (4, 4)]
@@ -138,7 +138,7 @@ def test_pixels_are_scaled_ahead_too(small_dataset: Dataset, monkeypatch: pytest
         return normalize(dataset, pixels)
 
     monkeypatch.setattr(Dataset, "normalize", watched)
-    ahead = Ahead(Episodes(small_dataset, "train", 5, 1, 3, seed=3))
+    ahead = Prefetcher(Episodes(small_dataset, "train", 5, 1, 3, seed=3))
     for first in (0, 4, 8):
         ahead.batch(first, 4)
     ahead.close()
@@ -152,7 +152,7 @@ def test_no_fork_happens_in_mid_draw(small_dataset: Dataset, monkeypatch: pytest
     begun, drawn = threading.Event(), threading.Event()
     draw = episodes.draw
 
-    def slow(first: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> Draw:
+    def slow(first: int, count: int, cancelled: Callable[[], bool] = lambda: False) -> DrawnBatch:
         if first:
             begun.set()
             time.sleep(0.3)
@@ -160,12 +160,12 @@ def test_no_fork_happens_in_mid_draw(small_dataset: Dataset, monkeypatch: pytest
         return draw(first, count, cancelled)
 
     monkeypatch.setattr(episodes, "draw", slow)
-    ahead = Ahead(episodes)
+    ahead = Prefetcher(episodes)
     ahead.batch(0, 4)
     assert begun.wait(10)
     child = os.fork()
     if child == 0:
-        os._exit(not apart_from_forks(drawn.is_set))
+        os._exit(not run_between_forks(drawn.is_set))
     assert drawn.is_set(), "the fork waited for the draw"
     assert os.waitpid(child, 0)[1] == 0, "and the child can draw"
     for ours, theirs in zip(ahead.batch(4, 4), episodes.batch(4, 4), strict=True):

@@ -109,7 +109,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return train("tieredimagenet", path)
 
 
-@row("has 3 images, … 702: fetch both anew")
+@row("has 3 images, but … has 702 labels: fetch both anew")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     (tiered_pickles(path, 2) / "train_images_png.pkl").write_bytes(python2_pickle([b"a", b"b", b"c"]))
     return train("tieredimagenet", path)
@@ -138,7 +138,7 @@ def _omniglot(path: Path, request: pytest.FixtureRequest, left_out: str) -> list
     return train("omniglot", path)
 
 
-@row("24 characters are in neither of")
+@row("24 characters are missing from both")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return _omniglot(path, request, "/Greek/")
 
@@ -162,7 +162,7 @@ def _zip(path: Path, name: str, content: bytes = b"", attributes: int = 0) -> li
     return train("folder", path / "x.zip")
 
 
-@row("would leave the folder, which no honest archive does")
+@row("would leave the folder, so that the archive may be an attack")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return _zip(path, "a/../../x.png")
 
@@ -323,17 +323,17 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
 @row("free, but … needs")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     full = shutil._ntuple_diskusage(10**9, 10**9, 0)
-    request.getfixturevalue("monkeypatch").setattr("metaheed.data.store.shutil.disk_usage", lambda path: full)
+    request.getfixturevalue("monkeypatch").setattr("metaheed.data.preparing.shutil.disk_usage", lambda path: full)
     return ["data", "prepare", "folder", "--from", divided(path)]
 
 
 @row("is being prepared by another process")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
-    request.getfixturevalue("monkeypatch").setattr("metaheed.data.store.try_lock", lambda file: False)
+    request.getfixturevalue("monkeypatch").setattr("metaheed.data.preparing.try_lock", lambda file: False)
     return ["data", "prepare", "folder", "--from", divided(path)]
 
 
-@row("is there already, and was made from something else")
+@row("is there already, and was made from other files or settings")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     prepare(find_source("folder", Request(divided(path))), path)
     pictures(path / "train", 1, prefix="more")
@@ -358,7 +358,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return ["data", "verify", store]
 
 
-@row("is no store, and holds none")
+@row("is not a store, and contains none")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return ["data", "verify", path]
 
@@ -399,7 +399,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return ["data", "list", "--data-root", path / "nowhere"]
 
 
-@row("is there twice, and which one counts is not said")
+@row("is there twice, and it is not clear which one counts")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     with tarfile.open(path / "x.tar", "w") as tar:
         for _ in range(2):
@@ -448,7 +448,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return ["data", "show", "glyphs", "--classes", 0]
 
 
-@row("choose another --out")
+@row("Choose another --out")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     (path / "file").write_bytes(b"")
     return ["data", "show", "glyphs", "--out", path / "file" / "x.png"]
@@ -468,7 +468,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return train("miniimagenet", path)
 
 
-@row("are the same image: its class would have it twice")
+@row("are the same image, so that a task could both adapt to it")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     for name in (name for split in SPLITS for name in class_list(f"miniimagenet_{split}")):
         for split in ("train", "val"):
@@ -499,7 +499,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return train("folder", path)
 
 
-@row("bytes, and a list of classes at most")
+@row("bytes, but a list of classes at most")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     pictures(path)
     for split in SPLITS:
@@ -531,7 +531,7 @@ def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return _altered(path, request, [0.0, 0.1, 0.1])
 
 
-@row("and that of its training images is")
+@row("but that of its training images is")
 def _(path: Path, request: pytest.FixtureRequest) -> list[object]:
     return _altered(path, request, [0.1, 0.1, 0.1])
 

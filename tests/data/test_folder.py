@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from metaheed.data import SPLITS, load_dataset
 from metaheed.data.reading import trees
-from metaheed.data.reading.decode import rgb
+from metaheed.data.reading.decode import decode_rgb
 from metaheed.data.reading.trees import open_tree
 from metaheed.data.sets.folder import split_classes
 from metaheed.errors import DataError
@@ -47,22 +47,22 @@ class TestFormats:
     def test_lossless_to_the_pixel_and_jpeg_as_pillow_reads_it(self, kind: str) -> None:
         data = encoded(Image.fromarray(NOISE), kind, **({"lossless": True} if kind == "WEBP" else {}))
         expected = resized(Image.open(io.BytesIO(data)) if kind == "JPEG" else Image.fromarray(NOISE))
-        assert np.array_equal(rgb(data, 24), expected)
+        assert np.array_equal(decode_rgb(data, 24), expected)
 
     def test_an_image_of_the_right_size_is_left_alone(self) -> None:
         image = picture(7, 24)
-        assert np.array_equal(rgb(png(image), 24), image.transpose(2, 0, 1))
+        assert np.array_equal(decode_rgb(png(image), 24), image.transpose(2, 0, 1))
 
     def test_grey_palette_and_one_bit(self) -> None:
         grey = Image.fromarray(NOISE[..., 0])
-        assert np.array_equal(rgb(encoded(grey, "PNG"), 24), resized(grey))
+        assert np.array_equal(decode_rgb(encoded(grey, "PNG"), 24), resized(grey))
         palette = Image.fromarray(NOISE).quantize(16)
-        assert np.array_equal(rgb(encoded(palette, "PNG"), 24), resized(palette))
+        assert np.array_equal(decode_rgb(encoded(palette, "PNG"), 24), resized(palette))
         bits = Image.fromarray(NOISE[..., 0]).convert("1")
-        assert np.array_equal(rgb(encoded(bits, "TIFF"), 24), resized(bits))
+        assert np.array_equal(decode_rgb(encoded(bits, "TIFF"), 24), resized(bits))
         ink = Image.fromarray(NOISE).convert("CMYK")
         data = encoded(ink, "JPEG")
-        assert np.array_equal(rgb(data, 24), resized(Image.open(io.BytesIO(data))))
+        assert np.array_equal(decode_rgb(data, 24), resized(Image.open(io.BytesIO(data))))
 
     @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
     def test_transparency_is_white(self, mode: str) -> None:
@@ -73,27 +73,27 @@ class TestFormats:
             data = encoded(image, "PNG", transparency=image.getpixel((0, 0)))
         else:
             data = encoded(image.convert(mode), "PNG")
-        out = rgb(data, 20)
+        out = decode_rgb(data, 20)
         assert (out[:, :7] == 255).all()
         assert (np.abs(out[:, 13:].astype(int) - 200) <= 1).all()
 
     @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
     def test_16_bits_are_scaled_not_cut_off(self, kind: str) -> None:
         ramp = np.tile(np.linspace(0, 65535, 32).astype(np.uint16), (32, 1))
-        out = rgb(encoded(Image.fromarray(ramp), kind), 32)
+        out = decode_rgb(encoded(Image.fromarray(ramp), kind), 32)
         assert np.array_equal(out[1, 5], np.round(ramp[5] / 257).astype(np.uint8))
 
     def test_16_bit_grey_with_a_transparent_value(self) -> None:
         values = np.full((8, 8), 1000, np.uint16)
         values[:, 4:] = 30000
-        out = rgb(encoded(Image.fromarray(values), "PNG", transparency=1000), 8)
+        out = decode_rgb(encoded(Image.fromarray(values), "PNG", transparency=1000), 8)
         assert (out[:, :, :4] == 255).all()
         assert (out[:, :, 4:] == 117).all()
 
     def test_16_bits_take_little_memory(self) -> None:
         data = encoded(Image.fromarray(np.zeros((2000, 2000), np.uint16)), "PNG")
         tracemalloc.start()
-        rgb(data, 24)
+        decode_rgb(data, 24)
         _, peak = tracemalloc.get_traced_memory()
         tracemalloc.stop()
         assert peak < 9 * 2000 * 2000, "a picture of the largest size stays far below 2 GB"
@@ -111,20 +111,20 @@ class TestFormats:
             exif[0x0112] = orientation
             plain.getexif()[0x0112] = orientation
             expected = np.asarray(ImageOps.exif_transpose(plain)).transpose(2, 0, 1)
-            assert np.array_equal(rgb(encoded(image, kind, exif=exif, **options), 24), expected), orientation
+            assert np.array_equal(decode_rgb(encoded(image, kind, exif=exif, **options), 24), expected), orientation
 
     def test_the_first_of_several_frames(self) -> None:
         frames = [Image.fromarray(picture(k, 24)) for k in (1, 2)]
         data = encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:])
-        assert np.array_equal(rgb(data, 24), picture(1, 24).transpose(2, 0, 1))
+        assert np.array_equal(decode_rgb(data, 24), picture(1, 24).transpose(2, 0, 1))
 
     def test_what_is_refused(self) -> None:
         with pytest.raises(ValueError, match="floating-point"):
-            rgb(encoded(Image.fromarray(NOISE[..., 0].astype(np.float32)), "TIFF"), 24)
+            decode_rgb(encoded(Image.fromarray(NOISE[..., 0].astype(np.float32)), "TIFF"), 24)
         with pytest.raises(ValueError, match="more than 16 bits"):
-            rgb(encoded(Image.fromarray(np.full((9, 9), 1 << 20, np.int32)), "TIFF"), 24)
+            decode_rgb(encoded(Image.fromarray(np.full((9, 9), 1 << 20, np.int32)), "TIFF"), 24)
         with pytest.raises(OSError, match="identify"):
-            rgb(encoded(Image.fromarray(NOISE), "GIF"), 24)
+            decode_rgb(encoded(Image.fromarray(NOISE), "GIF"), 24)
 
 
 class TestLayouts:

@@ -84,7 +84,7 @@ def test_read_back(with_images: bool, episodes: Episodes, tmp_path: Path) -> Non
     write_episodes(freeze(episodes, 6), tmp_path / "file", with_images)
     frozen = read_episodes(tmp_path / "file")
     assert (frozen.images is None) is not with_images
-    frozen = frozen.filled(episodes.dataset)
+    frozen = frozen.with_images_from(episodes.dataset)
     assert frozen.images is not None
     again = FrozenEpisodes(frozen, frozen.images, frozen.mean, frozen.std)
     assert again.fingerprint(6) == episodes.fingerprint(6)
@@ -102,7 +102,7 @@ def test_another_data_set_is_refused(episodes: Episodes, tmp_path: Path) -> None
     def refused(classes: list[str], images: list[np.ndarray]) -> str:
         other = Dataset("small", {"test": make_split("test", classes, images)}, (0.0,), (1.0,))
         with pytest.raises(DataError) as error:
-            frozen.filled(other)
+            frozen.with_images_from(other)
         return str(error.value)
 
     names = list(split.classes)
@@ -123,7 +123,7 @@ def test_an_image_that_no_task_uses_may_differ(episodes: Episodes, tmp_path: Pat
     unused = next(row for row in range(len(pixels)) if row not in frozen.rows)
     pixels[unused] ^= 1
     split = make_split("test", episodes.split.classes, np.split(pixels.numpy(), episodes.split.starts[1:]))
-    filled = frozen.filled(Dataset("small", {"test": split}, (0.0,), (1.0,)))
+    filled = frozen.with_images_from(Dataset("small", {"test": split}, (0.0,), (1.0,)))
     assert filled.episodes_sha256 == episodes.fingerprint(2)
 
 

@@ -87,4 +87,4 @@ def test_an_unwritable_cache_is_no_obstacle(
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("METAHEED_CACHE", str(tmp_path / "file" / "below"))
     assert len(load_dataset("glyphs").split("train").classes) == 1
-    assert "not cached" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err

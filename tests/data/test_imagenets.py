@@ -128,7 +128,7 @@ class TestMini:
 
     @pytest.mark.parametrize(
         ("indices", "message"),
-        [([0, 0], "gives an image of"), ([99], "no list of numbers below 16"), (b"x", "no list of numbers")],
+        [([0, 0], "lists an image of"), ([99], "not a list of numbers below 16"), (b"x", "not a list of numbers")],
     )
     def test_members_that_cannot_be(self, indices: object, message: str, mini: Path, tmp_path: Path) -> None:
         for path in mini.iterdir():
@@ -222,10 +222,10 @@ class TestTiered:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ([b"x"], "val_images_png.pkl has 1 images, val_labels.pkl 194"),
+            ([b"x"], "val_images_png.pkl has 1 images, but val_labels.pkl has 194"),
             ({}, "has no list of images"),
             ([np.zeros((2, 2), np.uint8), *[b""] * 193], None),
-            ([5] * 194, r"image 0\) is damaged \(ValueError: no PNG, but a int\)"),
+            ([5] * 194, r"image 0\) is damaged \(ValueError: not a PNG, but a int\)"),
         ],
     )
     def test_pickles_of_something_else(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metaheed.data.reading.pickle_stream import Stored, StoredArray
+from metaheed.data.reading.pickle_stream import StoredArray, StoredBytes
 from metaheed.data.reading.safe_pickle import load_arrays
 from metaheed.errors import DataError
 from tests.conftest import python2_pickle
@@ -54,12 +54,12 @@ def test_every_protocol(protocol: int, inline: int | None, tmp_path: Path) -> No
     found = load_arrays(path, "x", "there", inline)
     tricky = found.pop("tricky")
     if inline is not None:
-        assert isinstance(tricky, Stored), "what is long stays in the file"
+        assert isinstance(tricky, StoredBytes), "what is long stays in the file"
         with path.open("rb") as file:
             tricky = b"".join(tricky.blocks(file))
     assert tricky == VALUE["tricky"]
     if inline is not None:
-        assert isinstance(found["big"].data, Stored)
+        assert isinstance(found["big"].data, StoredBytes)
     assert np.array_equal(np.concatenate(list(found["big"].chunks(4, 7))), BIG[4:]), "part by part, from any entry"
     for key, value in plain(found).items():
         expected = VALUE[key]
@@ -106,15 +106,15 @@ assert len(arrays) == 4000 and (arrays[3999].read() == 3999 % 256).all()
         (b"h\x05.", "KeyError"),
         (b"N0000.", "IndexError"),
         (b"]]}u.", "a mark is missing"),
-        (b"N(K\x01e.", "appends to what is no list"),
+        (b"N(K\x01e.", "appends to something that is not a list"),
         (b"S'abc\n.", "a string without quotes"),
         (b"\x8b\xff\xff\x00\x00" + b"\1" * 65535 + b".", "a whole number of 65535 bytes"),
-        (b"(lN(lR.", "a call of what is no function"),
+        (b"(lN(lR.", "a call of something that is not a function"),
         (b"\x8f.", "is not read: its pickle asks for a set"),
         (b"cnumpy\nndarray\n)R.", "a call of numpy.ndarray"),
         (b"]N\x86b.", "damaged|the state of an object"),
         (b"ios\nsystem\n.", r"os\.system"),
-        (b"cnumpy.core.multiarray\nscalar\n(NNtR.", "a numpy number that is none"),
+        (b"cnumpy.core.multiarray\nscalar\n(NNtR.", "a numpy number of another kind"),
         (SCALAR % b"u4", "ValueError: a uint32 in 2 bytes"),
         (SCALAR % b"O8", "an array of Python objects"),
         (b"\x82\x01.", "an extension code"),

@@ -244,7 +244,7 @@ class TestInterruptions:
         prepare(find_source("folder", Request(root)), tmp_path / "out")
         file = root / "train" / "train00" / "000.png"
         os.utime(file, (1, 1))
-        with pytest.raises(DataError, match="was made from something else"):
+        with pytest.raises(DataError, match="was made from other files or settings"):
             prepare(find_source("folder", Request(root)), tmp_path / "out")
         root = mini_lists(tmp_path / "mini", 1)
         before = find_source("miniimagenet", Request(root)).stamp
@@ -469,7 +469,7 @@ class TestVerify:
         text = (path / "manifest.json").read_text()
         text = text.replace('"train00"', '"Caf\\u00e9"').replace('"test00"', '"Cafe\\u0301"')
         (path / "manifest.json").write_text(text)
-        with pytest.raises(DataError, match="the class 'Café' is there twice"):
+        with pytest.raises(DataError, match="it has the class 'Café' twice"):
             open_store(path)
 
     def test_grey_sets_are_not_standardised(self, tmp_path: Path, metaheed: Run) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from metaheed.data import SPLITS, find_shape, load_dataset, survey
-from metaheed.data.locate import folders
+from metaheed.data.locate import candidate_folders
 from metaheed.data.reading.labels import read_labels
 from metaheed.data.reading.safe_pickle import load_arrays
 from metaheed.errors import DataError
@@ -43,7 +43,7 @@ def test_a_root_may_be_a_string(tmp_path: Path) -> None:
 def test_subfolders_however_they_are_spelt(sub: str, lists: Path, tmp_path: Path) -> None:
     (tmp_path / sub).symlink_to(lists)
     assert str(tmp_path / sub) in load_dataset("miniimagenet", tmp_path).origin
-    assert folders(tmp_path, "miniimagenet", ["mini/imagenet", "nothing"], "", "") == [tmp_path]
+    assert candidate_folders(tmp_path, "miniimagenet", ["mini/imagenet", "nothing"], "", "") == [tmp_path]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_messages_that_help(lists: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nothing of it is recognised in .*train_phase_train.* nor folders n01532829"):
         load_dataset("miniimagenet", tmp_path)
     relisted(lists, tmp_path, lambda text: text.rstrip().replace("\n", "\n/home/me/").encode(), str)
-    with pytest.raises(DataError, match=r"would leave the folder .*: write the names of the files alone"):
+    with pytest.raises(DataError, match=r"would leave the folder .*: write the names of the files without a path"):
         load_dataset("miniimagenet", tmp_path)
     (tmp_path / "o" / "omniglot" / "images_background").mkdir(parents=True)
     with pytest.raises(DataError, match=r"omniglot: [^ ]*/omniglot/images_evaluation not found; published"):
@@ -97,7 +97,7 @@ def test_a_word_for_a_class_in_two_splits_is_refused(tmp_path: Path) -> None:
         numbers = {f"{'dog' if split != 'val' else 'cat'} {k}": k for k in range(count)}
         values = {"data": np.zeros((count, 84, 84, 3), np.uint8), "labels": [*range(count)], "catname2label": numbers}
         (tmp_path / f"miniImageNet_category_split_{phase}.pickle").write_bytes(pickle.dumps(values))
-    with pytest.raises(DataError, match=r"says that 'dog 0' is in train and in test"):
+    with pytest.raises(DataError, match=r"say that 'dog 0' is in train and in test"):
         load_dataset("miniimagenet", tmp_path)
 
 
@@ -124,10 +124,12 @@ class TestFolder:
     def test_classes_that_lie_deeper(self, names: tuple[str, ...], tmp_path: Path, metaheed: Run) -> None:
         for name in names:
             pictures(tmp_path / name, 8 if name == names[0] else 7, 2)
-        with pytest.raises(DataError, match=rf"too few for three splits.*say, .*/{names[0]}\), or call the folders"):
+        with pytest.raises(
+            DataError, match=rf"too few for three splits.*/{names[0]}, say\), or rename the upper folders"
+        ):
             load_dataset("folder", tmp_path, 8)
         status, _, err = metaheed("data", "split", tmp_path)
-        assert (status, "name the folder that holds them" in err) == (1, True)
+        assert (status, "give the folder that contains them" in err) == (1, True)
 
     def test_lists_of_windows_and_empty_ones(self, tmp_path: Path) -> None:
         pictures(tmp_path, 8, 2)
@@ -157,7 +159,7 @@ _TEXT = b"X\x00\x00\x10\x00" + b"a" * 0x100000 + b"p0\n0("
 )
 def test_small_pickles_that_would_take_for_ever_or_all_memory(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "x.pkl").write_bytes(content)
-    with pytest.raises(DataError, match=r"x is damaged .*(in a key|more of its values than are in it)"):
+    with pytest.raises(DataError, match=r"x is damaged .*(in a key|it copies more values than it has)"):
         load_arrays(tmp_path / "x.pkl", "x", "there")
 
 

@@ -11,7 +11,7 @@ from metaheed.config.rules import RULES, RuleConfig
 from metaheed.config.run import RunConfig
 from metaheed.config.training import OuterConfig, TrainingConfig
 from metaheed.errors import ConfigError, shown, unknown
-from metaheed.files.trust import Named
+from metaheed.files.trust import NamedByFile
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
             value = to_dict(value)
-        if isinstance(value, Path | Named):
+        if isinstance(value, Path | NamedByFile):
             value = str(value)
         result[f.name] = list(value) if isinstance(value, tuple) else value
     return result
@@ -42,7 +42,7 @@ def from_dict(values: Any) -> RunConfig:
     learner = dict(_mapping(groups.pop("learner", None), "learner"))
     rule = dict(_mapping(groups.pop("rule", None), "rule"))
     if isinstance(learner.get("backbone"), str) and ":" in learner["backbone"]:
-        learner["backbone"] = Named(learner["backbone"])
+        learner["backbone"] = NamedByFile(learner["backbone"])
     kinds: dict[str, type[Any]] = {"episodes": EpisodeConfig, "outer": OuterConfig, "training": TrainingConfig}
     for name in groups:
         if name not in kinds:

@@ -1,4 +1,4 @@
-"""Images of one data set in the shape of another's, so that a network meets what it was built for."""
+"""Convert the images of one data set to the shape that a network was built for."""
 
 import numpy as np
 import torch
@@ -9,20 +9,20 @@ from metaheed.errors import DataError
 
 
 def convert(images: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, str | None]:
-    """Images in another shape.
+    """Convert images to another shape.
 
-    RGB becomes grey by its luminance (ITU-R 601), grey RGB by repeating; then the size is changed by Lanczos, whatever
-    that does to the ratio of the sides.
+    RGB becomes grey by its luminance (ITU-R 601); grey becomes RGB by repeating the channel. The images are then
+    resized with a Lanczos filter, without keeping the aspect ratio.
 
     Args:
         images: (n, C, H, W) uint8.
-        shape: (C', H', W') wanted.
+        shape: the wanted (C', H', W').
 
     Returns:
-        (n, C', H', W') uint8, and what was done, in words; none: nothing.
+        (n, C', H', W') uint8, and a description of what was done; the description is None if nothing was done.
 
     Raises:
-        DataError: there is no customary way from C to C' channels.
+        DataError: there is no customary conversion from C to C' channels.
     """
     n, channels, height, width = images.shape
     wanted, *sides = shape
@@ -43,5 +43,5 @@ def convert(images: Tensor, shape: tuple[int, int, int]) -> tuple[Tensor, str | 
         if [height, width] != sides:
             picture = picture.resize((sides[1], sides[0]), Image.Resampling.LANCZOS)
         pixels = np.asarray(picture)
-        result[index] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # grey fills all channels alike
+        result[index] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)  # a grey image fills every channel
     return torch.from_numpy(result), ", ".join(done)

@@ -1,6 +1,6 @@
-"""Images in memory, or mapped into it: uint8 once, class after class, with what turns them into network input.
+"""The images of a data set, in memory or in a memory map, and how they become the input of a network.
 
-Legend: n images of C×H×W; a class is a run of consecutive rows.
+Legend: n images of C×H×W. They are uint8 and ordered by class, so that a class is a run of consecutive rows.
 """
 
 import hashlib
@@ -19,21 +19,21 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True)
 class Split:
-    """The classes of train, val or test."""
+    """One split (train, val or test): its classes and their images."""
 
     name: str
     classes: tuple[str, ...]
     """Class names, in the order of their rows."""
     counts: tuple[int, ...]
-    """Images of each class."""
+    """The number of images of each class."""
     images: Tensor
     """(n, C, H, W) uint8; may be a read-only memory map."""
     recorded_fingerprint: str | None = None
-    """The fingerprint where it is known, so that a large split need not be read for it."""
+    """The fingerprint, if it is known already, so that a large split need not be read to compute it."""
 
     @cached_property
     def starts(self) -> np.ndarray:
-        """First row of each class."""
+        """(classes,) int64: the first row of each class."""
         return np.concatenate([[0], np.cumsum(self.counts)[:-1]]).astype(np.int64)
 
     @cached_property
@@ -47,7 +47,7 @@ class Split:
 
 
 def fingerprint_head(classes: tuple[str, ...], counts: tuple[int, ...], shape: tuple[int, ...]) -> "hashlib._Hash":
-    """The digest of a split to which its pixels, row after row, are still to be added."""
+    """Begin the fingerprint of a split; the caller adds the pixels, row after row."""
     return hashlib.sha256(repr((classes, counts, shape)).encode())
 
 
@@ -58,13 +58,13 @@ class Dataset:
     name: str
     splits: dict[str, Split]
     mean: tuple[float, ...]
-    """Subtracted from each channel of pixels in [0, 1]."""
+    """The mean of each channel, subtracted from pixels in [0, 1]."""
     std: tuple[float, ...]
-    """Then divided by."""
+    """The standard deviation of each channel, by which the pixels are then divided."""
     origin: str = ""
-    """What it was read from, in words."""
+    """A description of what it was read from."""
     device: torch.device | None = None
-    """Where batches come out; none: where the images lie."""
+    """The device on which batches are made; where the images lie if None."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -73,23 +73,25 @@ class Dataset:
         return channels, height, width
 
     def split(self, name: str) -> Split:
-        """One of train, val, test.
+        """Return the split of that name: train, val or test.
 
         Raises:
-            ConfigError: no such split.
+            ConfigError: there is no such split.
         """
         if name not in self.splits:
             raise unknown("split", name, self.splits)
         return self.splits[name]
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """uint8 (..., C, H, W) to float32: /255, minus mean, over standard deviation, channel by channel."""
+        """Scale uint8 pixels (..., C, H, W) to float32: divide by 255, subtract the mean, divide by the deviation."""
         mean, std = (_per_channel(values, pixels.device) for values in (self.mean, self.std))
         return pixels.float().div_(255).sub_(mean).div_(std)
 
     def to(self, device: torch.device) -> "Dataset":
-        """The same data set with its batches on a device; its images lie there too, unless they would take more than
-        half of what is free there: they then stay where they are, and each batch is brought over.
+        """Return the same data set with its batches on a device.
+
+        The images are moved there as well, unless they would take more than half of the device's free memory. In that
+        case they stay where they are, and each batch is copied to the device.
         """
         if device.type == "cuda":
             needed = sum(s.images.nbytes for s in self.splits.values())
@@ -101,15 +103,15 @@ class Dataset:
 
 @lru_cache(maxsize=64)
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    # Kept: to make it on a device anew is a copy that the host waits for.
+    # Cached, because making it on a device is a copy for which the host waits.
     return torch.tensor(values, device=device).view(-1, 1, 1)
 
 
 def make_split(name: str, classes: Sequence[str], images: Sequence[np.ndarray]) -> Split:
-    """A split from one uint8 array (count, C, H, W) per class.
+    """Make a split from one uint8 array (count, C, H, W) for each class.
 
     Raises:
-        DataError: no classes, a class without images, or images of different shapes.
+        DataError: there are no classes, a class has no images, or images have different shapes.
     """
     if not classes:
         raise DataError(f"split {name!r} has no classes")
@@ -118,29 +120,30 @@ def make_split(name: str, classes: Sequence[str], images: Sequence[np.ndarray]) 
             raise DataError(f"class {label!r} of split {name!r} has no images")
         if array.shape[1:] != images[0].shape[1:]:
             raise DataError(
-                f"class {label!r} of split {name!r} has images of shape {array.shape[1:]}, others {images[0].shape[1:]}"
+                f"class {label!r} of split {name!r} has images of shape {array.shape[1:]}, but others have "
+                f"{images[0].shape[1:]}"
             )
     stacked = torch.from_numpy(np.ascontiguousarray(np.concatenate(images)))
     return Split(name, tuple(classes), tuple(len(array) for array in images), stacked)
 
 
 class Histogram:
-    """How often each channel has each of the 256 values, over any number of images."""
+    """Counts how often each of the 256 values occurs in each channel, over any number of images."""
 
     def __init__(self, channels: int) -> None:
         self._counts = np.zeros((channels, 256), np.int64)
 
     def add(self, images: np.ndarray) -> None:
-        """Uint8 images (k, C, H, W)."""
-        few = 128  # bincount makes int64 of them
+        """Count the pixels of uint8 images (k, C, H, W)."""
+        few = 128  # images at a time, because bincount converts them to int64
         for first in range(0, len(images), few):
             for channel, counts in enumerate(self._counts):
                 counts += np.bincount(images[first : first + few, channel].ravel(), minlength=256)
 
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel, as fractions of 255.
+        """Return the mean and standard deviation of each channel, of pixels scaled to [0, 1].
 
-        Taken from whole numbers, so exact to rounding and the same on every machine.
+        They are computed from integer counts, and so the same on every machine.
         """
         values = np.arange(256, dtype=np.float64) / 255
         means, stds = [], []

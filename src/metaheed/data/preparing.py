@@ -1,4 +1,4 @@
-"""Converting a data set into a store, and going through one again to verify it."""
+"""Convert a data set into a store, and verify a store."""
 
 import contextlib
 import json
@@ -20,15 +20,15 @@ from metaheed.data.sources import (
     SourceSplit,
     Watcher,
     describe_duplicates,
-    gigabytes,
-    refuse,
+    raise_unreadable,
+    readable_size,
 )
 from metaheed.data.store import (
-    _UNSCALED,
     FORMAT,
+    IDENTITY_SCALING,
     SUFFIX,
     Manifest,
-    broken,
+    damaged_store_error,
     is_store,
     read_manifest,
     store_name,
@@ -37,25 +37,22 @@ from metaheed.data.store import (
 from metaheed.errors import DataError, MetaheedError, MissingDataError
 from metaheed.files.opening import put_in_place, try_lock, write_synced
 
-_EVERY = 5.0  # seconds between records of the progress
-
-
-_AT_ONCE = 1 << 22  # bytes read at once when the finished files are gone through
-
-
-_SPARE = 1 << 26  # bytes of disk that stay free
+_EVERY = 5.0  # seconds after which the progress is recorded again
+_AT_ONCE = 1 << 22  # bytes read at once when a finished file is scanned
+_SPARE = 1 << 26  # bytes of disk that are left free
 
 
 def prepare(source: Source, folder: str | Path, watcher: Watcher | None = None) -> Path:
-    """Convert a source into a store in `folder`; goes on where an interrupted one stopped.
+    """Convert a source into a store in `folder`, or continue an interrupted conversion.
 
     Returns:
-        The store.
+        The folder of the store.
 
     Raises:
         DataError: the source is damaged (all unreadable images are named at once), the disk is too small, another
-            process is at it, or a store of something else is there. Nothing half-written is left behind then.
-            Or it cannot be written; then what is written is kept, and gone on with next time.
+            process is preparing the same store, or another store of that name exists; in these cases nothing unfinished
+            is left behind. Or the operating system could not write a file; the unfinished store is then kept, and the
+            next call continues it.
     """
     watcher = watcher or Quiet()
     settings = dict(source.settings)
@@ -72,16 +69,16 @@ def prepare(source: Source, folder: str | Path, watcher: Watcher | None = None) 
                 watcher.message(f"{path} is prepared already")
                 return path
             raise DataError(
-                f"{path} is there already, and was made from something else: delete it, or choose another --to"
+                f"{path} is there already, and was made from other files or settings: delete it, or choose another --to"
             )
         try:
             _fill(source, part, watcher)
             manifest = _finish(source, part, watcher)
         except MetaheedError:
-            # The source must change before it can be tried again, and then this is of no use.
+            # The source must be repaired first, and what has been converted of it is then out of date.
             shutil.rmtree(part, ignore_errors=True)
             raise
-        # In ASCII: the name of a folder, and so of a class, need not be text that UTF-8 has.
+        # JSON in ASCII, because the name of a folder, and so of a class, may hold characters that UTF-8 cannot encode.
         write_synced(part / "manifest.json", (json.dumps(manifest, indent=1) + "\n").encode())
         (part / "progress.json").unlink()
         put_in_place(part, path)
@@ -90,18 +87,20 @@ def prepare(source: Source, folder: str | Path, watcher: Watcher | None = None) 
 
 @contextlib.contextmanager
 def _system_errors_explained(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a DataError that says what to do."""
     try:
         yield
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         raise DataError(
             f"preparing {path} stopped ({error.strerror or error}{where}): make room or grant permission there, or "
-            "choose another --to; the same command goes on where it stood"
+            "choose another --to; the same command continues where it stopped"
         ) from error
 
 
 @contextlib.contextmanager
 def _locked(lock: Path, path: Path) -> Iterator[None]:
+    """Hold the lock file of a store; raise DataError if another process holds it."""
     while True:
         file: IO[str] = lock.open("a")
         if not try_lock(file):
@@ -110,17 +109,17 @@ def _locked(lock: Path, path: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):
             if os.fstat(file.fileno()).st_ino == lock.stat().st_ino:
                 break
-        file.close()  # its last holder deleted it just before we had it
+        file.close()  # the process that held the lock has just deleted the file: try again with a new one
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # some systems do not delete what is open
+        with contextlib.suppress(OSError):  # some systems do not delete an open file
             lock.unlink()
         file.close()
 
 
 def _fill(source: Source, part: Path, watcher: Watcher) -> None:
-    """Write all images of the source to their rows."""
+    """Write all images of the source to their rows in the unfinished store `part`."""
     part.mkdir(exist_ok=True)
     record = part / "progress.json"
     done, problems = _read_progress(record, source)
@@ -129,8 +128,8 @@ def _fill(source: Source, part: Path, watcher: Watcher) -> None:
     free = shutil.disk_usage(part).free
     if needed > free:
         raise DataError(
-            f"{part.parent} has {gigabytes(free)} free, but {source.name} needs {gigabytes(needed)}: make room, or "
-            "choose another --to"
+            f"{part.parent} has {readable_size(free)} free, but {source.name} needs {readable_size(needed)}: make "
+            "room, or choose another --to"
         )
     if not record.exists():
         for split in SPLITS:
@@ -143,7 +142,7 @@ def _fill(source: Source, part: Path, watcher: Watcher) -> None:
                 _fill_split(source, split, file, record, done, problems, watcher)
     finally:
         watcher.stop()
-    refuse(problems, source)
+    raise_unreadable(problems, source)
 
 
 def _fill_split(
@@ -155,6 +154,7 @@ def _fill_split(
     problems: list[str],
     watcher: Watcher,
 ) -> None:
+    """Write the images of one split that are not done yet, and record the progress from time to time."""
     split = source.splits[name]
     entry = int(np.prod(split.shape))
     np.lib.format.read_magic(file)
@@ -170,7 +170,7 @@ def _fill_split(
         put_in_place(record.with_suffix(".new"), record)
 
     for chunk in split.read(done[name]):
-        # Neighbouring rows in one go.
+        # Consecutive rows are written with one call.
         for run in np.split(np.arange(len(chunk.rows)), np.flatnonzero(np.diff(chunk.rows) != 1) + 1):
             if len(run):
                 file.seek(offset + int(chunk.rows[run[0]]) * entry)
@@ -182,7 +182,7 @@ def _fill_split(
             save()
             saved = time.monotonic()
     if done[name] != split.items:
-        raise DataError(f"{source.layout} has {done[name]} images for {name}, not {split.items}, as its labels say")
+        raise DataError(f"{source.layout} has {done[name]} images for {name}, but its labels say {split.items}")
     save()
 
 
@@ -200,19 +200,23 @@ def _create(path: Path, split: SourceSplit) -> None:
 
 
 def _read_progress(record: Path, source: Source) -> tuple[dict[str, int], list[str]]:
+    """Return the items done of each split, and the problems found, from the record of an interrupted conversion.
+
+    If the record is missing, damaged or of another source, what was written is deleted.
+    """
     try:
         values: Any = json.loads(record.read_text(encoding="utf-8"))
         if values["stamp"] == source.stamp:
             return {split: int(values["done"][split]) for split in SPLITS}, list(values["problems"])
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # none, or none that is whole: from the beginning
+        pass  # there is no record, or it is damaged: begin anew
     for file in record.parent.iterdir():
         file.unlink()
     return dict.fromkeys(SPLITS, 0), []
 
 
 def _finish(source: Source, part: Path, watcher: Watcher) -> dict[str, Any]:
-    """The manifest of the filled files, which are gone through once; images in two classes are reported."""
+    """Scan the filled files once and return the manifest; images that appear in two classes are reported."""
     total = sum(sum(split.counts) for split in source.splits.values())
     histogram = Histogram(source.splits["train"].shape[0])
     digests, splits, images = {}, {}, {}
@@ -233,7 +237,7 @@ def _finish(source: Source, part: Path, watcher: Watcher) -> dict[str, Any]:
         watcher.stop()
     for line in describe_duplicates(images, source.splits, digests, listed=0 if source.published else 20):
         watcher.message(f"{source.name}: {line}")
-    mean, std = histogram.statistics() if source.standardize else _UNSCALED
+    mean, std = histogram.statistics() if source.standardize else IDENTITY_SCALING
     return {
         "format": FORMAT,
         "name": source.name,
@@ -254,7 +258,20 @@ def scan(
     watcher: Watcher,
     histogram: Histogram | None = None,
 ) -> tuple[str, np.ndarray]:
-    """The fingerprint of a split and a digest of each of its images, from its file in one pass and little memory."""
+    """Read the file of a split once, in little memory.
+
+    Args:
+        path: the file images_SPLIT.npy.
+        classes, counts: the split's classes, and the number of images of each.
+        watcher: told of every image that has been read.
+        histogram: the images are added to it, if it is given.
+
+    Returns:
+        The fingerprint of the split, and a digest of each of its images, (n,) uint64.
+
+    Raises:
+        DataError: the file ends too early.
+    """
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
         shape, _, _ = np.lib.format.read_array_header_1_0(file)
@@ -266,7 +283,7 @@ def scan(
             count = min(at_once, shape[0] - first)
             data = file.read(count * entry)
             if len(data) != count * entry:
-                raise broken(path.parent, f"{path.name} ends too early")
+                raise damaged_store_error(path.parent, f"{path.name} ends too early")
             digest.update(data)
             images = np.frombuffer(data, np.uint8).reshape(count, *shape[1:])
             digests.add(images)
@@ -277,13 +294,13 @@ def scan(
 
 
 def verify(path: str | Path, watcher: Watcher | None = None) -> tuple[Manifest, list[str]]:
-    """Go through a whole store.
+    """Check all files of a store against its manifest.
 
     Returns:
-        What it says of itself, and a line on each image that is in two classes.
+        The manifest, and a line of text for each image that appears in two classes.
 
     Raises:
-        DataError: a count, a checksum, a mean or a standard deviation is not what the manifest says.
+        DataError: a count, a checksum, a mean or a standard deviation differs from the manifest's.
     """
     watcher, path = watcher or Quiet(), Path(path)
     manifest = read_manifest(path)
@@ -296,7 +313,9 @@ def verify(path: str | Path, watcher: Watcher | None = None) -> tuple[Manifest, 
             counted = histogram if split == "train" else None
             fingerprint, digests[split] = scan(path / f"images_{split}.npy", classes, counts, watcher, counted)
             if fingerprint != recorded:
-                raise broken(path, f"images_{split}.npy has the checksum {fingerprint}, the manifest says {recorded}")
+                raise damaged_store_error(
+                    path, f"images_{split}.npy has the checksum {fingerprint}, but the manifest says {recorded}"
+                )
     finally:
         watcher.stop()
     _check_statistics(manifest, histogram)
@@ -308,23 +327,26 @@ def verify(path: str | Path, watcher: Watcher | None = None) -> tuple[Manifest, 
 
 
 def _check_statistics(manifest: Manifest, histogram: Histogram) -> None:
-    """Whether a store's mean and standard deviation are those of its training images; grey sets have none."""
+    """Raise DataError unless the manifest's mean and standard deviation are those of the training images.
+
+    Data sets in UNSCALED are not standardised; their manifest must have mean 0 and standard deviation 1.
+    """
     for found, recorded, what in zip(
         histogram.statistics(), (manifest.mean, manifest.std), ("mean", "std"), strict=True
     ):
         if manifest.name in UNSCALED:
-            found = _UNSCALED[what == "std"]
+            found = IDENTITY_SCALING[what == "std"]
         if not np.allclose(found, recorded, rtol=1e-9, atol=1e-12):
-            raise broken(
-                manifest.path, f"the manifest's {what} is {recorded}, and that of its training images is {found}"
+            raise damaged_store_error(
+                manifest.path, f"the manifest's {what} is {recorded}, but that of its training images is {found}"
             )
 
 
 def stores_in(paths: Iterable[Path]) -> list[Path]:
-    """The stores among the paths and directly in them.
+    """Return the stores among the paths, and those that lie directly in one of them.
 
     Raises:
-        MissingDataError: a path neither is one nor holds any.
+        MissingDataError: a path is not a store, and contains none.
     """
     found = []
     for path in paths:
@@ -332,8 +354,8 @@ def stores_in(paths: Iterable[Path]) -> list[Path]:
         if not here:
             unfinished = " (an unfinished one is there: run its 'metaheed data prepare' again)"
             raise MissingDataError(
-                f"{path} is no store, and holds none{unfinished if [*path.glob(f'*{SUFFIX}.part')] else ''}: make one "
-                "with 'metaheed data prepare'"
+                f"{path} is not a store, and contains none{unfinished if [*path.glob(f'*{SUFFIX}.part')] else ''}: "
+                "make one with 'metaheed data prepare'"
             )
         found += here
     return found

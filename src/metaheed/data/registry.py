@@ -1,4 +1,4 @@
-"""The data sets by name: found, read or opened, and listed."""
+"""Data sets by name: find their files, load them, and list what is there."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from metaheed.config import EpisodeConfig
 from metaheed.data.images import Dataset
 from metaheed.data.sets import cifar, folder, glyphs, miniimagenet, omniglot, tieredimagenet
-from metaheed.data.sources import Request, Source, Watcher, check_memory, in_memory
+from metaheed.data.sources import Request, Source, Watcher, check_memory, read_into_memory
 from metaheed.data.store import SUFFIX, Manifest, find_store, open_store, read_manifest, store_name, stores_under
 from metaheed.errors import DataError, MissingDataError, unknown
 
@@ -20,7 +20,7 @@ DATASETS: dict[str, Callable[[Request], Source]] = {
     "tieredimagenet": tieredimagenet.find,
     "folder": folder.find,
 }
-"""Name -> what finds it, in whichever layout it lies."""
+"""The name of each data set -> the function that finds it, in any of its layouts."""
 
 
 def check_name(name: str) -> None:
@@ -30,15 +30,15 @@ def check_name(name: str) -> None:
 
 
 def find_source(name: str, request: Request) -> Source:
-    """The published files of a data set, recognised by what lies under the root or its customary subfolder.
+    """Find the files of a data set in the root or its customary subfolders, in any known layout.
 
     Raises:
         ConfigError: no data set has that name.
-        MissingDataError: its files are not there; says which, and where they are published.
-        DataError: they are damaged.
+        MissingDataError: files are missing; the message says which, and where they are published.
+        DataError: files are damaged.
     """
     check_name(name)
-    root = None if request.root is None else Path(request.root)  # strings, from Python
+    root = None if request.root is None else Path(request.root)  # a caller in Python may give a str
     return DATASETS[name](request._replace(root=root))
 
 
@@ -49,31 +49,33 @@ def load_dataset(
     split_seed: int | None = None,
     watcher: Watcher | None = None,
 ) -> Dataset:
-    """A data set by name: from its store under `root` if there is one, mapped into memory; else its files are read.
+    """Load a data set by name.
+
+    If there is a store of it under `root`, the store is mapped into memory. Otherwise the published files are read.
 
     Args:
         name: a key of DATASETS.
-        root: where to look; its customary subfolder is tried, too.
-        image_size, split_seed: of a folder of pictures; see EpisodeConfig.
+        root: the folder to look in; its customary subfolders are searched, too.
+        image_size, split_seed: settings of the data set "folder" (your own pictures); see EpisodeConfig.
         watcher: told of images that appear in two classes.
 
     Raises:
         ConfigError: no data set has that name.
-        DataError: its files are missing or damaged; says which, and where they are published.
+        DataError: files are missing or damaged; the message says which, and where they are published.
     """
     check_name(name)
     request = Request(None if root is None else Path(root), image_size, split_seed)
     path = _find_store(name, request)
-    return open_store(path, request) if path is not None else in_memory(find_source(name, request), watcher)
+    return open_store(path, request) if path is not None else read_into_memory(find_source(name, request), watcher)
 
 
 def find_shape(
     name: str, root: str | Path | None = None, image_size: int | None = None, split_seed: int | None = None
 ) -> tuple[int, int, int]:
-    """The image shape of what `load_dataset` would load, found by reading names and labels only: quickly.
+    """Return (C, H, W) of the images that `load_dataset` would load; quick, since only names and labels are read.
 
     Raises:
-        As `load_dataset`, but for images that are damaged.
+        ConfigError, DataError: as in `load_dataset`, but damaged images are not noticed.
     """
     check_name(name)
     request = Request(None if root is None else Path(root), image_size, split_seed)
@@ -91,11 +93,13 @@ def _find_store(name: str, request: Request) -> Path | None:
 
 
 def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
-    """Name, state and counts of every data set under a root: of its stores, else of its files; of a folder, whose
-    stores are of one image size each, of both.
+    """List what is there of every data set under a root: its name, its state in words, and its counts in words.
+
+    A data set is listed with its stores or, if it has none, with its files. The data set "folder" is listed with both,
+    since each of its stores has images of one size.
 
     Raises:
-        MissingDataError: nothing of the root's name is there.
+        MissingDataError: the root does not exist.
     """
     root = None if root is None else Path(root)
     if root is not None and not root.exists():
@@ -107,12 +111,16 @@ def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
         except DataError as error:
             yield path.name.removesuffix(SUFFIX), f"cannot be used: {error}", ""
             continue
-        if path == root or path.name == store_name(manifest.name, manifest.settings):  # else nothing looks for it
+        if path == root or path.name == store_name(manifest.name, manifest.settings):  # else it would never be found
             stores.append(manifest)
     for name in DATASETS:
         found = [manifest for manifest in stores if manifest.name == name]
         for manifest in found:
-            yield name, f"the store {manifest.path}", _counted([counts for _, counts, _ in manifest.splits.values()])
+            yield (
+                name,
+                f"the store {manifest.path}",
+                _describe_counts([counts for _, counts, _ in manifest.splits.values()]),
+            )
         if found and (name != "folder" or found[0].path == root):
             continue
         try:
@@ -123,8 +131,8 @@ def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
         except (DataError, OSError) as error:
             yield name, f"cannot be used: {error}", ""
         else:
-            yield name, source.layout, _counted([split.counts for split in source.splits.values()])
+            yield name, source.layout, _describe_counts([split.counts for split in source.splits.values()])
 
 
-def _counted(counts: Sequence[Sequence[int]]) -> str:
+def _describe_counts(counts: Sequence[Sequence[int]]) -> str:
     return f"{'/'.join(str(len(split)) for split in counts)} classes, {sum(map(sum, counts))} images"

@@ -1,6 +1,5 @@
-"""Pictures of a data set: an episode as attention and adaptation get it, or a sheet of classes."""
+"""Draw pictures of a data set: the images of an episode, or a sheet of its classes."""
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,23 +8,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 from metaheed.data.episodes import Episodes
 from metaheed.data.images import Dataset
-from metaheed.data.reading.names import check_out
+from metaheed.data.output import write_output
 from metaheed.data.sets.glyphs import font_file
-from metaheed.errors import ConfigError, DataError, shown
-from metaheed.files.opening import put_in_place, write_synced
+from metaheed.errors import ConfigError, shown
 
-_TILE = 64  # pixels of an image at least, whole multiples of its own
-_GAP, _LINE, _NAME = 4, 18, 190
-_TASKS = 2**63  # that can be drawn of one seed
-_MOST_PIXELS = 100_000_000  # of a sheet: 300 MB while it is drawn
+_TILE = 64  # smallest side of a drawn image in pixels; images are enlarged by whole factors
+_GAP, _LINE, _NAME = 4, 18, 190  # pixels between images, height of a line of text, width of the column of names
+_TASKS = 2**63  # tasks that can be drawn with one seed
+_MOST_PIXELS = 100_000_000  # pixels of a sheet, which takes 300 MB while it is drawn
 _PAPER, _INK, _FRAME = (255, 255, 255), (30, 30, 30), (204, 102, 119)
 
 
 def draw_episode(episodes: Episodes, index: int) -> tuple[Image.Image, list[str]]:
-    """Task `index`: a row a class, its support images framed and before its queries; and the classes' names.
+    """Draw task `index`, one row for each class: first its support images, framed, and then its queries.
+
+    Returns:
+        The picture, and the names of the classes.
 
     Raises:
-        ConfigError: no task has that index, or the sheet would be too large.
+        ConfigError: no task has that index, or the picture would be too large.
     """
     if not 0 <= index < _TASKS:
         raise ConfigError(f"--index is {shown(index)}, but it must be at least 0 and below 2**63")
@@ -41,7 +42,20 @@ def draw_episode(episodes: Episodes, index: int) -> tuple[Image.Image, list[str]
 
 
 def draw_classes(dataset: Dataset, split: str, classes: int, images: int) -> tuple[Image.Image, list[str]]:
-    """The first images of so many classes, evenly over the split, a row a class; and the classes' names."""
+    """Draw the first images of some classes, which are spread evenly over the split, one row for each class.
+
+    Args:
+        dataset: the data set.
+        split: train, val or test.
+        classes: the number of classes.
+        images: the number of images of each class.
+
+    Returns:
+        The picture, and the names of the classes.
+
+    Raises:
+        ConfigError: a number is below 1, there is no such split, or the picture would be too large.
+    """
     if classes < 1 or images < 1:
         raise ConfigError(
             f"--classes is {shown(classes)} with {shown(images)} images each, but both must be at least 1"
@@ -58,26 +72,21 @@ def write_png(image: Image.Image, path: str | Path) -> None:
     """Write a picture, whole or not at all.
 
     Raises:
-        ConfigError: the path is no name of a file, or something else is there.
+        ConfigError: the path does not name a file, or something other than a file is there.
         DataError: it cannot be written.
     """
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    path = Path(path)
-    check_out(path)
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_synced(part, buffer.getvalue())
-        try:
-            put_in_place(part, path)
-        finally:
-            part.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(f"cannot write {path} ({error.strerror}): choose another --out") from error
+    write_output(Path(path), lambda file: image.save(file, "PNG"))
 
 
 def _sheet(title: str, names: Sequence[str], rows: Sequence[np.ndarray], framed: int) -> Image.Image:
+    """Draw a sheet.
+
+    Args:
+        title: the line above.
+        names: the name of each row.
+        rows: the images of each row, (k, C, H, W) uint8.
+        framed: how many images of each row get a frame.
+    """
     height, width = rows[0].shape[2:]
     scale = max(1, -(-_TILE // height))
     step_x, step_y = width * scale + _GAP, max(height * scale + _GAP, _LINE)
@@ -87,7 +96,8 @@ def _sheet(title: str, names: Sequence[str], rows: Sequence[np.ndarray], framed:
     if size[0] * size[1] > _MOST_PIXELS:
         raise ConfigError(
             f"a sheet of {len(rows)} classes with up to {max(map(len, rows))} images each would have "
-            f"{size[0]}×{size[1]} pixels, more than can be looked at: fewer --ways, --shots, --queries or --classes"
+            f"{size[0]}×{size[1]} pixels, more than can be looked at: choose fewer --ways, --shots, --queries or "
+            "--classes"
         )
     page = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(page)

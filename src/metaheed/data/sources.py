@@ -1,11 +1,11 @@
-"""What a data set is before it is in memory or in a store: classes, counts, and a stream of images.
+"""A data set as found on the disk: its classes, its counts, and a stream of its images.
 
-Every layout of every data set is found as a `Source`: quickly, reading names and labels but no image. Its images then
-come in the order in which the files hold them, each with the rows it goes to, so that a set of any size passes through
-little memory, and can be gone on with from any item.
+Whatever its layout, a data set is first found as a `Source`. Finding it is quick, because names and labels are read but
+no images. The images are then read in the order in which the files hold them, and each comes with the rows that it goes
+to. A data set of any size can thus be read in little memory, and reading can continue from any item.
 
-Legend: n rows of C×H×W, class after class; an item is what a source counts its images by (one item may fill several
-rows: an Omniglot drawing fills four, one a rotation).
+Legend: n rows of C×H×W, ordered by class. An item is one image in the files; it may fill several rows (an Omniglot
+drawing fills four, one for each rotation).
 """
 
 import hashlib
@@ -23,55 +23,55 @@ from metaheed.data.reading.decode import Decoded, Decoder, Encoded, decode_all
 from metaheed.errors import DataError
 
 MOST_IN_MEMORY = 4 << 30
-"""Bytes of images beyond which a data set is used through a store only."""
+"""The largest size of a data set's images, in bytes, that is read into memory; larger ones need a store."""
 
 UNSCALED = frozenset(["glyphs", "omniglot", "omniglot-vinyals"])
-"""Data sets of ink on paper, whose pixels stay in [0, 1]; those of all others are standardised."""
+"""Data sets of ink on paper, whose pixels stay in [0, 1]. The pixels of all other data sets are standardised."""
 
 Chunk = Decoded
 
 
 @dataclass(frozen=True)
 class SourceSplit:
-    """The classes of train, val or test, and how to come by their images."""
+    """One split (train, val or test) of a source: its classes, and how to read their images."""
 
     classes: tuple[str, ...]
     """Class names, in the order of their rows."""
     counts: tuple[int, ...]
-    """Images of each class."""
+    """The number of images of each class."""
     shape: tuple[int, int, int]
-    """(C, H, W)."""
+    """(C, H, W) of each image."""
     items: int
-    """Of the source, for this split."""
+    """The number of items in the files for this split."""
     read: Callable[[int], Iterator[Chunk]]
-    """The images from an item on; every row is given once."""
+    """Reads the images from a given item on. Reading from item 0 gives every row once."""
     name_of: Callable[[int], str] | None = None
-    """The file of a row, for messages."""
+    """Returns the name of the file that a row comes from, for messages."""
 
     @property
     def bytes(self) -> int:
-        """Of all its images."""
+        """The size of all images in bytes."""
         return sum(self.counts) * int(np.prod(self.shape))
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as found."""
+    """A data set as found on the disk."""
 
     name: str
     layout: str
-    """What was recognised, in words."""
+    """A description of the layout that was recognised, and where."""
     splits: Mapping[str, SourceSplit]
     stamp: str
-    """Another one if a file of it, or a setting, has changed."""
+    """A digest that differs if one of the files or settings has changed."""
     standardize: bool = True
-    """Whether pixels are standardised by the train split's statistics; else they stay in [0, 1]."""
+    """Whether pixels are standardised with the mean and deviation of the train split; otherwise they stay in [0, 1]."""
     published: str | None = None
-    """Where its files are published; none: they are the user's own."""
+    """Where its files are published; None if they are the user's own."""
     settings: Mapping[str, int] = field(default_factory=dict)
-    """The settings of the request that shaped it."""
+    """The settings of the request on which the images or the split depend."""
     notices: tuple[str, ...] = ()
-    """What its user should know of it, a line each."""
+    """Lines of text that the user should see."""
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -81,33 +81,33 @@ class Source:
 
 
 class Request(NamedTuple):
-    """Where to look, and the settings that some data sets take."""
+    """Where to look for a data set, and the settings that some data sets take."""
 
     root: Path | None = None
     image_size: int | None = None
-    """Pixels a side; none: the data set's own."""
+    """The side of the images in pixels; the data set's own if None."""
     split_seed: int | None = None
-    """Of a folder's split; none: 0."""
+    """The seed that divides a folder of classes into splits; the config's default if None."""
 
 
 class Watcher(Protocol):
-    """Who is told how long work on images goes."""
+    """Is told about the progress of long work on images."""
 
     def start(self, what: str, items: int, done: int) -> None:
-        """So many items are to be worked on; so many were before."""
+        """The work `what` begins: it has `items` items in all, of which `done` are done already."""
 
     def advance(self, items: int) -> None:
-        """So many more are done."""
+        """`items` more items are done."""
 
     def message(self, text: str) -> None:
-        """Something worth a line."""
+        """Show a line of text to the user."""
 
     def stop(self) -> None:
-        """No more will be told of this work."""
+        """The work has ended."""
 
 
 class Quiet:
-    """A watcher that passes on messages only, to standard error."""
+    """A watcher that prints messages to standard error and shows no progress."""
 
     def start(self, what: str, items: int, done: int) -> None:  # noqa: D102
         pass
@@ -123,20 +123,20 @@ class Quiet:
 
 
 def check_memory(source: Source) -> None:
-    """Raise DataError if a source is larger than MOST_IN_MEMORY."""
+    """Raise DataError if the images of a source have more than MOST_IN_MEMORY bytes."""
     total = sum(split.bytes for split in source.splits.values())
     if total > MOST_IN_MEMORY:
         raise DataError(
-            f"{source.name}: {source.layout} would take {gigabytes(total)} of memory: convert it once with "
-            f"'metaheed data prepare {source.name} --from FOLDER', and train from what that writes"
+            f"{source.name}: {source.layout} would take {readable_size(total)} of memory: convert it once with "
+            f"'metaheed data prepare {source.name} --from FOLDER', and train from the store that this writes"
         )
 
 
-def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
+def read_into_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
     """Read a whole source into memory.
 
     Raises:
-        DataError: a file is damaged, or the whole is larger than MOST_IN_MEMORY.
+        DataError: a file is damaged, or the images have more than MOST_IN_MEMORY bytes.
     """
     check_memory(source)
     watcher = watcher or Quiet()
@@ -150,8 +150,8 @@ def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
             images[chunk.rows] = chunk.images
             problems += chunk.problems
         splits[name] = Split(name, split.classes, split.counts, torch.from_numpy(images))
-    refuse(problems, source)
-    # A published set is taken as it is published; of one's own one wants to know.
+    raise_unreadable(problems, source)
+    # Warn about duplicates only in the user's own data; published data sets are used as they were published.
     if source.published is None and any(split.name_of for split in source.splits.values()):
         for line in describe_duplicates({name: s.images.numpy() for name, s in splits.items()}, source.splits):
             watcher.message(f"{source.name}: {line}")
@@ -164,8 +164,8 @@ def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
     return Dataset(source.name, splits, mean, std, source.layout)
 
 
-def refuse(problems: Sequence[str], source: Source) -> None:
-    """Raise DataError if there are any, naming all of them at once (a hundred at most)."""
+def raise_unreadable(problems: Sequence[str], source: Source) -> None:
+    """Raise DataError if there are problems (unreadable images); the message names up to a hundred of them."""
     if not problems:
         return
     listed = "".join(f"\n  {p}" for p in problems[:100])
@@ -176,13 +176,13 @@ def refuse(problems: Sequence[str], source: Source) -> None:
     )
 
 
-def gigabytes(count: int) -> str:
-    """Bytes for people."""
+def readable_size(count: int) -> str:
+    """A number of bytes as text, in megabytes or gigabytes."""
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def stamp(*parts: object) -> str:
-    """A digest of whatever decides a source; a path stands for its size and time."""
+    """A digest of all that a source depends on; a path counts with the size and modification time of its file."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, Path):
@@ -197,9 +197,14 @@ def stamp(*parts: object) -> str:
 
 
 def class_rows(labels: np.ndarray, classes: int) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Labels (n,) below `classes`, negative ones being left out, to rows (−1 where left out) and counts per class.
+    """Assign rows to images, so that they are ordered by class; images of one class keep their order.
 
-    Images of a class keep their order.
+    Args:
+        labels: (n,), below `classes`; images with negative labels are left out.
+        classes: the number of classes.
+
+    Returns:
+        The row of each image, (n,) int64, −1 for those left out; and the number of images of each class.
     """
     rows = np.full(len(labels), -1, np.int64)
     chosen = np.flatnonzero(labels >= 0)
@@ -208,7 +213,12 @@ def class_rows(labels: np.ndarray, classes: int) -> tuple[np.ndarray, tuple[int,
 
 
 def array_stream(rows: np.ndarray, chunks: Callable[[int], Iterable[np.ndarray]]) -> Callable[[int], Iterator[Chunk]]:
-    """The stream of images that lie as arrays: chunk after chunk of (k, C, H, W) uint8, item i going to rows[i] ≥ 0."""
+    """Make the `read` of a SourceSplit whose images are stored as arrays.
+
+    Args:
+        rows: (items,): the row of each item; items with negative rows are left out.
+        chunks: gives the images from an item on, in chunks of (k, C, H, W) uint8.
+    """
 
     def read(start: int) -> Iterator[Chunk]:
         at = start
@@ -224,7 +234,13 @@ def array_stream(rows: np.ndarray, chunks: Callable[[int], Iterable[np.ndarray]]
 def encoded_stream(
     encoded: Callable[[int], Iterator[Encoded]], decode: Decoder, shape: tuple[int, int, int]
 ) -> Callable[[int], Iterator[Chunk]]:
-    """The stream of images that lie encoded."""
+    """Make the `read` of a SourceSplit whose images are encoded files.
+
+    Args:
+        encoded: gives the encoded images from an item on.
+        decode: decodes one of them.
+        shape: (C, H, W) of a decoded image.
+    """
     return lambda start: decode_all(encoded(start), decode, shape)
 
 
@@ -232,14 +248,14 @@ def encoded_stream(
 
 
 class Digests:
-    """64 bits of each image's pixels, to find images that are the same."""
+    """A 64-bit digest of each image's pixels, to find images that are the same."""
 
     def __init__(self, count: int) -> None:
         self.values = np.empty(count, np.uint64)
         self._filled = 0
 
     def add(self, images: np.ndarray) -> None:
-        """The next (k, C, H, W)."""
+        """Add the digests of the next images, (k, C, H, W)."""
         for image in images:
             digest = hashlib.blake2b(image.tobytes(), digest_size=8).digest()
             self.values[self._filled] = int.from_bytes(digest, "little")
@@ -257,12 +273,12 @@ class Duplicate(NamedTuple):
 def find_duplicates(
     images: Mapping[str, np.ndarray], counts: Mapping[str, Sequence[int]], digests: Mapping[str, np.ndarray]
 ) -> list[Duplicate]:
-    """Images that appear in two classes: for each, its first row and the next row in another class.
+    """Find images that appear in two classes: for each, its first row and the next row in another class.
 
     Args:
         images: split -> (n, C, H, W) uint8; may be a memory map, of which little is read.
-        counts: split -> images of each class.
-        digests: split -> of each image.
+        counts: split -> the number of images of each class.
+        digests: split -> the digest of each image, (n,) uint64.
     """
     names = [split for split in SPLITS if split in images]
     where = np.concatenate([np.full(len(digests[s]), k) for k, s in enumerate(names)])
@@ -275,7 +291,7 @@ def find_duplicates(
     for first, behind in zip([0, *edges], [*edges, len(order)], strict=True):
         if behind - first < 2:
             continue
-        # The digest is short: equal pixels decide. Different ones are hardly ever in a group.
+        # The digest is short, so the pixels are compared. Different images hardly ever have the same digest.
         different: list[tuple[int, bool]] = []
         for at in order[first:behind].tolist():
             picture = images[names[where[at]]][row[at]]
@@ -296,7 +312,17 @@ def describe_duplicates(
     digests: Mapping[str, np.ndarray] | None = None,
     listed: int = 20,
 ) -> list[str]:
-    """A line on each image that appears in two classes, and one on how many there are; nothing if there is none."""
+    """Describe the images that appear in two classes: a line with their number, and a line for each of them.
+
+    Args:
+        images: split -> (n, C, H, W) uint8.
+        splits: the splits, for the names in the lines.
+        digests: split -> the digest of each image; computed if None.
+        listed: how many images are named.
+
+    Returns:
+        The lines; none if no image appears in two classes.
+    """
     if digests is None:
         made = {name: Digests(len(array)) for name, array in images.items()}
         for name, array in images.items():

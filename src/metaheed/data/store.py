@@ -1,11 +1,11 @@
-"""A data set converted once into a folder that is mapped into memory, so that training starts at once at any size.
+"""Stores: a data set converted once into a folder that is mapped into memory, so that training starts without delay.
 
     NAME.metaheed/manifest.json       classes, counts, checksums, split, statistics, and what it was made from
-    NAME.metaheed/images_train.npy    (n, C, H, W) uint8, class after class; images_val.npy, images_test.npy likewise
+    NAME.metaheed/images_train.npy    (n, C, H, W) uint8, ordered by class; images_val.npy and images_test.npy likewise
 
-While it is made the folder is NAME.metaheed.part, with progress.json in place of the manifest: how many items of the
-source are safely written. It gets its name at the very end, so that a store is whole or not there; made again after any
-interruption, it is gone on with and ends in the same bytes.
+While a store is being made, its folder is called NAME.metaheed.part. Instead of the manifest it has progress.json,
+which records how many items of the source are safely written. The folder is renamed at the very end, so a store is
+either whole or not there. A conversion that was interrupted is continued, and gives the same bytes.
 """
 
 import json
@@ -21,23 +21,14 @@ import torch
 from metaheed.data.images import SPLITS, Dataset, Split
 from metaheed.data.reading.names import composed
 from metaheed.data.reading.trees import Unreadable, read_file
-from metaheed.data.sources import (
-    Request,
-)
+from metaheed.data.sources import Request
 from metaheed.errors import DataError, brief, shown
 
 SUFFIX = ".metaheed"
-
-
 FORMAT = 1
-
-
-_LARGEST_MANIFEST = 1 << 28  # bytes; the names of a million classes
-
-
-_UNSCALED = ((0.0,), (1.0,))  # mean and standard deviation of a grey set whose pixels stay in [0, 1]
-
-
+IDENTITY_SCALING = ((0.0,), (1.0,))
+"""Mean and standard deviation of a grey data set whose pixels stay in [0, 1]."""
+_LARGEST_MANIFEST = 1 << 28  # bytes, enough for the names of a million classes
 _FIELDS: dict[str, type] = {
     **{"format": int, "name": str, "layout": str, "stamp": str, "image_shape": list, "mean": list, "std": list},
     **{"splits": dict, "settings": dict},
@@ -45,20 +36,20 @@ _FIELDS: dict[str, type] = {
 
 
 def store_name(name: str, settings: dict[str, int]) -> str:
-    """The folder of a store: one for each data set, and size of a folder's images."""
+    """The name of a store's folder; it includes the image size if the user chose that (for pictures of their own)."""
     size = settings.get("image_size")
     return f"{name}-{size}px{SUFFIX}" if size else f"{name}{SUFFIX}"
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether a finished store lies there."""
+    """Whether the path is a finished store."""
     path = Path(path)
     return (path / "manifest.json").is_file() and not path.name.endswith(".part")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a store says of itself."""
+    """The description that a store holds of itself, in manifest.json."""
 
     path: Path
     name: str
@@ -68,38 +59,40 @@ class Manifest:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     splits: dict[str, tuple[tuple[str, ...], tuple[int, ...], str]]
-    """Classes, counts and fingerprint of each split."""
+    """Split -> its classes, the number of images of each class, and its fingerprint."""
     settings: dict[str, int]
 
     def images(self, split: str) -> np.ndarray:
-        """The images of a split as a read-only memory map, (n, C, H, W) uint8.
+        """Return the images of a split as a read-only memory map, (n, C, H, W) uint8.
 
         Raises:
-            DataError: the file is missing, or is not what the manifest says.
+            DataError: the file is missing, or has another shape or dtype than the manifest says.
         """
         file = self.path / f"images_{split}.npy"
         expected = (sum(self.splits[split][1]), *self.shape)
         try:
             images: np.ndarray = np.load(file, mmap_mode="r", allow_pickle=False)
-        except Exception as error:  # numpy raises many kinds on a damaged header; all mean the same here
-            raise broken(self.path, f"{file.name} cannot be read: {error}") from error
+        except Exception as error:  # numpy raises many kinds of errors for a damaged header
+            raise damaged_store_error(self.path, f"{file.name} cannot be read: {error}") from error
         if images.shape != expected or images.dtype != np.uint8:
-            raise broken(self.path, f"{file.name} holds {images.shape} of {images.dtype}, the manifest says {expected}")
+            raise damaged_store_error(
+                self.path, f"{file.name} holds {images.shape} of {images.dtype}, but the manifest says {expected}"
+            )
         return images
 
 
-def broken(path: Path, what: str) -> DataError:
-    """The error that a store is damaged."""
+def damaged_store_error(path: Path, what: str) -> DataError:
+    """Make the error for a damaged store; `what` says what is wrong with it."""
     return DataError(
         f"the store {path} is damaged ({what}): delete it and prepare it anew with 'metaheed data prepare'"
     )
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a store.
+    """Read the manifest of a store.
 
     Raises:
-        DataError: it is damaged, or of another version of this program.
+        DataError: it is damaged, or was written by another version of metaheed.
     """
     path = Path(path)
     try:
@@ -122,11 +115,11 @@ def read_manifest(path: str | Path) -> Manifest:
         names = [composed(name) for classes, _, _ in splits.values() for name in classes]
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
-            raise ValueError(f"the class {shown(twice[0])} is there twice")
+            raise ValueError(f"it has the class {shown(twice[0])} twice")
         if any(type(number) is not int for number in values["settings"].values()):
             raise ValueError(f"its settings are {shown(values['settings'])}")
     except (ValueError, RecursionError) as error:
-        raise broken(path, f"manifest.json cannot be read: {brief(str(error), 200)}") from error
+        raise damaged_store_error(path, f"manifest.json cannot be read: {brief(str(error), 200)}") from error
     return Manifest(
         path,
         values["name"],
@@ -141,18 +134,19 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def _statistics(values: dict[str, Any], name: str, channels: int) -> tuple[float, ...]:
-    """The mean or standard deviation of each channel: of pixels in [0, 1], so that it lies there, too."""
+    """The mean or standard deviation of each channel. Since pixels lie in [0, 1], so must these numbers."""
     numbers = values[name]
     if len(numbers) != channels:
         raise ValueError(f"its {name} has {len(numbers)} numbers, but its images {channels} channels")
-    lowest = 0.0 if name == "mean" else 1e-9  # of pixels that differ, many times more
+    lowest = 0.0 if name == "mean" else 1e-9  # the deviation of pixels that are not all equal is far larger
     if not all(type(n) in (int, float) and lowest <= n <= 1 for n in numbers):
         bounds = "from 0 to 1" if name == "mean" else "above 0 and at most 1"
-        raise ValueError(f"its {name} is {shown(numbers)}, and each number must be {bounds}")
+        raise ValueError(f"its {name} is {shown(numbers)}, but each number must be {bounds}")
     return tuple(map(float, numbers))
 
 
 def _split_record(record: Any, split: str) -> tuple[tuple[str, ...], tuple[int, ...], str]:
+    """Check what a manifest says of a split; return its classes, counts and fingerprint."""
     classes, counts, digest = (
         (record.get(k) for k in ("classes", "counts", "sha256")) if isinstance(record, dict) else [None] * 3
     )
@@ -168,15 +162,15 @@ def _split_record(record: Any, split: str) -> tuple[tuple[str, ...], tuple[int, 
 
 
 def find_store(name: str, request: Request, image_size: int | None) -> Path | None:
-    """The store of a data set under a root, if there is one: the root itself, or in it.
+    """Return the store of a data set if there is one: the root itself, or a folder in it.
 
     Args:
-        name: the data set's.
-        request: its root.
-        image_size: where the data set's images have no size of their own.
+        name: the name of the data set.
+        request: where to look.
+        image_size: the image size, for a data set whose images have no size of their own.
 
     Raises:
-        DataError: the root is a store of another data set, or size.
+        DataError: the root is a store of another data set, or of images of another size.
     """
     root = request.root
     if root is None or not root.is_dir():
@@ -194,10 +188,11 @@ def find_store(name: str, request: Request, image_size: int | None) -> Path | No
 
 
 def open_store(path: str | Path, request: Request = Request()) -> Dataset:  # noqa: B008  # immutable
-    """The data set of a store, its images mapped into memory: read when they are used, and never written.
+    """Open the data set of a store. Its images are mapped into memory: they are read when they are used.
 
     Raises:
-        DataError: the store is damaged (sizes; `verify` finds more), or was made by another split seed.
+        DataError: the store was made with another split seed, or is damaged. Only its manifest and the sizes of its
+            files are checked here; `verify` checks everything.
     """
     manifest = read_manifest(path)
     seed = manifest.settings.get("split_seed")
@@ -210,7 +205,7 @@ def open_store(path: str | Path, request: Request = Request()) -> Dataset:  # no
     splits = {}
     for split, (classes, counts, fingerprint) in manifest.splits.items():
         with warnings.catch_warnings():
-            # PyTorch warns that writing into a read-only map would crash; nothing here writes into images.
+            # PyTorch warns that writing into a read-only map would crash; metaheed never writes into images.
             warnings.simplefilter("ignore", UserWarning)
             images = torch.from_numpy(manifest.images(split))
         splits[split] = Split(split, tuple(map(composed, classes)), counts, images, fingerprint)
@@ -224,6 +219,7 @@ def open_store(path: str | Path, request: Request = Request()) -> Dataset:  # no
 
 
 def stores_under(path: str | Path) -> list[Path]:
-    """The path itself if it is a store, else the stores directly in it."""
+    """Return the path itself if it is a store, and otherwise the stores directly in it."""
+
     path = Path(path)
     return [path] if is_store(path) else sorted(p for p in path.glob(f"*{SUFFIX}") if is_store(p))

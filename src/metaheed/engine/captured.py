@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaheed.data.episodes import apart_from_forks
+from metaheed.data.episodes import run_between_forks
 from metaheed.engine.steps import (
     Interrupting,
     OneByOne,
@@ -279,7 +279,7 @@ class _Drawing:
 
     def ahead(self, spans: Mapping[str, range], t: int, count: int) -> None:
         """Begin to draw the rows of iterations t … t+count−1 on the thread."""
-        self._next = (t, count, self._pool.submit(apart_from_forks, self._draw, spans, t, count))
+        self._next = (t, count, self._pool.submit(run_between_forks, self._draw, spans, t, count))
 
     def take(self, spans: Mapping[str, range], t: int, count: int) -> dict[str, np.ndarray]:
         """The rows of each stream's batches for iterations t … t+count−1, from batch t+span.start on."""

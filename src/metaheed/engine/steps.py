@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metaheed.data.episodes import Ahead, Episodes
+from metaheed.data.episodes import Episodes, Prefetcher
 from metaheed.errors import NonFiniteError, NonFiniteTaskError
 from metaheed.rules.rule import Gradients, OuterState, Rule, StepRecord, Tools
 from metaheed.types import Episode, Params, TaskInfo
@@ -183,7 +183,7 @@ class OneByOne:
         self._rule, self._streams, self._interrupting = rule, streams, interrupting
         self.state = state
         self._t = 0
-        self._ahead = {stream: Ahead(episodes) for stream, episodes in streams.episodes.items()}
+        self._ahead = {stream: Prefetcher(episodes) for stream, episodes in streams.episodes.items()}
         self.asked: dict[str, set[int]] = {}
         """Stream -> the batches that the rule asked for, as offsets from t."""
         self._tools: Tools | None = watched_tools(tools, self._checked, self._batch)

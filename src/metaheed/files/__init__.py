@@ -1,1 +1,1 @@
-"""Files that a stranger may have written: opened, read, parsed, sealed, trusted and written in one place."""
+"""Open, read, parse, check and write files, some of which a stranger may have written."""

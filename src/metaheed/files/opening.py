@@ -1,7 +1,7 @@
-"""Files that are whole or not there, locks that end with their process, and folders that a stranger may have filled.
+"""Open files in folders that a stranger may have filled; put files in place whole; lock files.
 
-What is opened inside a run or study folder is opened here: written without following a link that lies in the folder,
-read only where it is a file, and of a length that one of ours can have.
+Every file inside a run or study folder is opened through this module. Writing never follows a link inside the folder.
+Reading refuses everything but regular files, and files that are larger than metaheed writes them.
 """
 
 import contextlib
@@ -12,24 +12,24 @@ from pathlib import Path
 from typing import IO, Any
 
 YAML_BYTES = 2**17
-"""The most that a config, a recipe or a study's settings may have; ours have about 2,000."""
+"""Upper bound on the size of a config, a recipe or a study's settings; those that metaheed writes have about 2,000."""
 JSON_BYTES = 2**26
-"""The most that a result or another JSON file of ours may have: the accuracies of some million tasks."""
+"""Upper bound on the size of a result or another JSON file: enough for the accuracies of a million tasks."""
 LINE_BYTES = 2**24
-"""The most that a line of a log may have: the weights and inputs of some hundred thousand tasks."""
+"""Upper bound on a line of a log: enough for the weights and attention inputs of a hundred thousand tasks."""
 _LONGEST = 200  # characters of a path in a message
-_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF)  # of systems without it
-_HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # what systems say of another's lock
+_NO_FOLDER_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM, errno.EBADF)  # a folder cannot be synced
+_HELD = (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK)  # another process holds the lock
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Write a file and bring it to the disk; where that fails nothing is left behind.
+    """Write a file and flush it to the disk. If that fails, nothing is left behind.
 
     Raises:
         OSError: it cannot be written.
     """
     try:
-        path.unlink(missing_ok=True)  # what is left of an interrupted write; were it a link, we would write elsewhere
+        path.unlink(missing_ok=True)  # left over from an interrupted write, or a link that we must not write through
         with path.open("xb") as file:
             file.write(content)
             file.flush()
@@ -41,16 +41,16 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def put_in_place(part: Path, place: Path) -> None:
-    """Rename a file or folder to its place, and bring the folder that it is in to the disk.
+    """Rename a file or folder to its final place, and flush the folder that contains it to the disk.
 
-    Without the second step the new name may be lost with the machine's power, though the content is on the disk: SQLite
-    does the same. Every rename of the package goes through here.
+    Without the flush, a power failure can lose the new name although the content is on the disk; SQLite does the same.
+    Every rename of the package goes through this function.
 
     Raises:
         OSError: it cannot be renamed, or the disk failed.
     """
     part.replace(place)
-    if os.name == "nt":  # which cannot open a folder, and keeps its names in a journal
+    if os.name == "nt":  # Windows cannot open a folder, and keeps file names in a journal
         return
     try:
         folder = os.open(place.parent, os.O_RDONLY)
@@ -64,10 +64,12 @@ def put_in_place(part: Path, place: Path) -> None:
 
 
 def try_lock(file: IO[Any]) -> bool:
-    """Lock an open file for this process, unless another has it; the system frees it when the process ends, however.
+    """Lock an open file for this process; return False if another process holds the lock.
+
+    The system releases the lock when the process ends, however it ends.
 
     Raises:
-        OSError: its file system has no locks, so that waiting for one would never end.
+        OSError: the file system has no locks.
     """
     try:
         if os.name == "nt":
@@ -87,93 +89,93 @@ def try_lock(file: IO[Any]) -> bool:
 
 
 class LinkError(OSError):
-    """A link lies where a file of ours is to be written."""
+    """A link lies where metaheed would write a file."""
 
 
 def refuse_link(path: Path, below: Path | None = None) -> None:
-    """Refuse a link where something is to be written.
+    """Raise LinkError if a link lies where something is to be written.
 
     Args:
-        path: the file or folder.
-        below: a folder above it: that the path goes through no link below this one is seen to as well. This one, and
-            what is above it, the user named: they may be links.
+        path: the file or folder to write.
+        below: a folder above `path`. The folders between the two are checked as well. `below` itself, and the folders
+            above it, may be links, because the user named them.
 
     Raises:
-        LinkError: says where it points.
+        LinkError: the message says where the link points.
     """
     parts = [path] if below is None else [below.joinpath(*names) for names in _prefixes(path.relative_to(below).parts)]
     for part in parts:
         if part.is_symlink():
-            raise _is_link(str(part))
+            raise _link_error(str(part))
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse what is no file, where a file is to be put: a pipe or a device would be gone then.
+    """Raise OSError if something other than a file lies there: renaming a file over a pipe or device would delete it.
 
     Raises:
-        OSError: says what it is.
+        OSError: the message says what lies there.
     """
     with contextlib.suppress(FileNotFoundError):
         _refuse_special(os.lstat(path), str(path), written=False)
 
 
 def make_folder(path: Path, below: Path) -> None:
-    """Make a folder and those between it and `below`, none of which may be a link.
+    """Make a folder, and the folders between it and `below`, none of which may be a link.
 
     Raises:
-        OSError: it cannot be made, or a link is in its place.
+        OSError: a folder cannot be made, or a link is in its place.
     """
     refuse_link(path, below)
     path.mkdir(parents=True, exist_ok=True)
 
 
 def open_in_place(path: Path, mode: str) -> IO[Any]:
-    """Open a file to go on writing into it: in mode "a", "a+" or "r+", of text or bytes.
+    """Open an existing file to write more into it, with mode "a", "a+" or "r+", as text or (with "b") as bytes.
 
     Raises:
-        OSError: it is a link, no file (a pipe, say), has a second name elsewhere, or cannot be opened.
+        OSError: it is a link, is not a regular file, has a second name (a hard link), or cannot be opened.
     """
     refuse_link(path)
     with contextlib.suppress(FileNotFoundError):
-        _refuse_special(os.lstat(path), str(path))  # before it is opened: opening alone can have effects
+        _refuse_special(os.lstat(path), str(path))  # checked first, because opening a device can have effects
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace"}
-    return open(path, mode, opener=_not_following, **text)
+    return open(path, mode, opener=_open_not_following, **text)
 
 
 def open_to_read(path: Path) -> IO[bytes]:
-    """Open a file to read it, a link to one included; what is no file is not waited for.
+    """Open a file, or a link to one, to read it. A pipe is refused without waiting for its writer.
 
     Raises:
-        OSError: it is no file, or cannot be opened.
+        OSError: it is not a regular file, or cannot be opened.
     """
-    return open(path, "rb", opener=_not_waiting)
+    return open(path, "rb", opener=_open_not_waiting)
 
 
 def read_bounded(path: Path, most: int | None = None) -> bytes:
-    """What a file holds.
+    """Read a whole file.
 
     Args:
-        path: of the file.
-        most: bytes it may have; none: any number.
+        path: the file to read.
+        most: the largest size in bytes that is accepted; any size if None.
 
     Raises:
-        OSError: it is no file, has more, or cannot be read.
+        OSError: it is not a regular file, is larger than `most`, or cannot be read.
     """
     with open_to_read(path) as file:
         if most is None:
             return file.read()
         size = os.fstat(file.fileno()).st_size
-        content = file.read(min(size, most) + 1)  # not more at once: room for it is made beforehand
-        if size < len(content) <= most:  # it grew meanwhile
+        content = file.read(min(size, most) + 1)  # not `most` + 1: memory for all of it would be allocated first
+        if size < len(content) <= most:  # the file has grown meanwhile
             content += file.read(most + 1 - len(content))
         if len(content) > most:
             size = os.fstat(file.fileno()).st_size
-            raise OSError(errno.EFBIG, f"it has {size:,} bytes, where such a file has {most:,} at most", str(path))
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, but such a file may have {most:,} at most", str(path))
         return content
 
 
-def cannot_write(error: OSError, path: Path) -> str:
-    """What to say where a file cannot be written."""
+def cannot_write_message(error: OSError, path: Path) -> str:
+    """The message, with a remedy, for an error in writing a file."""
     name = str(error.filename or path)
     said = f"cannot write {name if len(name) <= _LONGEST else name[:_LONGEST] + '…'}: {error.strerror or error}"
     return (
@@ -187,7 +189,7 @@ def _prefixes(names: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [names[: n + 1] for n in range(len(names))]
 
 
-def _is_link(name: str) -> LinkError:
+def _link_error(name: str) -> LinkError:
     where = ""
     with contextlib.suppress(OSError):
         where = f" to {Path(name).readlink()}"
@@ -207,27 +209,28 @@ _KINDS = {
 def _refuse_special(status: os.stat_result, name: str, written: bool = True) -> None:
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise OSError(errno.EINVAL, f"it is {kind}, where a file is expected", name)
+        raise OSError(errno.EINVAL, f"it is {kind}, but a file is expected", name)
     if written and status.st_nlink > 1:
-        words = "it has a second name elsewhere (a hard link), whose content would change: put a copy in its place"
+        words = "it has a second name (a hard link), under which its content would change too: replace it by a copy"
         raise LinkError(errno.EMLINK, words, name)
 
 
-def _not_following(name: str, flags: int) -> int:
+def _open_not_following(name: str, flags: int) -> int:
+    """Open a file to write into it, as `open`'s opener; a link is refused."""
     try:
         number = os.open(name, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise _is_link(name) from error
+            raise _link_error(name) from error
         raise
-    return _regular(number, name, written=True)
+    return _check_regular(number, name, written=True)
 
 
-def _not_waiting(name: str, flags: int) -> int:
-    return _regular(os.open(name, flags | getattr(os, "O_NONBLOCK", 0)), name, written=False)
+def _open_not_waiting(name: str, flags: int) -> int:
+    return _check_regular(os.open(name, flags | getattr(os, "O_NONBLOCK", 0)), name, written=False)
 
 
-def _regular(number: int, name: str, written: bool) -> int:
+def _check_regular(number: int, name: str, written: bool) -> int:
     try:
         _refuse_special(os.fstat(number), name, written)
     except OSError:

@@ -1,10 +1,11 @@
-"""Checksums that a file carries of its own content, so that a changed bit is noticed when the file is read.
+"""Seals: a file carries a checksum of its own content, so that a changed bit is noticed when the file is read.
 
-Files of earlier versions carry none and are read as they are. So that damage cannot make a sealed file look like one of
-those, what says that there is a seal is long or doubled: one changed bit leaves enough of it to be recognised.
+    text    ends with the line "# sha256: " and 64 digits, a YAML comment; the checksum covers everything above it
+    values  have the keys "format" and "sha256"; the checksum covers all the other values
 
-    text    ends with the line "# sha256: " and 64 digits, a comment of YAML, over everything before that line
-    values  have a "format" and a "sha256" over all the others; a file without a seal has neither
+Files of earlier versions have no seal and are read unchecked. Damage must not make a sealed file look like one of
+those. The mark of a seal is therefore long (text) or doubled (values): it is still recognised after one bit of it has
+changed.
 """
 
 import hashlib
@@ -13,22 +14,22 @@ import re
 from typing import Any
 
 FORMAT = 2
-"""Of files that carry a checksum over all that they say; 1, or none: of an earlier version."""
+"""The format of sealed files. Files of earlier versions have format 1, or no format."""
 _MARK = b"# sha256: "
 _SEAL = re.compile(rb"# sha256: ([0-9a-f]{64})")
 _LENGTH = len(_MARK) + 64
 
 
 def seal_text(content: bytes) -> bytes:
-    """The lines of a YAML file, and one more with their checksum."""
+    """Return the lines of a YAML file, followed by a line with their checksum."""
     return content + _MARK + hashlib.sha256(content).hexdigest().encode() + b"\n"
 
 
 def unseal_text(content: bytes) -> bytes:
-    """What `seal_text` was given; a file without a seal as it is.
+    """Check and remove the seal of a text; content without a seal is returned as it is.
 
     Raises:
-        ValueError: it was changed since, the seal included.
+        ValueError: the text or its seal has been changed.
     """
     body = content.rstrip()
     text, seal = body[:-_LENGTH], body[-_LENGTH:]
@@ -47,21 +48,21 @@ def _resembles_seal(line: bytes) -> bool:
 
 
 def digest(values: dict[str, Any]) -> str:
-    """SHA-256 of values as JSON gives them back, in whatever order they stand."""
+    """SHA-256 of values that JSON can hold, independent of the order of their keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def seal_values(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a JSON file with their format and checksum."""
+    """Return the values of a JSON file, with their format and checksum added."""
     sealed = {"format": FORMAT, **values}
     return {**sealed, "sha256": digest(sealed)}
 
 
 def unseal_values(values: Any) -> dict[str, Any]:
-    """What `seal_values` was given; values without a seal as they are.
+    """Check and remove the seal of values; values without a seal are returned as they are.
 
     Raises:
-        ValueError: they are no mapping, or were changed since.
+        ValueError: the values are not a mapping, or have been changed, or have another format.
     """
     if not isinstance(values, dict):
         raise ValueError(f"it holds a {type(values).__name__}, but it must be a mapping")

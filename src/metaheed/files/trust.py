@@ -1,18 +1,23 @@
-"""Whose word it is that a network's code may run.
+"""Decide whether the code of a user's network may run.
 
-A config can name a network that is not one of metaheed's, as module:Class, and to use it is to import that module,
-which runs it. On the command line or in a call the user names it himself. In a file (a run's config.yaml, a recipe, a
-study's search.yaml) somebody else may have: what `config.from_dict` reads is therefore marked (`Named`), and `require`,
-without which no such name is imported, lets it pass only if
+A config can name a network that is not one of metaheed's, as module:Class. Using such a network imports its module, and
+importing a module runs it. On the command line or in a call, the users themselves name it. In a file (a run's
+config.yaml, a recipe, a study's search.yaml), a stranger may have named it. `config.from_dict` therefore marks every
+name that it reads (`NamedByFile`). Every such name must pass `require` before it is imported, and it passes only if
 
-- the user allowed it in this process (`allow`: he named it himself, or gave --trust or trust=True), or
-- he did so before on this machine, and the code is still the same.
+- the user allowed it in this process (`allow`: by naming it, or with --trust or trust=True), or
+- the user allowed it before on this machine, and the code has not changed since.
 
-The second is recorded in the user's state folder, outside every run folder: a file for each module, named by the hash
-of its path and holding the hash of its code. The code is the module's file, the packages it lies in, what these import
-by name from the same folder, and so on, and what lies in that folder under the name of a module that is elsewhere, too
-(yaml.py), for whoever imports that one may get it; not what is imported from elsewhere (an installed library) or in
-another way (importlib, exec). Nothing is imported to find out.
+The second case is recorded in the user's state folder, outside every run folder: one file for each module, named by the
+hash of the module's path and holding the hash of its code. The code consists of
+
+- the module's file and the packages that it lies in,
+- what these import by name from the same folder, directly or indirectly, and
+- files in that folder that have the name of a module elsewhere (yaml.py, say), because an import of that module may get
+  them instead.
+
+It does not include what is imported from other places (an installed library) or by other means (importlib, exec).
+Nothing is imported to find the code.
 """
 
 import ast
@@ -31,37 +36,38 @@ from typing import NamedTuple
 
 from metaheed.errors import ConfigError, brief, shown
 from metaheed.files.opening import put_in_place, read_bounded
+from metaheed.files.places import state_folder
 
-_allowed: dict[str, str] = {}  # in this process: file, or name of a module without one -> hash of its code
+_allowed: dict[str, str] = {}  # allowed in this process: file, or name of a module without a file -> hash of its code
 _RECORD_BYTES = 2**16
 
 
-class Named(str):
-    """The name of a network as a file has it: nobody's word that its code may run.
+class NamedByFile(str):
+    """The name of a network that was read from a file, so that its code may not run without the user's permission.
 
-    It is a string like any other, so that it goes wherever a config goes, copied, pickled or changed in other fields.
+    It is a subclass of str, so that the mark survives when a config is copied, pickled or changed in other fields.
     """
 
     __slots__ = ()
 
 
-class Code(NamedTuple):
-    """What importing a module runs, as far as it can be told without."""
+class ModuleCode(NamedTuple):
+    """The code that importing a module runs, as far as that can be found without importing it."""
 
     file: Path | None
-    """The module's; none: it was not found, or has none (it is built in)."""
+    """The module's file. None if the module was not found, or has no file because it is built in."""
     sha256: str
-    """Of that file and those that it imports from the same folder."""
+    """The hash of that file and of the files that it imports from the same folder."""
 
 
 def allow(name: str, folder: Path | None) -> None:
-    """Record that the user lets the code of "module:Class" run, now and until it changes.
+    """Record that the user allows the code of "module:Class" to run, now and until the code changes.
 
-    Where the user's state folder cannot be written that is said, and holds for this process alone.
+    If the user's state folder cannot be written, a message says so, and the permission holds for this process alone.
 
     Args:
-        name: of the network; one of ours needs nothing.
-        folder: where its module is looked for first.
+        name: the name of the network; for a network of metaheed's own, nothing is recorded.
+        folder: the folder in which its module is looked for first.
 
     Raises:
         ConfigError: METAHEED_STATE is not an absolute path.
@@ -73,29 +79,29 @@ def allow(name: str, folder: Path | None) -> None:
     _allowed[_key(module, code)] = code.sha256
     if code.file is None:
         return
-    if _recorded(code.file) == code.sha256:
+    if _allowed_hash(code.file) == code.sha256:
         return
     try:
-        _record(code)
+        _remember(code)
     except OSError as error:
         print(
-            f"that {name} may be imported is not remembered ({error}): give --trust each time, or set METAHEED_STATE "
-            "to a folder that can be written",
+            f"the permission to import {name} could not be saved ({error}): give --trust each time, or set "
+            "METAHEED_STATE to a folder that can be written",
             file=sys.stderr,
         )
 
 
 def require(name: str, folder: Path | None) -> None:
-    """Raise ConfigError unless the user lets the code of "module:Class" run; nothing is imported.
+    """Raise ConfigError unless the user has allowed the code of "module:Class" to run; nothing is imported.
 
     Raises:
-        ConfigError: says what would run, and how to allow it.
+        ConfigError: the message says which code would run, and how to allow it.
     """
     module, _, _ = name.partition(":")
     code = find_code(module, folder)
     if _allowed.get(_key(module, code)) == code.sha256:
         return
-    recorded = None if code.file is None else _recorded(code.file)
+    recorded = None if code.file is None else _allowed_hash(code.file)
     if recorded == code.sha256:
         return
     if code.file is not None:
@@ -106,30 +112,30 @@ def require(name: str, folder: Path | None) -> None:
         where = f"the module {shown(module)}, which was not found here"
     since = "" if recorded is None else ", which has changed since it was last allowed"
     raise ConfigError(
-        f"the network {shown(str(name))} is named by a file and not by you, and to use it is to run {where}{since}. If "
-        "you know what it does, allow it with --trust (in Python: trust=True)"
+        f"the network {shown(str(name))} is named by a file and not by you, and using it would run {where}{since}. If "
+        "you know what that code does, allow it with --trust (in Python: trust=True)"
     )
 
 
-def find_code(module: str, folder: Path | None) -> Code:
-    """What would be imported under that name, found without importing or running anything."""
+def find_code(module: str, folder: Path | None) -> ModuleCode:
+    """Find the code that importing `module` would run, without importing or running anything."""
     files, top = _find_files(module, folder)
     if not files:
-        return Code(None, "")
+        return ModuleCode(None, "")
     own = files[0]
     if top is not None:
-        files = _with_imports([*files, *_in_place_of_others(top)], top)
+        files = _with_imports([*files, *_shadowing_files(top)], top)
     digest = hashlib.sha256()
     for file in sorted({*files}):
-        with contextlib.suppress(OSError):  # gone in this moment: then its import fails, too
+        with contextlib.suppress(OSError):  # the file has just been deleted, so that its import will fail, too
             digest.update(f"{file}\0".encode(errors="surrogateescape"))
             digest.update(hashlib.sha256(read_bounded(file)).digest())
-    return Code(own, digest.hexdigest())
+    return ModuleCode(own, digest.hexdigest())
 
 
 @contextlib.contextmanager
-def from_source() -> Iterator[None]:
-    """Import from the source that was looked at, not from what lies compiled beside it, which may be of another."""
+def import_from_source() -> Iterator[None]:
+    """Import from the source files that were hashed, not from compiled files beside them, which may differ."""
     before = sys.pycache_prefix, sys.dont_write_bytecode
     with tempfile.TemporaryDirectory(prefix="metaheed-") as empty:
         sys.pycache_prefix, sys.dont_write_bytecode = empty, True
@@ -139,27 +145,7 @@ def from_source() -> Iterator[None]:
             sys.pycache_prefix, sys.dont_write_bytecode = before
 
 
-def state_folder() -> Path | None:
-    """Where what this user allowed is kept: $METAHEED_STATE, else $XDG_STATE_HOME/metaheed, else
-    ~/.local/state/metaheed. None: there is no such place.
-
-    Raises:
-        ConfigError: METAHEED_STATE is not an absolute path, so that another folder could be meant by it each time.
-    """
-    chosen = os.environ.get("METAHEED_STATE")
-    if chosen:
-        if not Path(chosen).is_absolute():
-            raise ConfigError(f"METAHEED_STATE is {shown(chosen)}, but it must be an absolute path")
-        return Path(chosen)
-    base = Path(os.environ.get("XDG_STATE_HOME") or "")
-    if base.is_absolute():
-        return base / "metaheed"
-    with contextlib.suppress(RuntimeError):  # a user without a home
-        return Path.home() / ".local" / "state" / "metaheed"
-    return None
-
-
-def _key(module: str, code: Code) -> str:
+def _key(module: str, code: ModuleCode) -> str:
     return f"module {module}" if code.file is None else str(code.file)
 
 
@@ -170,28 +156,29 @@ def _record_file(file: Path) -> Path | None:
     return folder / "trusted" / f"{hashlib.sha256(os.fsencode(file)).hexdigest()[:32]}.json"
 
 
-def _recorded(file: Path) -> str | None:
-    """The hash of the code that was allowed under that file; none: none was."""
+def _allowed_hash(file: Path) -> str | None:
+    """The hash of the code that the user allowed for that file; None if none was allowed."""
     record = _record_file(file)
     if record is None:
         return None
     try:
         if hasattr(os, "getuid") and os.lstat(record).st_uid not in (os.getuid(), 0):
-            return None  # another user's word
+            return None  # another user wrote it
         values = json.loads(read_bounded(record, _RECORD_BYTES))
         found = values["sha256"] if values["file"] == str(file) else None
         return found if isinstance(found, str) else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # then it is asked for again
+        return None  # without a readable record, the user is asked again
 
 
-def _record(code: Code) -> None:
-    assert code.file is not None  # seen to by allow
+def _remember(code: ModuleCode) -> None:
+    """Write the record that the user allows this code."""
+    assert code.file is not None  # `allow` has checked it
     record = _record_file(code.file)
     if record is None:
         raise OSError("this user has no home")
     record.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    number, part = tempfile.mkstemp(dir=record.parent, suffix=".part")  # readable by this user alone
+    number, part = tempfile.mkstemp(dir=record.parent, suffix=".part")  # only this user can read it
     try:
         with os.fdopen(number, "w", encoding="utf-8") as file:
             json.dump({"file": str(code.file), "sha256": code.sha256}, file)
@@ -202,8 +189,9 @@ def _record(code: Code) -> None:
 
 
 def _find_files(module: str, folder: Path | None) -> tuple[list[Path], Path | None]:
-    """The files that an import runs, the module's own first, and the folder that its first package or module is in;
-    none: an installed library, whose imports are not followed.
+    """Return the files that an import runs, the module's own first, and the folder that contains its outermost package.
+
+    The folder is None for an installed library, whose imports are not followed.
     """
     parents = module.split(".")
     if not all(part.isidentifier() for part in parents):
@@ -212,43 +200,43 @@ def _find_files(module: str, folder: Path | None) -> tuple[list[Path], Path | No
     files: list[Path] = []
     top: Path | None = None
     for depth in range(len(parents)):
-        found = _find_one(".".join(parents[: depth + 1]), search, folder)
+        found = _locate_module(".".join(parents[: depth + 1]), search, folder)
         if found is None:
-            break  # its import fails, but not before those above it have run
+            break  # its import fails, but only after the packages above it have run
         origin, search = found
         if origin is not None:
             files.insert(0, origin)
         if depth == 0:
-            # Of a module its folder; of a package, whose folder may have no file of its own, the one above.
+            # For a package, the folder above its own (which may have no __init__.py); for a module, its file's folder.
             top = Path(next(iter(search))).resolve().parent if search else None if origin is None else origin.parent
         if search is None:
-            break  # no package: as above, where there is more of the name
+            break  # it is a module and no package, so that the rest of the name cannot be found in it
     if top is not None and any(top == place for place in _installed()):
         top = None
     return files, top
 
 
-def _find_one(
+def _locate_module(
     name: str, search: Sequence[str] | None, folder: Path | None
 ) -> tuple[Path | None, list[str] | None] | None:
-    """File and, of a package, the folders of its modules; none: there is no such module."""
+    """Return a module's file and, for a package, the folders of its modules; None if there is no such module."""
     loaded = sys.modules.get(name)
     spec = getattr(loaded, "__spec__", None)
     if loaded is not None and spec is None:
         file = getattr(loaded, "__file__", None)
-        return (None if file is None else _real(file)), [*getattr(loaded, "__path__", ())] or None
+        return (None if file is None else _existing_file(file)), [*getattr(loaded, "__path__", ())] or None
     if spec is None and search is None:
-        spec = _asked(name, sys.path if folder is None else [str(folder), *sys.path], top=True)
+        spec = _ask_finders(name, sys.path if folder is None else [str(folder), *sys.path], top=True)
     elif spec is None:
-        spec = _asked(name, search, top=False)
+        spec = _ask_finders(name, search, top=False)
     if spec is None:
         return None
     places = None if spec.submodule_search_locations is None else [*spec.submodule_search_locations]
-    return (_real(spec.origin) if spec.has_location and spec.origin else None), places
+    return (_existing_file(spec.origin) if spec.has_location and spec.origin else None), places
 
 
-def _asked(name: str, path: Sequence[str] | None, top: bool) -> importlib.machinery.ModuleSpec | None:
-    """As the import system asks its finders, which look for a module without running it."""
+def _ask_finders(name: str, path: Sequence[str] | None, top: bool) -> importlib.machinery.ModuleSpec | None:
+    """Ask the import system's finders for a module, in the order in which an import asks them; they run nothing."""
     for finder in sys.meta_path:
         if finder is importlib.machinery.PathFinder:
             spec = importlib.machinery.PathFinder.find_spec(name, path)
@@ -257,14 +245,14 @@ def _asked(name: str, path: Sequence[str] | None, top: bool) -> importlib.machin
             try:
                 spec = None if find is None else find(name, None if top else path)
             except (ImportError, AttributeError, TypeError, ValueError, OSError):
-                spec = None  # another program's finder, that fails: what it would find must be allowed each time
+                spec = None  # a finder of another program failed; what it would find must be allowed each time
         if spec is not None:
             return spec
     return None
 
 
-def _real(name: str) -> Path:
-    """The file, links resolved; of a module in a zip file, the zip file."""
+def _existing_file(name: str) -> Path:
+    """The file with its links resolved; for a module inside a zip file, the zip file."""
     file = Path(name).resolve()
     while not file.exists() and file != file.parent:
         file = file.parent
@@ -276,22 +264,22 @@ def _installed() -> set[Path]:
     return {Path(path).resolve() for name in names if (path := sysconfig.get_path(name))}
 
 
-def _in_place_of_others(top: Path) -> list[Path]:
-    """The modules of a folder that have the name of one elsewhere: of one of Python's own, or of a library's."""
+def _shadowing_files(top: Path) -> list[Path]:
+    """The modules in a folder that have the same name as a module of Python or of an installed library."""
     elsewhere = [path for path in sys.path if Path(path).resolve() != top]
     found: list[Path] = []
-    with contextlib.suppress(OSError):  # it cannot be listed
+    with contextlib.suppress(OSError):  # the folder cannot be listed
         for name in sorted({entry.name.partition(".")[0] for entry in top.iterdir()}):
             spec = importlib.machinery.PathFinder.find_spec(name, elsewhere)
             if name in sys.stdlib_module_names or (spec is not None and spec.origin is not None):
-                found += _below(top, [name])
+                found += _module_files(top, [name])
     return found
 
 
 def _with_imports(files: list[Path], top: Path) -> list[Path]:
-    """The files, and those in the folder `top` that they import by name, directly or not."""
+    """The files, and the files in the folder `top` that they import by name, directly or indirectly."""
     found = [*files]
-    for file in found:  # which grows meanwhile
+    for file in found:  # the list grows during the loop
         for imported in _imports(file, top):
             if imported not in found:
                 found.append(imported)
@@ -299,17 +287,18 @@ def _with_imports(files: list[Path], top: Path) -> list[Path]:
 
 
 def _imports(file: Path, top: Path) -> Iterator[Path]:
+    """Yield the files in the folder `top` (or, for relative imports, near the file) that a file imports by name."""
     if file.suffix != ".py":
         return
     try:
         tree = ast.parse(read_bounded(file))
     except (OSError, ValueError, SyntaxError, RecursionError, MemoryError):
-        return  # what cannot be read as Python cannot be imported either
+        return  # a file that cannot be parsed as Python cannot be imported either
     package = file.parent
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield from _below(top, alias.name.split("."))
+                yield from _module_files(top, alias.name.split("."))
         elif isinstance(node, ast.ImportFrom):
             base = top
             if node.level:
@@ -317,13 +306,14 @@ def _imports(file: Path, top: Path) -> Iterator[Path]:
                 for _ in range(node.level - 1):
                     base = base.parent
             names = node.module.split(".") if node.module else []
-            yield from _below(base, names)
+            yield from _module_files(base, names)
             for alias in node.names:
-                yield from _below(base, [*names, alias.name])
+                yield from _module_files(base, [*names, alias.name])
 
 
-def _below(base: Path, names: Sequence[str]) -> Iterator[Path]:
-    """The files that importing names[0].names[1]… runs, where they lie in that folder."""
+def _module_files(base: Path, names: Sequence[str]) -> Iterator[Path]:
+    """The files below the folder `base` that importing names[0].names[1]… runs."""
+
     for depth in range(len(names)):
         place = base.joinpath(*names[: depth + 1])
         for candidate in (place / "__init__.py", place.with_name(f"{place.name}.py")):

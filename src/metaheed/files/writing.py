@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, with errors that name the file."""
+"""Write files whole or not at all, with errors that name the file."""
 
 import contextlib
 import errno
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from metaheed.errors import RunError
 from metaheed.files.opening import (
-    cannot_write,
+    cannot_write_message,
     put_in_place,
     refuse_link,
     refuse_special,
@@ -17,7 +17,7 @@ from metaheed.files.opening import (
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file beside its place and rename it there, so that it is whole or not there.
+    """Write a file under another name and rename it to its place, so that it is there whole or not at all.
 
     Raises:
         RunError: it cannot be written; nothing is left behind.
@@ -32,7 +32,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise RunError, before any work is lost, if a file cannot be written."""
+    """Raise RunError if a file cannot be written; called before work whose result would be lost."""
     with _writing(path):
         refuse_link(path)
         refuse_special(path)
@@ -41,7 +41,7 @@ def check_writable(path: Path) -> None:
 
 
 def is_writable(path: Path) -> bool:
-    """Whether this user may write a file in that folder, which may be read-only; other hindrances are not asked for."""
+    """Whether this user has permission to write a file there. Other obstacles, such as a full disk, do not count."""
     try:
         _try_to_write(path)
     except OSError as error:
@@ -56,12 +56,12 @@ def _try_to_write(path: Path) -> None:
 
 
 def _part(path: Path) -> Path:
-    """Where a file is written before it is put in its place; another file, whatever its own ending is."""
+    """The temporary name under which a file is written; it differs from `path` even if that ends in .part."""
     return path.with_suffix(".part" if path.suffix != ".part" else ".part.part")
 
 
-def name_also(path: Path, other: Path) -> None:
-    """Bring a file to a second name, keeping its first, for those who read it meanwhile."""
+def add_name(path: Path, other: Path) -> None:
+    """Give a file a second name. The first is kept, for processes that read it meanwhile, where hard links exist."""
     part = other.with_suffix(".part")
     part.unlink(missing_ok=True)
     try:
@@ -70,7 +70,7 @@ def name_also(path: Path, other: Path) -> None:
         put_in_place(path, other)
     else:
         put_in_place(part, other)
-        part.unlink(missing_ok=True)  # renaming does nothing where both names were the file's already
+        part.unlink(missing_ok=True)  # os.replace leaves it if both names already belonged to the same file
 
 
 @contextlib.contextmanager
@@ -78,4 +78,4 @@ def _writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RunError(cannot_write(error, path)) from error
+        raise RunError(cannot_write_message(error, path)) from error

@@ -132,11 +132,11 @@ def find_backbone(name: str, folder: Path | None = None) -> Callable[[int, Image
     module_name, separator, attribute = name.partition(":")
     if not separator:
         raise unknown("backbone", name, [*BACKBONES, "module:Class"])
-    from_file = isinstance(name, trust.Named)
+    from_file = isinstance(name, trust.NamedByFile)
     if from_file:
         trust.require(name, folder)  # before anything is imported or the import path changed
     try:
-        with _looking_in(folder, from_file), trust.from_source() if from_file else contextlib.nullcontext():
+        with _looking_in(folder, from_file), trust.import_from_source() if from_file else contextlib.nullcontext():
             module = importlib.import_module(module_name)
     except Exception as error:  # a user's module may raise anything while it is imported
         raise ConfigError(

@@ -13,7 +13,7 @@ from torch import Tensor
 from metaheed.config import CHUNKED, EvaluationConfig, ExecutionName, FreezeConfig, RunConfig, TrainingConfig
 from metaheed.data import Episodes, load_dataset
 from metaheed.data.convert import convert
-from metaheed.data.frozen import Frozen, FrozenEpisodes, freeze, read_episodes
+from metaheed.data.frozen import FrozenEpisodes, FrozenTasks, freeze, read_episodes
 from metaheed.errors import ConfigError, DataError, NonFiniteError
 from metaheed.files.seals import seal_values
 from metaheed.files.writing import check_writable, is_writable, write_whole
@@ -218,7 +218,7 @@ class _Setting(NamedTuple):
     episode_seed: int
 
 
-def _setting(config: EvaluationConfig, run: RunConfig, frozen: Frozen | None) -> _Setting:
+def _setting(config: EvaluationConfig, run: RunConfig, frozen: FrozenTasks | None) -> _Setting:
     if frozen is not None:
         shape = frozen.ways, frozen.shots, frozen.queries
         return _Setting(frozen.data, frozen.split, *shape, len(frozen.tasks), frozen.episode_seed)
@@ -238,7 +238,7 @@ def _setting(config: EvaluationConfig, run: RunConfig, frozen: Frozen | None) ->
 def _episodes(
     path: Path,
     setting: _Setting,
-    frozen: Frozen | None,
+    frozen: FrozenTasks | None,
     run: RunConfig,
     about: dict[str, Any],
     data_root: Path | None,
@@ -253,7 +253,7 @@ def _episodes(
         of_folder = (None, None) if elsewhere else (own.image_size, own.split_seed)
         dataset = load_dataset(setting.data, data_root or own.data_root, *of_folder)
         if frozen is not None:
-            frozen = frozen.filled(dataset)
+            frozen = frozen.with_images_from(dataset)
         elif elsewhere:
             drawn = Episodes(dataset, *setting[1:5], seed=setting.episode_seed)
             frozen = freeze(drawn, setting.tasks)
@@ -268,7 +268,7 @@ def _episodes(
     return FrozenEpisodes(frozen, images.to(where), *_pixels(path, frozen, run, about, data_root)), conversion
 
 
-def _pixels(path: Path, frozen: Frozen, run: RunConfig, about: dict[str, Any], data_root: Path | None) -> Pixels:
+def _pixels(path: Path, frozen: FrozenTasks, run: RunConfig, about: dict[str, Any], data_root: Path | None) -> Pixels:
     """How the run's network is used to see pixels scaled, whatever data they are of."""
     recorded = recorded_pixels(about)
     if recorded is not None:

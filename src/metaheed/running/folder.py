@@ -37,7 +37,7 @@ from metaheed.errors import RunError, brief, shown
 from metaheed.files.opening import (
     JSON_BYTES,
     YAML_BYTES,
-    cannot_write,
+    cannot_write_message,
     make_folder,
     open_in_place,
     open_to_read,
@@ -50,7 +50,7 @@ from metaheed.files.opening import (
 from metaheed.files.parsing import from_json, from_yaml
 from metaheed.files.seals import seal_text, seal_values, unseal_text, unseal_values
 from metaheed.files.trust import allow
-from metaheed.files.writing import _writing, name_also, write_whole
+from metaheed.files.writing import _writing, add_name, write_whole
 from metaheed.running.checkpoint import (
     Checkpoint,
     _checkpoint,
@@ -157,7 +157,7 @@ class RunFolder:
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError as error:
-            raise RunError(cannot_write(error, self.lock_file)) from error
+            raise RunError(cannot_write_message(error, self.lock_file)) from error
 
     def read_config(self, trust: bool = False) -> RunConfig:
         """The run's config.
@@ -239,7 +239,7 @@ class RunFolder:
             write_synced(part, content)
             # A damaged last one, found when the run was resumed, must not replace the whole one before it.
             if self.last.exists() and not self._last_is_damaged:
-                name_also(self.last, self.previous)
+                add_name(self.last, self.previous)
             put_in_place(part, self.last)
             self._remember(self.last, content)
             self._last_is_damaged = False

@@ -334,7 +334,7 @@ class Transfers:
             self._progress.start()
         self._say(done)
 
-    def advance(self, done: int) -> None:
+    def reached(self, done: int) -> None:
         """So many bytes are there."""
         if self._progress is not None:
             self._progress.update(self._task, completed=done)

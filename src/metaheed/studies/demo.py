@@ -11,7 +11,7 @@ from rich.table import Table
 from metaheed.config import EvaluationConfig, FreezeConfig, MAMLConfig, RunConfig, default_config
 from metaheed.data import Episodes, load_dataset
 from metaheed.errors import RunError
-from metaheed.files.opening import LinkError, cannot_write, refuse_link
+from metaheed.files.opening import LinkError, cannot_write_message, refuse_link
 from metaheed.outer import evaluate_adapted, evaluate_initial, map_looped
 from metaheed.running.compare import compare
 from metaheed.running.evaluate import evaluate, evaluate_run
@@ -49,7 +49,7 @@ def demo(out: str | Path, iterations: int, seed: int, tasks: int = 300) -> Path:
         try:
             refuse_link(folder.path, out)
         except LinkError as error:
-            raise RunError(cannot_write(error, folder.path)) from error
+            raise RunError(cannot_write_message(error, folder.path)) from error
         if folder.config_file.exists():
             found = folder.read_config()
             recorded = replace(found.training, threads=None, device="auto", out=config.training.out)

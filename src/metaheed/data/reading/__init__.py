@@ -1,1 +1,1 @@
-"""Safe readers of published formats: archives, pickles, pictures, labels and downloads."""
+"""Safe readers for published formats: archives, pickles, pictures and labels; and the download of published files."""

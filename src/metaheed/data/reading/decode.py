@@ -1,11 +1,12 @@
-"""Encoded images to uint8 arrays, many at a time.
+"""Decode images to uint8 arrays, many at a time.
 
-The result of `rgb` for any picture: the first frame, its 16 bits to 8, transparency on white, resized to a square with
-Lanczos without keeping the aspect ratio (as miniImageNet's 84×84 images are customarily made), then turned as its EXIF
-tag says.
+`decode_rgb` makes the same kind of image of any picture: it takes the first frame, converts 16 bits to 8, puts
+transparent pictures on white, resizes to a square with a Lanczos filter without keeping the aspect ratio (as the 84×84
+images of miniImageNet are customarily made), and then turns the image as the EXIF tag says.
 """
 
 import collections
+import contextlib
 import io
 import itertools
 import os
@@ -20,14 +21,15 @@ from PIL import Image, UnidentifiedImageError
 from metaheed.data.reading.trees import Content, Unreadable
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
-"""What is read."""
+"""The formats that are read, as Pillow names them."""
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""The endings of file names that are taken for pictures."""
 MOST_PIXELS = 89_478_485
-"""A picture that claims more is refused: Pillow's own bound against decompression bombs."""
-_AT_ONCE = 64_000_000  # pixels decoded at one time, in all threads: bounds the memory
-_GROUP, _GROUP_BYTES = 32, 1 << 22
-_IN_FLIGHT = 1 << 27  # encoded bytes
-_SMALL = 1 << 16  # encoded bytes of a small image
+"""A picture that claims more pixels is refused. This is Pillow's own bound against decompression bombs."""
+_AT_ONCE = 64_000_000  # pixels that all threads together decode at a time, to bound the memory
+_GROUP, _GROUP_BYTES = 32, 1 << 22  # a thread decodes up to so many images, or encoded bytes, as one group
+_IN_FLIGHT = 1 << 27  # encoded bytes that may be waiting to be decoded
+_SMALL = 1 << 16  # encoded bytes up to which an image counts as small
 
 Decoder = Callable[[bytes], np.ndarray]
 
@@ -36,30 +38,31 @@ class Encoded(NamedTuple):
     """An image to be decoded."""
 
     name: str
-    """For messages."""
+    """Its name in messages."""
     rows: tuple[int, ...]
-    """Where its decoded forms go, in the decoder's order."""
+    """The rows to which its decoded forms go, in the order in which the decoder gives them."""
     data: Content
+    """The encoded image, or the reason why it could not be read."""
 
 
 class Decoded(NamedTuple):
-    """Some images decoded."""
+    """A group of decoded images."""
 
     items: int
-    """Encoded images that these are, undecodable ones included."""
+    """The number of encoded images in the group, including those that could not be decoded."""
     rows: np.ndarray
-    """(m,) int64."""
+    """(m,) int64: the rows to which the images go."""
     images: np.ndarray
     """(m, C, H, W) uint8."""
     problems: tuple[str, ...]
-    """What could not be decoded, and why."""
+    """A line of text for each image that could not be decoded, with the reason."""
 
 
-def rgb(data: bytes, side: int) -> np.ndarray:
-    """(3, side, side) uint8 of any picture of FORMATS.
+def decode_rgb(data: bytes, side: int) -> np.ndarray:
+    """Decode a picture of any of FORMATS to (3, side, side) uint8.
 
     Raises:
-        Exception: of many kinds, for a damaged or absurd picture.
+        Exception: many kinds, for a damaged picture or one with too many pixels.
     """
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         pixels = image.width * image.height
@@ -85,11 +88,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF's orientation -> what undoes it."""
+"""EXIF orientation -> the operation that undoes it."""
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The picture as RGB, or RGBA where anything is transparent."""
+    """Convert a picture to RGB, or to RGBA if any of it is transparent."""
     if image.mode.startswith("I"):
         return _from_16_bits(np.asarray(image), image.info.get("transparency"))
     if image.mode == "F":
@@ -99,11 +102,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def _from_16_bits(values: np.ndarray, transparent: object) -> Image.Image:
-    """Grey values (H, W), which Pillow would cut off at 255 instead of scaling; one of them may be transparent."""
+    """Scale 16-bit grey values (H, W) to 8 bits, which Pillow would cut off at 255; one value may be transparent."""
     if values.min() < 0 or values.max() > 65535:
         raise ValueError("its grey values need more than 16 bits")
     scaled = np.empty(values.shape, np.uint8)
-    for first in range(0, len(values), _STRIP):  # whole numbers of 64 bits, but never of all pixels at once
+    for first in range(0, len(values), _STRIP):  # in strips, because the int64 values take eight times the memory
         strip = slice(first, first + _STRIP)
         scaled[strip] = (values[strip].astype(np.int64) * 255 + 32767) // 65535
     grey = Image.fromarray(scaled)
@@ -113,60 +116,49 @@ def _from_16_bits(values: np.ndarray, transparent: object) -> Image.Image:
     return Image.merge("LA", (grey, alpha)).convert("RGBA")
 
 
-_STRIP = 64  # rows
+_STRIP = 64  # rows of pixels
 
 
 class _Budget:
-    """Pixels being decoded, in all threads together; one picture is always let in."""
+    """Bounds the number of pixels that all threads together decode at a time; a single picture is never refused."""
 
     def __init__(self, most: int) -> None:
         self._free = self._most = most
         self._changed = threading.Condition()
 
-    def __call__(self, pixels: int) -> "_Share":
-        return _Share(self, min(pixels, self._most))
-
-    def take(self, pixels: int) -> None:
+    @contextlib.contextmanager
+    def __call__(self, pixels: int) -> Iterator[None]:
+        pixels = min(pixels, self._most)
         with self._changed:
             self._changed.wait_for(lambda: self._free >= pixels)
             self._free -= pixels
-
-    def give(self, pixels: int) -> None:
-        with self._changed:
-            self._free += pixels
-            self._changed.notify_all()
-
-
-class _Share:
-    def __init__(self, budget: _Budget, pixels: int) -> None:
-        self._budget, self._pixels = budget, pixels
-
-    def __enter__(self) -> None:
-        self._budget.take(self._pixels)
-
-    def __exit__(self, *_: object) -> None:
-        self._budget.give(self._pixels)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._free += pixels
+                self._changed.notify_all()
 
 
 _budget = _Budget(_AT_ONCE)
 
 
 def decode_all(encoded: Iterator[Encoded], decode: Decoder, shape: tuple[int, int, int]) -> Iterator[Decoded]:
-    """Decode in several threads (Pillow decodes and resizes without Python's lock), in order.
+    """Decode images in several threads and yield them in order. Pillow decodes and resizes without Python's lock.
 
-    As many threads as there are cores for photographs; no more than four for small images, of which Python's part in
-    the work is too large a share.
+    Photographs use as many threads as there are cores (16 at most). Small images use four at most, because Python code,
+    which holds the lock, is too large a share of their work.
 
     Args:
-        encoded: read as far ahead as a bound on the bytes in flight allows.
-        decode: gives (C, H, W), or (forms, C, H, W) for images that go to several rows.
+        encoded: the images; they are read ahead up to a bound on their bytes.
+        decode: decodes an image to (C, H, W), or to (forms, C, H, W) if it goes to several rows.
         shape: (C, H, W).
     """
     groups = _groups(encoded)
     head = next(groups, None)
     if head is None:
         return
-    Image.init()  # the formats, which threads would load over each other
+    Image.init()  # load Pillow's formats here, because threads would do so at the same time
     small = head[1] < _SMALL * len(head[0])
     workers = min(4 if small else 16, os.cpu_count() or 1)
     waiting: collections.deque[tuple[int, Future[Decoded]]] = collections.deque()
@@ -187,6 +179,7 @@ def decode_all(encoded: Iterator[Encoded], decode: Decoder, shape: tuple[int, in
 
 
 def _groups(encoded: Iterator[Encoded]) -> Iterator[tuple[list[Encoded], int]]:
+    """Collect encoded images into groups, and yield each group with its size in bytes."""
     group: list[Encoded] = []
     size = 0
     for one in encoded:
@@ -200,6 +193,7 @@ def _groups(encoded: Iterator[Encoded]) -> Iterator[tuple[list[Encoded], int]]:
 
 
 def _decode_group(group: list[Encoded], decode: Decoder, shape: tuple[int, int, int]) -> Decoded:
+    """Decode a group of images; those that cannot be decoded become problems."""
     rows: list[int] = []
     images: list[np.ndarray] = []
     problems = []
@@ -211,7 +205,7 @@ def _decode_group(group: list[Encoded], decode: Decoder, shape: tuple[int, int, 
             image = decode(one.data).reshape(len(one.rows), *shape)
         except MemoryError:
             raise
-        except Exception as error:  # image readers raise many kinds on damaged files; all mean the same here
+        except Exception as error:  # image readers raise many kinds of errors for damaged files
             problems.append(f"{one.name}: {_reason(error)}")
             continue
         rows += one.rows

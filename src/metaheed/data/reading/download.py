@@ -1,19 +1,21 @@
-"""Fetching published files: over HTTPS, checked by their published md5, resumed after a break, from several mirrors.
+"""Download published files: over HTTPS, from several mirrors, checked by their published md5, resumed after a break.
 
-1. A file that is there already, with the published md5, is left alone; one with another md5 is the user's, and refused.
-2. FILE.part beside its place is locked for this process; what a download before left in it is continued.
-3. Mirrors are tried in turn. A broken connection, a timeout or a server's own fault is tried again after a pause that
-   doubles, from where it broke (Range, and If-Range where the server names its version); a server that knows no Range
-   is read from the start. What cannot get better (404, a web page, an untrusted certificate) goes to the next mirror.
-4. The md5 decides. If it is wrong, what has come is deleted; if part of it came from an earlier session, that may be
-   the fault, and the same mirror is read once more from the start.
-5. FILE.part becomes FILE in one rename. However the process ends before, only FILE.part is left.
+1. A file that is already there with the published md5 is kept. One with another md5 belongs to the user: it is not
+   touched, and an error says so.
+2. This process locks FILE.part, beside the final place. If an earlier download left bytes in it, they are continued.
+3. Mirrors are tried in turn. After a broken connection, a timeout or an error of the server, the same mirror is tried
+   again from where it broke, after a pause that doubles each time. (The request has a Range, and an If-Range if the
+   server names the file's version. A server without Range is read from the start.) After a fault that will not go away
+   (404, a web page, an untrusted certificate), the next mirror is tried.
+4. The md5 of the whole file is compared. If it is wrong, what was downloaded is deleted. If the first part of it came
+   from an earlier session, that part may be the cause, and the same mirror is read once more from the start.
+5. FILE.part is renamed to FILE. If the process ends before that, only FILE.part is left.
 """
 
 from pathlib import Path
 from types import MappingProxyType
 
-from metaheed.data.reading.transfer import Published, Watcher, fetch, present
+from metaheed.data.reading.transfer import DownloadWatcher, PublishedFile, fetch, find_present
 from metaheed.data.sets import cifar, omniglot
 from metaheed.errors import DataError, unknown
 
@@ -23,7 +25,7 @@ _OMNIGLOT_URLS = (
 )
 
 
-_CIFAR_100 = Published(
+_CIFAR_100 = PublishedFile(
     cifar.ARCHIVE,
     "eb9058c3a382ffc7106e4002c42a8d85",
     (
@@ -43,7 +45,7 @@ _CIFAR_100 = Published(
 
 
 _OMNIGLOT = tuple(
-    Published(f"omniglot/{archive}", md5, tuple(url.format(archive) for url in _OMNIGLOT_URLS))
+    PublishedFile(f"omniglot/{archive}", md5, tuple(url.format(archive) for url in _OMNIGLOT_URLS))
     for archive, md5 in zip(
         omniglot.ARCHIVES,
         ("68d2efa1b9178cc56df9314c21c6e718", "6b91aef0f799c5bb55b94e3f2daec811"),
@@ -52,18 +54,18 @@ _OMNIGLOT = tuple(
 )
 
 
-PUBLISHED: dict[str, tuple[Published, ...]] = {
+PUBLISHED: dict[str, tuple[PublishedFile, ...]] = {
     "glyphs": (),
     "omniglot": _OMNIGLOT,
     "omniglot-vinyals": _OMNIGLOT,
     "cifar-fs": (_CIFAR_100,),
     "fc100": (_CIFAR_100,),
 }
-"""Data set -> its files; none: it is built in."""
+"""Data set -> its published files; empty if it is built in."""
 
 
-_LICENCE = """{data} cannot be downloaded for you: its images are ImageNet's, whose owners give them to researchers who
-have agreed to their terms, at https://image-net.org/download.php. Having done so, by hand and once:
+_LICENCE = """{data} cannot be downloaded for you: its images come from ImageNet, whose owners give them only to
+researchers who have agreed to their terms, at https://image-net.org/download.php. Agree to them, and then, once:
 """
 
 
@@ -87,26 +89,27 @@ BY_HAND = {
        test_images_png.pkl    test_labels.pkl
   3. Convert them once, which takes 17 GB of disk and little memory:
      metaheed data prepare tieredimagenet --from {root}
-  4. Use what that writes with --data tieredimagenet --data-root {root}""",
+  4. Use the store that this writes with --data tieredimagenet --data-root {root}""",
 }
-"""Data set that may not be given away -> what to do."""
+"""Data set that may not be passed on -> instructions for getting it by hand."""
 
 
-def download(name: str, root: str | Path, watcher: Watcher) -> list[Path]:
-    """Bring a data set's published files to where its reader looks for them.
+def download(name: str, root: str | Path, watcher: DownloadWatcher) -> list[Path]:
+    """Download the published files of a data set to where its reader looks for them.
 
     Args:
         name: a key of PUBLISHED or BY_HAND.
-        root: the data root; made if it is not there.
-        watcher: told how it goes.
+        root: the data root; made if it does not exist.
+        watcher: told about the progress.
 
     Returns:
-        The files, those included that were there.
+        The files, including those that were there already.
 
     Raises:
-        ConfigError: no such data set.
-        DataError: it may not be given away (says how to get it by hand); a file is there with other content; no mirror
-            gave a file with the published md5 (says what each did); another process is downloading it; no room.
+        ConfigError: there is no such data set.
+        DataError: the data set may not be passed on (the message says how to get it by hand); a file is there with
+            other content; no mirror gave a file with the published md5 (the message says what each did); another
+            process is downloading it; or the disk has too little room.
     """
     root = Path(root).expanduser()
     if name in BY_HAND:
@@ -117,8 +120,8 @@ def download(name: str, root: str | Path, watcher: Watcher) -> list[Path]:
         watcher.message(f"{name} is built in: there is nothing to download")
     found = []
     for file in PUBLISHED[name]:
-        there = present(file, root)
+        there = find_present(file, root)
         if there is not None:
-            watcher.message(f"{there} is there already, and right")
+            watcher.message(f"{there} is there already, with the published content")
         found.append(there or fetch(file, root, watcher))
     return found

@@ -1,13 +1,12 @@
-"""Reading a stranger's pickle without running a stranger's code, and without holding it in memory.
+"""Read a stranger's pickle without running code of the stranger, and without holding the file in memory.
 
-A pickle is a program for a small stack machine. This one interprets it operation by operation, of protocols 0 to 5 and
-of Python 2 as well as 3, and knows numpy arrays and plain containers (dict, list, tuple, str, bytes, numbers, numpy's
-among them) only. It refuses everything else by name: no other global is ever looked up, let alone called. A Python 2
-str becomes bytes.
+A pickle is a program for a small stack machine. This module is such a machine, for protocols 0 to 5 as Python 2 and
+Python 3 write them. It knows numpy arrays and plain values only (dict, list, tuple, str, bytes, and numbers, including
+numpy's), and refuses everything else by name: no other global is looked up or called. A str of Python 2 becomes bytes.
 
-Payloads longer than a bound stay in the file: an array, or a string, is then no more than where its bytes lie, so that
-a file of many gigabytes is read in little memory. They come in four forms: as they are, as UTF-8 of Latin-1 text (how
-Python 3 writes bytes into protocol 2), and with two kinds of escapes (protocol 0).
+Strings and arrays longer than a bound are left in the file, and only the place of their bytes is kept. A file of many
+gigabytes is thus read in little memory. Payloads have four forms: raw bytes, UTF-8 of Latin-1 text (as Python 3 writes
+bytes into protocol 2), and two kinds of escapes (protocol 0).
 """
 
 import codecs
@@ -20,50 +19,50 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from metaheed.data.reading.pickle_stream import (
+    AdmittedType,
     DType,
     Opener,
     RefusedError,
-    Stored,
     StoredArray,
-    Type,
-    _operations,
+    StoredBytes,
+    read_operations,
     read_payload,
 )
-from metaheed.errors import DataError, brief, is_systems
+from metaheed.errors import DataError, brief, is_system_error
 
 
 def load_arrays(source: Path | Opener, name: str, published: str, inline: int | None = None) -> Any:
-    """The value in a pickle of arrays and plain containers; its arrays are `StoredArray`.
+    """Read a pickle of arrays and plain containers. Its arrays are returned as `StoredArray`.
 
     Args:
-        source: the file, or what opens it anew (seekable).
-        name: the file's, for messages.
+        source: the file, or a function that opens it anew (as a seekable file).
+        name: the name of the file in messages.
         published: where the file is published, for messages.
-        inline: strings and arrays of more bytes than that stay in the file; none: all are read.
+        inline: strings and arrays of more bytes than this are left in the file; everything is read if None.
 
     Raises:
-        DataError: the file is damaged, or asks for anything but arrays and plain containers; names the file, the
-            offender and where the file is published.
+        DataError: the file is damaged, or has anything but arrays and plain containers; the message names the file, the
+            cause, and where the file is published.
     """
     opener: Opener = (lambda: source.open("rb", buffering=4096)) if isinstance(source, Path) else source
-    with reading(name, published), opener() as file:
+    with damage_explained(name, published), opener() as file:
         return _Machine(file, opener, inline).run()
 
 
 @contextlib.contextmanager
-def reading(name: str, published: str) -> Iterator[None]:
-    """Turn whatever damaged content raises into a DataError that names the file and where to have it anew."""
+def damage_explained(name: str, published: str) -> Iterator[None]:
+    """Turn any error that damaged content raises into a DataError that names the file and where it is published."""
     try:
         yield
     except (DataError, MemoryError):
         raise
     except RefusedError as error:
         raise DataError(
-            f"{name} is not read: its pickle asks for {brief(str(error))}, which a file of arrays has no use for and "
+            f"{name} is not read: its pickle asks for {brief(str(error))}, which a file of arrays does not need and "
             f"which could run code. Fetch the file anew from {published}"
         ) from error
-    except Exception as error:  # damaged content makes readers raise nearly anything
-        if is_systems(error):
+    except Exception as error:  # readers raise nearly any kind of error for damaged content
+        if is_system_error(error):
             raise
         raise DataError(
             f"{name} is damaged ({type(error).__name__}: {brief(str(error), 200)}): fetch it anew from {published}"
@@ -82,14 +81,12 @@ _ADMITTED = {
     **{(builtins, name): name for builtins in ("__builtin__", "builtins") for name in ("bytes", "list", "dict", "int")},
     **{("__builtin__", "xrange"): "range", ("builtins", "range"): "range"},
 }
-"""Globals that stand for a value of numpy's or of Python's, to what is made here in their place; none is looked up."""
-
-
+"""(module, name) of each global that a pickle may name -> the `_make_…` method used in its place; none is looked up."""
 _MARK = object()
 
 
 def _keys(keys: list[Any]) -> list[Any]:
-    """Keys as they are; nested ones are refused, since telling apart tuples of tuples may take for ever."""
+    """Return the keys unchanged; nested tuples are refused, because comparing them may take for ever."""
     for key in keys:
         for part in key if isinstance(key, tuple) else (key,):
             if not isinstance(part, str | bytes | int | float | None):
@@ -97,31 +94,32 @@ def _keys(keys: list[Any]) -> list[Any]:
     return keys
 
 
-_GETS = frozenset(b"ghj")
-
-
-_LONGEST_RANGE = 1 << 22  # whole numbers, which take memory here and none in the file
+_GETS = frozenset(b"ghj")  # the operations that fetch from the memo
+_LONGEST_RANGE = 1 << 22  # numbers in all ranges together, because they take memory here but almost none in the file
 
 
 class _Machine:
+    """The stack machine: a method for each kind of operation, and a `_make_…` method for each admitted global."""
+
     def __init__(self, file: BinaryIO, opener: Opener, inline: int | None) -> None:
         self._file, self._open, self._inline = file, opener, inline
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
         self._memoized = 0
-        self._ranged = 0  # numbers in ranges so far
-        self._most = 0  # operations of the file
-        self._copied = 0  # pairs and bytes that were made of what was there already
+        self._ranged = 0  # the numbers in ranges so far
+        self._operations = 0  # the number of operations in the file
+        self._copied = 0  # the pairs and bytes that were copied from values that existed already
 
     def run(self) -> Any:
-        # What is never fetched from the memo need not be kept there; Python 2 puts everything into it.
+        """Execute all operations and return the value that is left on the stack."""
+        # Only values that are fetched later are kept in the memo; Python 2 puts everything into it.
         self._fetched = set()
-        for op, argument in _operations(self._file):
-            self._most += 1
+        for op, argument in read_operations(self._file):
+            self._operations += 1
             if op in _GETS:
                 self._fetched.add(self._number(op, argument))
         self._size = self._file.tell()
-        for op, argument in _operations(self._file):
+        for op, argument in read_operations(self._file):
             handler = _HANDLERS.get(op)
             if handler is None:
                 raise RefusedError(_NAMES.get(op, f"the operation {bytes([op])!r}"))
@@ -134,6 +132,7 @@ class _Machine:
         return int(argument[0]) if op in b"gp" else int.from_bytes(argument, "little")
 
     def _pop_to_mark(self) -> list[Any]:
+        """Remove the values above the topmost mark, and the mark itself; return the values."""
         at = len(self._stack) - 1
         while self._stack[at] is not _MARK:
             at -= 1
@@ -174,7 +173,7 @@ class _Machine:
     def _integer(self, op: int, argument: Any) -> None:
         self._push(int.from_bytes(argument, "little", signed=op == ord("J")))
 
-    def _long(self, op: int, argument: Stored) -> None:
+    def _long(self, op: int, argument: StoredBytes) -> None:
         if argument.length > 1024:
             raise ValueError(f"a whole number of {argument.length} bytes")
         data = read_payload(self._file, argument)
@@ -184,7 +183,7 @@ class _Machine:
     def _float(self, op: int, argument: Any) -> None:
         self._push(struct.unpack(">d", argument)[0])
 
-    def _payload(self, op: int, argument: Stored) -> None:
+    def _payload(self, op: int, argument: StoredBytes) -> None:
         if self._inline is not None and argument.length > self._inline:
             self._push(argument)
             return
@@ -195,10 +194,10 @@ class _Machine:
     def _empty(self, op: int, argument: Any) -> None:
         self._push({ord("]"): list, ord("}"): dict, ord(")"): tuple}[op]())
 
-    def _few(self, op: int, argument: Any) -> None:
+    def _short_tuple(self, op: int, argument: Any) -> None:
         count = op - 0x84
         if len(self._stack) < count:
-            raise IndexError("a tuple of values that are not there")
+            raise IndexError("a tuple has more values than the stack")
         items = tuple(self._stack[-count:])
         del self._stack[-count:]
         self._push(items)
@@ -214,7 +213,7 @@ class _Machine:
         items = self._pop_to_mark() if op == ord("e") else [self._stack.pop()]
         target = self._stack[-1]
         if type(target) is not list:
-            raise TypeError("it appends to what is no list")
+            raise TypeError("it appends to something that is not a list")
         target.extend(items)
 
     def _set_items(self, op: int, argument: Any) -> None:
@@ -225,7 +224,7 @@ class _Machine:
             items = [self._stack.pop(), value]
         target = self._stack[-1]
         if type(target) is not dict:
-            raise TypeError("it sets items of what is no dict")
+            raise TypeError("it sets items of something that is not a dict")
         target.update(zip(_keys(items[::2]), items[1::2], strict=True))
 
     def _put(self, op: int, argument: Any) -> None:
@@ -244,30 +243,30 @@ class _Machine:
         if op == 0x93:
             name, module = self._stack.pop(), self._stack.pop()
             if not (isinstance(name, str) and isinstance(module, str)):
-                raise TypeError("a global whose name is no text")
+                raise TypeError("a global whose name is not text")
         else:
             module, name = (part.decode("utf-8") for part in argument)
         if (module, name) not in _ADMITTED or op == ord("i"):
             raise RefusedError(f"{module}.{name}")
-        self._push(Type(_ADMITTED[module, name]))
+        self._push(AdmittedType(_ADMITTED[module, name]))
 
     def _reduce(self, op: int, argument: Any) -> None:
         arguments, kind = self._stack.pop(), self._stack.pop()
-        if not isinstance(kind, Type) or type(arguments) is not tuple:
-            raise RefusedError("a call of what is no function")
+        if not isinstance(kind, AdmittedType) or type(arguments) is not tuple:
+            raise RefusedError("a call of something that is not a function")
         self._push(getattr(self, f"_make_{kind.name}")(*arguments))
 
     def _make_reconstruct(self, kind: Any, shape: Any, code: Any) -> StoredArray:
-        # Whatever shape is asked for here: the content comes with the state.
+        # The shape that is given here is ignored; the true one comes with the state.
         return StoredArray(self._open)
 
     def _make_frombuffer(self, data: Any, dtype: Any, shape: Any, order: Any) -> StoredArray:
-        return self._filled(StoredArray(self._open), shape, dtype, order == "F", data)
+        return self._fill(StoredArray(self._open), shape, dtype, order == "F", data)
 
     def _make_scalar(self, dtype: Any, data: Any) -> Any:
-        # As the plain value: what labels are told apart by.
+        # A number of numpy becomes a plain number, so that labels can be compared.
         if not isinstance(dtype, DType) or not isinstance(data, bytes):
-            raise RefusedError("a numpy number that is none")
+            raise RefusedError("a numpy number of another kind")
         if len(data) != dtype.dtype.itemsize:
             raise ValueError(f"a {dtype.dtype} in {len(data)} bytes")
         return np.frombuffer(data, dtype.dtype)[0].item()
@@ -280,21 +279,21 @@ class _Machine:
             raise RefusedError(f"an array of {dtype}")
         return DType(dtype)
 
-    def _make_encode(self, text: Any, encoding: Any = "latin1") -> bytes | Stored:
+    def _make_encode(self, text: Any, encoding: Any = "latin1") -> bytes | StoredBytes:
         if not isinstance(encoding, str) or codecs.lookup(encoding).name != "iso8859-1":
             raise RefusedError(f"_codecs.encode with {encoding!r}")
-        if isinstance(text, Stored) and text.text:
+        if isinstance(text, StoredBytes) and text.text:
             return text._replace(text=False)
         if not isinstance(text, str):
-            raise RefusedError("_codecs.encode of what is no text")
-        self._copy(len(text), self._size)
+            raise RefusedError("_codecs.encode of something that is not text")
+        self._count_copies(len(text), self._size)
         return text.encode("latin1")
 
-    def _copy(self, count: int, most: int) -> None:
-        """Count what is made anew of a value: an honest file has each but once, a bomb fetches one again and again."""
+    def _count_copies(self, count: int, most: int) -> None:
+        """Count the values that are copied, `most` at most: a bomb copies one value again and again."""
         self._copied += count
         if self._copied > most:
-            raise ValueError("it makes more of its values than are in it")
+            raise ValueError("it copies more values than it has")
 
     def _make_bytes(self) -> bytes:
         return b""
@@ -306,20 +305,20 @@ class _Machine:
         return 0
 
     def _make_dict(self, pairs: Any = ()) -> dict[Any, Any]:
-        # Python 2 hands over an ordered dict's items as a list of lists; Python 3 sets them one after another.
+        # Python 2 gives the items of an ordered dict as a list of lists; Python 3 sets them one after another.
         if not isinstance(pairs, list | tuple) or not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-            raise RefusedError("a dict of what are no pairs")
-        self._copy(len(pairs), self._most)
+            raise RefusedError("a dict of something other than pairs")
+        self._count_copies(len(pairs), self._operations)
         return dict(zip(_keys([key for key, _ in pairs]), [value for _, value in pairs], strict=True))
 
     def _make_defaultdict(self, factory: Any = None) -> dict[Any, Any]:
-        if factory is not None and not isinstance(factory, Type):
+        if factory is not None and not isinstance(factory, AdmittedType):
             raise RefusedError("a dict whose missing values come from a function")
         return {}
 
     def _make_range(self, *bounds: Any) -> list[int]:
         if not 1 <= len(bounds) <= 3 or not all(type(bound) is int for bound in bounds):
-            raise RefusedError("a range of what are no whole numbers")
+            raise RefusedError("a range of something other than whole numbers")
         numbers = range(*bounds)
         if numbers and (numbers[-1] - numbers[0]) // numbers.step >= _LONGEST_RANGE - self._ranged:
             raise ValueError(f"ranges of more than {_LONGEST_RANGE} numbers")
@@ -341,21 +340,22 @@ class _Machine:
             target.dtype = target.dtype.newbyteorder("=" if order == "|" else order)  # type: ignore[arg-type]
         elif isinstance(target, StoredArray):
             _, shape, dtype, fortran, data = state
-            self._filled(target, shape, dtype, bool(fortran), data)
+            self._fill(target, shape, dtype, bool(fortran), data)
         else:
             raise RefusedError("the state of an object")
 
-    def _filled(self, array: StoredArray, shape: Any, dtype: Any, fortran: bool, data: Any) -> StoredArray:
+    def _fill(self, array: StoredArray, shape: Any, dtype: Any, fortran: bool, data: Any) -> StoredArray:
+        """Give an array its shape, dtype and bytes, after checking that they fit together."""
         if not isinstance(dtype, DType) or not (
-            isinstance(data, bytes) or (isinstance(data, Stored) and not data.text)
+            isinstance(data, bytes) or (isinstance(data, StoredBytes) and not data.text)
         ):
             raise RefusedError("an array of Python objects")
         if type(shape) is not tuple or not all(type(n) is int and n >= 0 for n in shape):
             raise ValueError(f"an array of shape {shape!r}")
         count = int(np.prod(np.array(shape, dtype=object))) * dtype.dtype.itemsize
-        known = data.length if isinstance(data, Stored) else len(data)
+        known = data.length if isinstance(data, StoredBytes) else len(data)
         raw = isinstance(data, bytes) or data.form == "raw"
-        # An escaped payload has more bytes than it means, and none fewer.
+        # A payload that is not raw has at least as many bytes in the file as it encodes.
         if known < count or (raw and known != count):
             raise ValueError(f"an array of shape {shape} in {known} bytes")
         array.shape, array.dtype, array.fortran, array.data = shape, dtype.dtype, fortran and len(shape) > 1, data
@@ -371,7 +371,7 @@ _HANDLERS: dict[int, Callable[[_Machine, int, Any], None]] = {
     **dict.fromkeys((0x8A, 0x8B), _Machine._long),
     **dict.fromkeys((*b"TUBCXSV", 0x8E, 0x96, 0x8C, 0x8D), _Machine._payload),
     **dict.fromkeys(b"]})", _Machine._empty),
-    **dict.fromkeys((0x85, 0x86, 0x87), _Machine._few),
+    **dict.fromkeys((0x85, 0x86, 0x87), _Machine._short_tuple),
     **dict.fromkeys(b"tld", _Machine._container),
     **dict.fromkeys(b"ae", _Machine._append),
     **dict.fromkeys(b"su", _Machine._set_items),
@@ -386,8 +386,6 @@ _HANDLERS: dict[int, Callable[[_Machine, int, Any], None]] = {
     ord("R"): _Machine._reduce,
     ord("b"): _Machine._build,
 }
-
-
 _NAMES = {
     **dict.fromkeys((*b"o", 0x81, 0x92), "the creation of an object"),
     **dict.fromkeys((0x82, 0x83, 0x84), "an extension code"),
@@ -395,3 +393,4 @@ _NAMES = {
     **dict.fromkeys((0x97, 0x98), "a buffer outside the file"),
     **dict.fromkeys((0x8F, 0x90, 0x91), "a set"),
 }
+"""Operation that is refused -> its name in messages."""

@@ -1,4 +1,7 @@
-"""Fetching one published file over HTTP: mirrors, resumption, checksums."""
+"""Download one published file over HTTP from its mirrors, with resumption and a check of its md5.
+
+The steps are described at the top of download.py.
+"""
 
 import contextlib
 import hashlib
@@ -22,86 +25,78 @@ import metaheed
 from metaheed.errors import DataError
 from metaheed.files.opening import put_in_place, try_lock
 
-_TRIES = 4  # in a row without a byte more than before, at one mirror
+_TRIES = 4  # attempts in a row, at one mirror, that bring no new byte before it is given up
+_WAIT = 1.0  # seconds before the second attempt; doubled before each later one
+_LONGEST_WAIT = 30.0  # seconds, even if the server asks for more
+_TIMEOUT = 30.0  # seconds without a byte from the server
+_CHUNK = 1 << 18  # bytes that are read at once
+_BEGINNING = 64  # bytes from which a web page can be recognised
+_LARGEST = 1 << 30  # bytes of a file at most; no published file comes near it
 
 
-_WAIT = 1.0  # seconds before the second of them; doubles
-
-
-_LONGEST_WAIT = 30.0  # seconds, whatever the server asks for
-
-
-_TIMEOUT = 30.0  # seconds without a sign of life
-
-
-_CHUNK = 1 << 18  # bytes
-
-
-_BEGINNING = 64  # bytes that tell a web page
-
-
-_LARGEST = 1 << 30  # bytes: no published file comes near it
-
-
-class Published(NamedTuple):
-    """A file as its publisher and others give it away."""
+class PublishedFile(NamedTuple):
+    """A published file, and where it can be downloaded."""
 
     path: str
-    """Where it goes below the data root, which is where the data set's reader looks."""
+    """Its path below the data root, where the reader of the data set looks for it."""
     md5: str
-    """Published checksum."""
+    """Its published checksum."""
     urls: tuple[str, ...]
-    """The publisher first, then mirrors."""
+    """The publisher's URL first, then those of mirrors."""
     unpacked: Mapping[str, str] = MappingProxyType({})
-    """Files below the data root, with their md5, that do as well."""
+    """Path below the data root -> md5 of the files in the archive, which can be there instead of it."""
 
 
-class Watcher(Protocol):
-    """Who is told how a download goes."""
+class DownloadWatcher(Protocol):
+    """Is told about the progress of a download."""
 
     def begin(self, name: str, done: int, total: int | None) -> None:
-        """Bytes of a file begin to arrive after the `done` that are there; none: how many in all is not known."""
+        """A transfer begins: `done` bytes of the file are there already, out of `total` (None if it is not known)."""
 
-    def advance(self, done: int) -> None:
-        """So many are there."""
+    def reached(self, done: int) -> None:
+        """`done` bytes of the file are there now."""
 
     def end(self) -> None:
-        """No more of them come."""
+        """The transfer has ended."""
 
     def message(self, text: str) -> None:
-        """Something worth a line."""
+        """Show a line of text to the user."""
 
 
-def present(file: Published, root: Path) -> Path | None:
-    """The file, or the folder it was unpacked into, if it is there with the published md5.
+def find_present(file: PublishedFile, root: Path) -> Path | None:
+    """Return the file, or the folder that it was unpacked into, if it is there with the published md5; else None.
 
     Raises:
-        DataError: it is there with another.
+        DataError: it is there with another md5.
     """
     for place in (root / file.path, root / Path(file.path).name):
         if place.exists():
-            _must_be(place, file.md5)
+            _check_md5(place, file.md5)
             return place
     for base in (root, root.parent):  # the root may be the unpacked folder itself
         parts = {base / path: md5 for path, md5 in file.unpacked.items()}
         if parts and all(part.is_file() and part.is_relative_to(root) for part in parts):
             for part, md5 in parts.items():
-                _must_be(part, md5)
+                _check_md5(part, md5)
             return next(iter(parts)).parent
     return None
 
 
-def _must_be(path: Path, md5: str) -> None:
+def _check_md5(path: Path, md5: str) -> None:
     found = md5_of(path)
     if found != md5:
         raise DataError(
             f"{path} is there already, but its md5 is {found} and the published file's {md5}. "
-            "If it can be used (repacked, say), nothing needs to be done; if not, delete it and download again"
+            "If it can be used (it was repacked, say), nothing needs to be done; if not, delete it and download again"
         )
 
 
 def md5_of(path: Path) -> str:
-    """The md5 of a file, in hexadecimal; DataError if it cannot be read."""
+    """Return the md5 of a file in hexadecimal.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
@@ -109,31 +104,31 @@ def md5_of(path: Path) -> str:
         raise DataError(f"{path} cannot be read ({error.strerror or error})") from error
 
 
-def fetch(file: Published, root: Path, watcher: Watcher) -> Path:
-    """Download one file to its place below the root; see the top of this module.
+def fetch(file: PublishedFile, root: Path, watcher: DownloadWatcher) -> Path:
+    """Download one file to its place below the root, and return its path.
 
     Raises:
-        DataError: as `download`.
+        DataError: as in `download.download`.
     """
     target = root / file.path
     made = [folder for folder in target.parents if not folder.exists()]
     try:
-        with _writing(target):
+        with _write_errors_explained(target):
             target.parent.mkdir(parents=True, exist_ok=True)
-        with _part_of(target) as part:
-            # Another process may have been at it, and have just finished.
-            if present(file, root) is None and not (part.size and md5_of(part.path) == file.md5):
+        with _locked_part(target) as part:
+            # Another process may just have finished the same download.
+            if find_present(file, root) is None and not (part.size and md5_of(part.path) == file.md5):
                 _from_mirrors(file, part, target, watcher)
-            return target if target.exists() else part.become(target)
+            return target if target.exists() else part.rename_to(target)
     finally:
         watcher.end()
-        with contextlib.suppress(OSError):  # not empty: something has come
+        with contextlib.suppress(OSError):  # the folder is not empty, because bytes have arrived
             for folder in made:
                 folder.rmdir()
 
 
-def _from_mirrors(file: Published, part: "_Part", target: Path, watcher: Watcher) -> None:
-    """Fill the part from the first mirror that gives the published file."""
+def _from_mirrors(file: PublishedFile, part: "_Part", target: Path, watcher: DownloadWatcher) -> None:
+    """Download the published file into `part` from the first mirror that gives it."""
     failures = []
     for url in file.urls:
         try:
@@ -141,19 +136,19 @@ def _from_mirrors(file: Published, part: "_Part", target: Path, watcher: Watcher
             _transfer(url, part, watcher)
             found = md5_of(part.path)
             if found != file.md5 and continued:
-                watcher.message(f"{part.path} held something else from an earlier session: starting anew")
-                part.cut(0)
+                watcher.message(f"{part.path} held bytes of another file from an earlier session: starting anew")
+                part.truncate(0)
                 _transfer(url, part, watcher)
                 found = md5_of(part.path)
             if found == file.md5:
                 return
-            part.cut(0)
+            part.truncate(0)
             raise _UnusableError(f"gave a file with md5 {found}, but the published one is {file.md5}")
         except _UnusableError as error:
             failures.append(f"{url} {error}")
             watcher.end()
             watcher.message(failures[-1])
-    kept = f"; {part.size} bytes are kept in {part.path}, to go on from" if part.size else ""
+    kept = f"; {part.size} bytes are kept in {part.path}, and the next attempt continues them" if part.size else ""
     raise DataError(
         f"{target.name} could not be downloaded: {'; '.join(failures)}{kept}. Try again later, or fetch it with a "
         f"browser and put it at {target}"
@@ -161,20 +156,20 @@ def _from_mirrors(file: Published, part: "_Part", target: Path, watcher: Watcher
 
 
 class _UnusableError(Exception):
-    """A mirror does not give the file, and will not if asked again."""
+    """A mirror does not give the file, and would not do so if it were asked again."""
 
 
 class _BrokenError(Exception):
-    """A transfer did not come to its end; it may the next time."""
+    """A transfer was interrupted; another attempt may succeed."""
 
     def __init__(self, message: str, wait: float | None = None) -> None:
         super().__init__(message)
         self.wait = wait
-        """Seconds that the server asks for."""
+        """The seconds that the server asks to wait; None if it does not say."""
 
 
 class _Part:
-    """FILE.part, held by this process."""
+    """FILE.part, which this process has opened and locked."""
 
     def __init__(self, path: Path, file: FileIO) -> None:
         self.path, self._file = path, file
@@ -185,33 +180,34 @@ class _Part:
 
     def append(self, data: bytes) -> None:
         rest = memoryview(data)
-        with _writing(self.path):
-            while rest:  # a full disk may take some of it
+        with _write_errors_explained(self.path):
+            while rest:  # write may take only some of the bytes, if the disk is nearly full
                 rest = rest[self._file.write(rest) :]
 
-    def cut(self, size: int) -> None:
-        with _writing(self.path):
+    def truncate(self, size: int) -> None:
+        with _write_errors_explained(self.path):
             self._file.truncate(size)
 
-    def become(self, target: Path) -> Path:
-        with _writing(target):
+    def rename_to(self, target: Path) -> Path:
+        with _write_errors_explained(target):
             os.fsync(self._file.fileno())
             if os.name == "nt":
-                self._file.close()  # or Windows does not let it be renamed
+                self._file.close()  # Windows does not rename an open file
             put_in_place(self.path, target)
         return target
 
 
 @contextlib.contextmanager
-def _part_of(target: Path) -> Iterator[_Part]:
+def _locked_part(target: Path) -> Iterator[_Part]:
+    """Open and lock FILE.part; raise DataError if another process holds it. An empty file is deleted at the end."""
     path = target.with_name(target.name + ".part")
     while True:
-        with _writing(path):
+        with _write_errors_explained(path):
             file = FileIO(path, "a+")
         with file:
             if not try_lock(file):
                 raise DataError(f"{path} is being downloaded by another process: wait for it, or stop it")
-            # Between opening and locking, its holder may have finished and renamed it: then it is no part any more.
+            # Between opening and locking, the process that held the lock may have renamed the file: then try again.
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 continue
             try:
@@ -224,17 +220,21 @@ def _part_of(target: Path) -> Iterator[_Part]:
 
 
 class _Mirror:
-    """A URL, and the version of the file that its server named last."""
+    """A URL, and the version of the file (its ETag) that the server named last."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.version: str | None = None
-        # Now and not at import, for it reads the environment's proxies and certificates.
+        # Built here and not at import, because it reads the environment's proxies and certificates.
         self.open = urllib.request.build_opener(_Redirects()).open
 
 
-def _transfer(url: str, part: _Part, watcher: Watcher) -> None:
-    """Append to the part what it lacks, however often the connection breaks, as long as it brings something."""
+def _transfer(url: str, part: _Part, watcher: DownloadWatcher) -> None:
+    """Append the missing bytes to `part`; a broken connection is tried again until _TRIES in a row bring no new byte.
+
+    Raises:
+        _UnusableError: the mirror does not give the file.
+    """
     mirror, most, tries = _Mirror(url), part.size, 0
     while True:
         try:
@@ -246,12 +246,17 @@ def _transfer(url: str, part: _Part, watcher: Watcher) -> None:
             if tries >= _TRIES:
                 raise _UnusableError(f"failed {tries} times in a row ({error})") from error
             wait = min(_WAIT * 2 ** (tries - 1) if error.wait is None else error.wait, _LONGEST_WAIT)
-            watcher.message(f"{url}: {error}; going on after {part.size} bytes in {wait:g} s")
+            watcher.message(f"{url}: {error}; trying again in {wait:g} s, from byte {part.size} on")
             time.sleep(wait)
 
 
-def _request(mirror: _Mirror, part: _Part, watcher: Watcher) -> None:
-    """One request for the bytes that the part lacks; what goes wrong is told apart by whether to ask again."""
+def _request(mirror: _Mirror, part: _Part, watcher: DownloadWatcher) -> None:
+    """Make one request for the missing bytes.
+
+    Raises:
+        _BrokenError: it failed, but another attempt may succeed.
+        _UnusableError: it failed, and another attempt would fail, too.
+    """
     start = part.size
     headers = {"User-Agent": f"metaheed/{metaheed.__version__}", "Accept-Encoding": "identity"}
     if start:
@@ -261,13 +266,13 @@ def _request(mirror: _Mirror, part: _Part, watcher: Watcher) -> None:
     try:
         with mirror.open(urllib.request.Request(mirror.url, headers=headers), timeout=_TIMEOUT) as response:
             tag = response.headers.get("ETag", "")
-            mirror.version = tag if tag.startswith('"') else None  # a weak one says nothing about bytes
+            mirror.version = tag if tag.startswith('"') else None  # a weak ETag does not promise equal bytes
             _receive(response, part, watcher)
     except urllib.error.HTTPError as error:
         with error:
             what = f"answers {error.code} {error.reason}"
             if error.code == http.HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE and start:
-                return  # nothing comes after what is there: its md5 will tell
+                return  # the server has no more bytes than we do: the md5 decides
             if error.code in (408, 425, 429) or error.code >= 500:
                 asked = error.headers.get("Retry-After", "")
                 raise _BrokenError(what, float(asked) if asked.isdecimal() else None) from error
@@ -283,12 +288,12 @@ def _request(mirror: _Mirror, part: _Part, watcher: Watcher) -> None:
         raise _BrokenError(f"the connection broke ({reason or type(reason).__name__})") from error
 
 
-def _receive(response: Any, part: _Part, watcher: Watcher) -> None:
-    """Append an answer's body to the part, from the start if that is what the server sends."""
+def _receive(response: Any, part: _Part, watcher: DownloadWatcher) -> None:
+    """Append the body of a response to `part`; if the server sends the file from the start, `part` is emptied first."""
     start = part.size
     length = response.headers.get("Content-Length", "")
     length = int(length) if length.isdecimal() else None
-    # read1 gives what is there, where read would wait for a whole chunk and lose it with the connection.
+    # read1 returns what has arrived; read would wait for a whole chunk, and lose it if the connection breaks.
     data = response.read1(_CHUNK)
     while 0 < len(data) < _BEGINNING and (more := response.read1(_CHUNK)):
         data += more
@@ -301,24 +306,24 @@ def _receive(response: Any, part: _Part, watcher: Watcher) -> None:
             "open the address in a browser to see it"
         )
     if continues and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-        part.cut(0)
+        part.truncate(0)
         raise _BrokenError("the server sent another range than was asked for")
     if not continues and start:
-        part.cut(0)
+        part.truncate(0)
         start = 0
     total = None if length is None else start + length
     free = shutil.disk_usage(part.path.parent).free
     if length is not None and length > free:
         raise DataError(
-            f"no room for {part.path.stem}: {_megabytes(length)} are to come, but {part.path.parent} has only "
-            f"{_megabytes(free)} free. Make room there, or choose another --data-root"
+            f"no room for {part.path.stem}: {_megabytes(length)} are still to be downloaded, but {part.path.parent} "
+            f"has only {_megabytes(free)} free. Make room there, or choose another --data-root"
         )
     watcher.begin(part.path.stem, start, total)
     while data:
         part.append(data)
-        watcher.advance(part.size)
+        watcher.reached(part.size)
         if part.size > _LARGEST:
-            part.cut(0)
+            part.truncate(0)
             raise _UnusableError(f"sends more than {_megabytes(_LARGEST)}, which no published file has")
         data = response.read1(_CHUNK)
     if total is not None and part.size < total:
@@ -332,7 +337,7 @@ _TITLE = re.compile(rb"<title[^>]*>([^<]{1,200})", re.IGNORECASE)
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but never from HTTPS to anything else."""
+    """Follows redirects, but refuses those from HTTPS to another protocol."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
@@ -347,11 +352,12 @@ def _megabytes(size: int) -> str:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _write_errors_explained(path: Path) -> Iterator[None]:
+    """Turn an error of the operating system into a DataError that says what to do."""
     try:
         yield
     except OSError as error:
         raise DataError(
             f"cannot write {error.filename or path}: {error.strerror or error}. Make room or grant permission there "
-            "and repeat the command, which goes on from what has come; or choose another --data-root"
+            "and repeat the command, which continues the download; or choose another --data-root"
         ) from error

@@ -1,7 +1,7 @@
-"""Files under a folder, in a zip or in a tar, listed and read alike. Nothing is ever extracted to the disk.
+"""List and read files in a folder, a zip or a tar in the same way. Nothing is ever extracted to the disk.
 
-A stranger's archive is refused, with the member named, where a member would leave the folder, is a link or device, is
-there twice, or claims a size out of all proportion.
+Archives may come from a stranger. One is refused if a member would leave the folder, is a link or device, is there
+twice, or claims an absurd size; the message names the member.
 """
 
 import contextlib
@@ -14,39 +14,40 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from metaheed.errors import DataError, MissingDataError, is_systems
+from metaheed.errors import DataError, MissingDataError, is_system_error
 from metaheed.files.opening import read_bounded
 
 LARGEST_FILE = 1 << 29
-"""Bytes that a member may claim; the largest published one (CIFAR-100's train part) has 155 million."""
-_RATIO = 200  # of unpacked to packed, beyond which an archive of more than _SMALL bytes is a bomb
+"""The largest size in bytes of a file; the largest published one (CIFAR-100's train part) has 155 million."""
+_RATIO = 200  # unpacked size / packed size, above which more than _SMALL unpacked bytes count as a decompression bomb
 _SMALL = 1 << 26
-_LARGEST_HEADER = 1 << 20  # bytes of a tar's header that extends another: names and attributes
+_LARGEST_HEADER = 1 << 20  # bytes of a tar header that extends the next one (long names, attributes)
 _DRIVE = re.compile(r"[A-Za-z]:[\\/]")
 
 
 class Entry(NamedTuple):
-    """A file of a tree."""
+    """A file in a tree."""
 
     path: str
-    """Relative, with forward slashes, and otherwise as it is written there."""
+    """The path relative to the root, with forward slashes and otherwise as it is written there."""
     size: int
-    """Bytes, as claimed."""
+    """The size in bytes; for a member of an archive, the size that it claims."""
     changed: int = 0
-    """When, in nanoseconds, of a file in a folder: another picture may well have the same size."""
+    """The modification time in nanoseconds, for a file in a folder: a changed picture may have the same size."""
 
 
 class Unreadable(NamedTuple):
-    """What stands in the place of a file's content."""
+    """Stands in the place of the content of a file that could not be read."""
 
     reason: str
+    """Why it could not be read."""
 
 
 Content = bytes | Unreadable
 
 
 def read_file(path: Path, largest: int = LARGEST_FILE) -> Content:
-    """The content of one of many files, or why it cannot be had: the others may be fine."""
+    """Return the content of a file, or why it cannot be read: it is one of many, and the others may be fine."""
     try:
         return read_bounded(path, largest)
     except OSError as error:
@@ -60,42 +61,47 @@ class Tree(NamedTuple):
 
     root: Path
     entries: list[Entry]
-    """In the order in which they are read fastest."""
+    """The files, in the order in which they are read fastest."""
     contents: Callable[[Iterable[Entry]], Iterator[Content]]
+    """Reads the contents of some of the entries; used by `read`."""
     remedy: str
+    """What the user can do if it is damaged."""
 
     def read(self, entries: Iterable[Entry]) -> Iterator[Content]:
-        """The contents of some of the entries, which are given in the order of the list.
+        """Read the contents of some of the entries.
+
+        Args:
+            entries: in the order in which they stand in `self.entries`.
 
         Raises:
-            DataError: an archive is damaged there.
+            DataError: the archive is damaged.
         """
         try:
             yield from self.contents(entries)
         except (DataError, MemoryError):
             raise
-        except Exception as error:  # archive readers raise many kinds on damaged files; all mean the same here
-            if is_systems(error):
+        except Exception as error:  # archive readers raise many kinds of errors for damaged files
+            if is_system_error(error):
                 raise
-            raise damaged(self.root, error, self.remedy) from error
+            raise damaged_error(self.root, error, self.remedy) from error
 
 
-def damaged(path: Path, error: Exception, remedy: str) -> DataError:
-    """The error for an archive that its reader cannot go on with."""
+def damaged_error(path: Path, error: Exception, remedy: str) -> DataError:
+    """Make the error for a damaged archive."""
     return DataError(f"{path} is damaged ({type(error).__name__}: {error}): {remedy}")
 
 
 def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_FILE) -> Tree:
-    """The tree of a folder, a .zip or a .tar (compressed or not).
+    """List the files of a folder, a zip or a tar (compressed or not).
 
     Args:
-        path: folder or archive.
-        published: where it is published, for messages; none: it is the user's own.
-        largest: bytes that a file may claim.
+        path: the folder or archive.
+        published: where it is published, for messages; None if it is the user's own.
+        largest: the largest size in bytes that a file may have.
 
     Raises:
-        MissingDataError: it is neither.
-        DataError: an archive is damaged, or holds what no honest one does.
+        MissingDataError: the path is neither a folder nor an archive.
+        DataError: an archive is damaged, or has a member that is refused.
     """
     remedy = f"fetch it anew from {published}" if published else "unpack it with a tool you trust, and look at it"
     if path.is_dir():
@@ -110,10 +116,10 @@ def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_F
             return _tar_tree(path, largest, remedy)
     except (DataError, MemoryError):
         raise
-    except Exception as error:  # archive readers raise many kinds on damaged files; all mean the same here
-        if is_systems(error):
+    except Exception as error:  # archive readers raise many kinds of errors for damaged files
+        if is_system_error(error):
             raise
-        raise damaged(path, error, remedy) from error
+        raise damaged_error(path, error, remedy) from error
     if published:
         raise DataError(f"{path} is damaged (it is neither a zip nor a tar file): {remedy}")
     raise MissingDataError(f"{path} is neither a folder nor a zip or tar file")
@@ -122,19 +128,20 @@ def open_tree(path: Path, published: str | None = None, largest: int = LARGEST_F
 _SYSTEMS = ("Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 
 
-def beside(name: str) -> bool:
-    """Whether that is the name of what a system or this program puts beside images."""
+def is_clutter(name: str) -> bool:
+    """Whether the name is that of a file or folder that an operating system or metaheed puts beside images."""
     return name.startswith((".", "__MACOSX", "@eaDir")) or name in _SYSTEMS or ".metaheed" in name
 
 
 def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iterator[Entry]:
+    """Yield the files in a folder and below it, without clutter; links to folders are followed, but not in a circle."""
     status = folder.stat()
     here = status.st_dev, status.st_ino
-    if here in above:  # a link to a folder that holds it
+    if here in above:  # a link to a folder that contains the link
         return
     with os.scandir(folder) as found:
         for entry in sorted(found, key=lambda e: e.name):
-            if beside(entry.name):
+            if is_clutter(entry.name):
                 continue
             if entry.is_dir():
                 yield from _walk(folder / entry.name, f"{prefix}{entry.name}/", (*above, here))
@@ -144,6 +151,7 @@ def _walk(folder: Path, prefix: str, above: tuple[tuple[int, int], ...]) -> Iter
 
 
 def _zip_tree(path: Path, largest: int, remedy: str) -> Tree:
+    """List a zip; see `open_tree`."""
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
     entries: dict[str, Entry] = {}
@@ -153,7 +161,7 @@ def _zip_tree(path: Path, largest: int, remedy: str) -> Tree:
         name = _zip_name(member)
         if member.create_system in _WINDOWS or not slashes:
             name = name.replace("\\", "/")
-        # Unix writes the kind of a file into the upper half of the attributes.
+        # Unix systems write the kind of the file into the upper half of the attributes.
         kind = (member.external_attr >> 16) & 0o170000
         folder = name.endswith("/")
         _check(path, name, kind in (0, 0o100000) or folder, member.file_size, member.compress_size, largest, remedy)
@@ -172,13 +180,15 @@ def _zip_tree(path: Path, largest: int, remedy: str) -> Tree:
 
 
 _WINDOWS = (0, 10, 11, 14)
-"""Systems that a zip can say it was made on, whose folders are set apart by backslashes; the zip's own sign is /."""
-_UTF8 = 0x800  # the flag of a member whose name is UTF-8
+"""Codes of the systems whose zip programs may separate folders by backslashes; the zip standard says /."""
+_UTF8 = 0x800  # the flag that says that a member's name is UTF-8
 
 
 def _zip_name(member: zipfile.ZipInfo) -> str:
-    """A member's name. macOS writes UTF-8 without saying so, and the standard then takes it for code page 437; bytes of
-    another code page hardly ever happen to be UTF-8.
+    """Return a member's name, decoded as UTF-8 if possible.
+
+    macOS writes UTF-8 without setting the flag, and zipfile then decodes the name as code page 437. Names in another
+    code page are hardly ever valid UTF-8 by chance.
     """
     if not member.flag_bits & _UTF8 and not member.filename.isascii():
         with contextlib.suppress(UnicodeError):
@@ -187,7 +197,7 @@ def _zip_name(member: zipfile.ZipInfo) -> str:
 
 
 class _Member(tarfile.TarInfo):
-    """A tar's member; one that only extends the header of the next is refused before it is read into memory."""
+    """A member of a tar. If it only extends the header of the next member, its size is checked before it is read."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
         if self.type in _EXTENDING and self.size > _LARGEST_HEADER:
@@ -203,7 +213,7 @@ _EXTENDING = (
 
 
 def _is_tar(path: Path) -> bool:
-    # As tarfile.is_tarfile, which would read whatever the first header claims.
+    # The same as tarfile.is_tarfile, which would read as many bytes as the first header claims.
     try:
         with tarfile.open(path, tarinfo=_Member):
             return True
@@ -212,6 +222,7 @@ def _is_tar(path: Path) -> bool:
 
 
 def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
+    """List a tar; see `open_tree`."""
     files: list[Entry] = []
     total, slashes = 0, False
     with tarfile.open(path, tarinfo=_Member) as archive:
@@ -220,8 +231,8 @@ def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
             total += member.size
             if total > max(_SMALL, _RATIO * path.stat().st_size):
                 raise DataError(
-                    f"{path} unpacks to more than {total} bytes, {_RATIO} times its own size, which no archive of "
-                    f"images does: {remedy}"
+                    f"{path} unpacks to more than {total} bytes, {_RATIO} times its own size, but an archive of images "
+                    f"hardly shrinks: {remedy}"
                 )
             slashes = slashes or "/" in member.name
             if member.isfile():
@@ -234,7 +245,7 @@ def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
         member_of[name] = file.path
 
     def read(chosen: Iterable[Entry]) -> Iterator[Content]:
-        # From front to back in one pass: going back in a compressed tar means unpacking it anew.
+        # In one pass from front to back, because going back in a compressed tar means unpacking it anew.
         wanted = iter(chosen)
         entry = next(wanted, None)
         with tarfile.open(path, tarinfo=_Member) as archive:
@@ -251,17 +262,24 @@ def _tar_tree(path: Path, largest: int, remedy: str) -> Tree:
 
 
 def _add(entries: dict[str, Entry], entry: Entry, path: Path, remedy: str) -> None:
-    if any(beside(part) for part in PurePosixPath(entry.path).parts):
+    """Add a member of an archive to the entries, unless it is clutter; raise DataError if it is there already."""
+    if any(is_clutter(part) for part in PurePosixPath(entry.path).parts):
         return
     if entry.path in entries:
-        raise DataError(f"{path}: its member {entry.path!r} is there twice, and which one counts is not said: {remedy}")
+        raise DataError(
+            f"{path}: its member {entry.path!r} is there twice, and it is not clear which one counts: {remedy}"
+        )
     entries[entry.path] = entry
 
 
 def _check(path: Path, name: str, plain: bool, size: int, packed: int | None, largest: int, remedy: str) -> None:
+    """Raise DataError if a member would leave the folder, is not a plain file or folder, or claims an absurd size."""
     parts = PurePosixPath(name.replace("\\", "/"))
     if parts.is_absolute() or ".." in parts.parts or _DRIVE.match(name) or "\0" in name:
-        raise DataError(f"{path}: its member {name!r} would leave the folder, which no honest archive does: {remedy}")
+        raise DataError(
+            f"{path}: its member {name!r} would leave the folder, so that the archive may be an attack: {remedy}"
+        )
+
     if not plain:
         raise DataError(f"{path}: its member {name!r} is a link or a device, not a file: {remedy}")
     if size > largest or (packed is not None and size > max(_SMALL, _RATIO * packed)):

@@ -1,1 +1,1 @@
-"""One file a data set: where its published files lie, what is in them, and how its classes are split."""
+"""One file for each data set: where its published files lie, what is in them, and how its classes are split."""

@@ -1,12 +1,17 @@
-"""One's own pictures: a folder (or zip, or tar) of classes, JPEG, PNG, WebP, BMP or TIFF of any size.
+"""The user's own pictures: a folder (or zip, or tar) of classes; JPEG, PNG, WebP, BMP or TIFF of any size.
 
-Three layouts. root/{train,val,test}/class/image (in capitals, too, and valid, validation or dev for val); or
-root/class/image with the lists train.txt, val.txt and test.txt beside (one class a line, as `metaheed data split`
-writes them); or root/class/image alone, then split by a seed: 64% of the classes for training, 16% for validation, 20%
-for test, as miniImageNet is. Images may lie in folders below a class's, however deep, and the whole in a folder of its
-own: `images/` beside `attributes/` and `parts/`, as in CUB-200-2011, or whatever an archive was packed from.
+Three layouts are read:
 
-Names are compared and sorted in Unicode's composed form, so that a folder is divided alike on every system.
+- root/{train,val,test}/class/image; capitals make no difference, and val may be called valid, validation or dev;
+- root/class/image, with the lists train.txt, val.txt and test.txt in root (one class on each line, as `metaheed data
+  split` writes them);
+- root/class/image alone. A seed then divides the classes, as miniImageNet is divided: 64% for training, 16% for
+  validation and 20% for test.
+
+Images may lie in folders below the folder of their class, however deep. All of it may lie in one more folder: `images/`
+beside `attributes/` and `parts/`, as in CUB-200-2011, or the folder that an archive was made from.
+
+Names are compared and sorted in Unicode's composed form, so that a folder is divided in the same way on every system.
 """
 
 import zlib
@@ -21,34 +26,35 @@ import numpy as np
 from metaheed.config import EpisodeConfig
 from metaheed.data.episodes import sample
 from metaheed.data.images import SPLITS
-from metaheed.data.reading.decode import FORMATS, SUFFIXES, Encoded, rgb
-from metaheed.data.reading.names import composed, decoded
-from metaheed.data.reading.trees import Entry, Tree, Unreadable, beside, open_tree
+from metaheed.data.reading.decode import FORMATS, SUFFIXES, Encoded, decode_rgb
+from metaheed.data.reading.names import composed, decode_text
+from metaheed.data.reading.trees import Entry, Tree, Unreadable, is_clutter, open_tree
 from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
 from metaheed.errors import ConfigError, DataError, MissingDataError, shown
 from metaheed.files.opening import put_in_place, write_synced
 
 _SPLITS = {**{split: split for split in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
 _LISTS: dict[tuple[str, ...], str] = {(f"{split}.txt",): split for split in SPLITS}
-_LARGEST_LIST = 1 << 22  # bytes; the names of some ten thousand classes, and more
+_LARGEST_LIST = 1 << 22  # bytes, enough for the names of ten thousand classes
 _HOLDERS = ("images", "image", "imgs", "img", "pictures", "photos", "jpg", "data")
-"""What the folder of the classes is called where others, without pictures, lie beside it."""
-_FEWEST = 2  # images of a class: one to adapt to, one to be judged on
+"""Names of a folder that contains the classes, and beside which folders without pictures may lie."""
+_FEWEST = 2  # images of a class at least: one to adapt to, one to evaluate on
 
 
 def find(request: Request) -> Source:
-    """The data set of a folder or archive.
+    """Find the data set in a folder or archive.
 
     Raises:
-        DataError: there are no classes of images in it, too few of either, or a class is in two splits; names them all.
+        DataError: it has no classes of images, too few classes, classes with too few images, or a class that is in two
+            splits; the message names all of these classes.
     """
     if request.root is None:
         raise MissingDataError(
-            "folder needs --data-root, or --from of 'data prepare', the folder (or zip, or tar) that holds a folder of "
-            "images for each class, or train/, val/ and test/ with such folders"
+            "folder needs --data-root, the folder (or zip, or tar) that has a folder of images for each class, or "
+            "train/, val/ and test/ with such folders (in 'data prepare' it is called --from)"
         )
     tree = open_tree(request.root)
-    parts, around = _parts(tree)
+    parts, around = _path_parts(tree)
     side = EpisodeConfig.folder_image_size if request.image_size is None else request.image_size
     classes, layout, notices = _classes(tree, parts, around)
     settings = {"image_size": side}
@@ -70,18 +76,18 @@ def find(request: Request) -> Source:
                     f"{shown(left_out[0])})",
                 )
         classes = {split: {name: classes[""][name] for name in lists[split]} for split in SPLITS}
-    _check(classes, tree.root)
+    _check_classes(classes, tree.root)
     splits = {split: _split(tree, split, classes[split], side) for split in SPLITS}
     archive = [tree.root] if tree.root.is_file() else []
     stamped = stamp(tree.entries, settings, sorted(map(sorted, classes.values())), *archive)
     return Source("folder", layout, splits, stamped, settings=settings, notices=notices)
 
 
-def _read_lists(tree: Tree, parts: "_Parts") -> dict[str, list[str]] | None:
-    """The classes of each split from train.txt, val.txt and test.txt; none: there are none of these.
+def _read_lists(tree: Tree, parts: "_PathParts") -> dict[str, list[str]] | None:
+    """Read the classes of each split from train.txt, val.txt and test.txt; None if there are no such lists.
 
     Raises:
-        DataError: some are there and others are missing, or cannot be read.
+        DataError: some of the lists are missing, or a list cannot be read.
     """
     wanted = [e for e in tree.entries if parts.get(e.path) in _LISTS]
     if not wanted:
@@ -96,8 +102,8 @@ def _read_lists(tree: Tree, parts: "_Parts") -> dict[str, list[str]] | None:
     for entry in wanted:
         if entry.size > _LARGEST_LIST:
             raise DataError(
-                f"{tree.root}: the list {entry.path} has {entry.size:,} bytes, and a list of classes at most "
-                f"{_LARGEST_LIST:,}: it holds one class a line; write it anew with 'metaheed data split {tree.root} "
+                f"{tree.root}: the list {entry.path} has {entry.size:,} bytes, but a list of classes at most "
+                f"{_LARGEST_LIST:,}, with one class on each line: write it anew with 'metaheed data split {tree.root} "
                 "--overwrite'"
             )
     lists = {}
@@ -105,21 +111,27 @@ def _read_lists(tree: Tree, parts: "_Parts") -> dict[str, list[str]] | None:
         if isinstance(content, Unreadable):
             raise DataError(f"{tree.root}: the list {entry.path} cannot be read: {content.reason}")
         try:
-            lines = decoded(content).splitlines()
+            lines = decode_text(content).splitlines()
         except ValueError:
-            lines = content.decode("utf-8", "replace").splitlines()  # what is not found is then named
+            lines = content.decode("utf-8", "replace").splitlines()  # classes that do not match are named later
         listed = [composed(line.strip()) for line in lines if line.strip()]
         if not listed:
-            raise DataError(f"{tree.root}: the list {entry.path} is empty: it holds one class a line, at least one")
+            raise DataError(f"{tree.root}: the list {entry.path} is empty: write one class on each line, at least one")
         lists[_LISTS[parts[entry.path]]] = listed
     return lists
 
 
 def split_classes(names: Sequence[str], seed: int, val: float, test: float, where: str) -> dict[str, list[str]]:
-    """Sorted names divided into train, val and test by a seed: the same on every machine.
+    """Divide classes into train, val and test by a seed, in the same way on every machine.
+
+    Args:
+        names: the names of the classes, sorted.
+        seed: the seed.
+        val, test: the shares of the classes for validation and test.
+        where: the folder, for messages.
 
     Raises:
-        DataError: too few for two classes in each split, of which a task could be made.
+        DataError: there are too few classes for two in each split, which a task needs.
     """
     bits = np.random.Philox(key=np.array([seed, zlib.crc32(b"split")], np.uint64))
     order = [names[i] for i in sample(bits, len(names), len(names))]
@@ -138,18 +150,18 @@ def split_classes(names: Sequence[str], seed: int, val: float, test: float, wher
 
 
 _TOO_FEW = 6
-"""Classes of which three splits of two cannot be made."""
+"""With fewer classes than this, there cannot be three splits of two classes."""
 
 
 def _check_depth(classes: dict[str, list[tuple[Entry, str]]], around: Path) -> None:
-    """Refuse too few classes whose pictures all lie in folders of their own: those are the classes, most likely."""
+    """Raise DataError for too few classes whose pictures all lie in subfolders: most likely those are the classes."""
     deep = all("/" in name for images in classes.values() for _, name in images)
     if len(classes) < _TOO_FEW and deep:
         most = max(classes, key=lambda c: len({name.split("/")[0] for _, name in classes[c]}))
         raise DataError(
             f"{around} has {len(classes)} folders, {_listed(sorted(classes), 5)}, too few for three splits, and all "
-            "their images lie in folders below them: if those are the classes, name the folder that holds them (say, "
-            f"{around / most}), or call the folders train, val and test"
+            "their images lie in folders below them: if those are the classes, give the folder that contains them "
+            f"({around / most}, say), or rename the upper folders to train, val and test"
         )
 
 
@@ -157,17 +169,19 @@ def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: boo
     """Write train.txt, val.txt and test.txt into a folder of classes, divided by a seed.
 
     Raises:
-        ConfigError: shares that leave nothing to train on.
-        DataError: the folder has no classes, or is divided already, or the lists are there.
+        ConfigError: the shares leave no classes for training, or the seed is out of its bounds.
+        DataError: the folder has no classes, is divided into train/, val/ and test/, or has lists already.
     """
     if not (0 < val < 1 and 0 < test < 1 and val + test < 1):
-        raise ConfigError(f"--val is {val} and --test {test}, but they are shares above 0 that leave some for training")
+        raise ConfigError(
+            f"--val is {val} and --test {test}, but they must be shares above 0 that leave some for training"
+        )
     if not 0 <= seed < 2**63:
         raise ConfigError(f"--seed is {seed}, but it must be in [0, 2**63)")
     if not folder.is_dir():
         raise MissingDataError(f"{folder} is not a folder: lists are written into the folder of classes")
     tree = open_tree(folder)
-    classes, layout, _ = _classes(tree, *_parts(tree))
+    classes, layout, _ = _classes(tree, *_path_parts(tree))
     if set(classes) != {""}:
         raise DataError(f"{layout} already, and needs no lists")
     there = [name for name in (f"{split}.txt" for split in SPLITS) if (folder / name).exists()]
@@ -187,9 +201,9 @@ def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: boo
 
 
 Members = dict[str, dict[str, list[tuple[Entry, str]]]]
-"""Split ("": undivided) -> class -> its images, each an entry and its name."""
-_Parts = dict[str, tuple[str, ...]]
-"""Path of a file -> the folders that it lies in, below the one that holds everything, and its name."""
+"""Split ("" if the folder is not divided) -> class -> its images, each with its name within the class."""
+_PathParts = dict[str, tuple[str, ...]]
+"""Path of a file -> the parts of its path below the folder that contains the classes (or train/, val/ and test/)."""
 
 
 class _Found(NamedTuple):
@@ -198,28 +212,31 @@ class _Found(NamedTuple):
     notices: tuple[str, ...]
 
 
-def _parts(tree: Tree) -> tuple[_Parts, Path]:
-    """Where each file lies below the folder that holds the classes (or train/, val/, test/), and that folder."""
+def _path_parts(tree: Tree) -> tuple[_PathParts, Path]:
+    """Find the folder that contains the classes (or train/, val/ and test/), and the path of each file below it."""
     parts = {e.path: PurePosixPath(e.path).parts for e in tree.entries}
     around = tree.root
-    while (top := _holder(parts, around)) is not None:
+    while (top := _single_top_folder(parts, around)) is not None:
         outer = parts
         parts = {path: p[1:] for path, p in outer.items() if p[0] == top and len(p) > 1}
         inner = set(parts.values())
-        # Lists of classes may lie beside the folder of the classes.
+        # Lists of classes may lie beside the folder that contains the classes.
         parts |= {path: p for path, p in outer.items() if p in _LISTS and p not in inner}
         around /= top
     return parts, around
 
 
-def _holder(parts: _Parts, around: Path) -> str | None:
-    """The one folder that holds all pictures in folders of its own, so that it can be no class; none: there is none."""
+def _single_top_folder(parts: _PathParts, around: Path) -> str | None:
+    """Return the folder that contains all pictures, if they lie in subfolders of it, so that it is not a class itself.
+
+    None if there is no such folder.
+    """
     images = [p for p in parts.values() if _is_image(p)]
     tops = {p[0] for p in images}
     if len(tops) != 1 or not all(len(p) > 2 for p in images):
         return None
     (top,) = tops
-    # Folders beside it may be classes whose pictures are missing, unless its name says that it is none of them.
+    # Folders beside it may be classes whose pictures are missing, unless its name shows that it is not a class itself.
     alone = not around.is_dir() or len(_folders(around)) == 1 or top.lower() in _HOLDERS
     return top if alone and top.lower() not in _SPLITS else None
 
@@ -228,7 +245,8 @@ def _is_image(parts: Sequence[str]) -> bool:
     return parts[-1].lower().endswith(SUFFIXES)
 
 
-def _classes(tree: Tree, parts: _Parts, around: Path) -> _Found:
+def _classes(tree: Tree, parts: _PathParts, around: Path) -> _Found:
+    """Find the classes and their images, and whether they are divided into train/, val/ and test/."""
     kind = "folder" if tree.root.is_dir() else "archive"
     images = [(e, parts[e.path]) for e in tree.entries if e.path in parts and _is_image(parts[e.path])]
     divided = {_SPLITS[p[0].lower()] for _, p in images if len(p) > 2 and p[0].lower() in _SPLITS}
@@ -239,8 +257,8 @@ def _classes(tree: Tree, parts: _Parts, around: Path) -> _Found:
             split = _SPLITS.get(p[0].lower())
             if split is not None and len(p) > 2 and called.setdefault(split, p[0]) != p[0]:
                 raise DataError(
-                    f"{around} has two folders for the {split} split, {called[split]} and {p[0]}, and which one counts "
-                    "is not said: join them, or move one elsewhere"
+                    f"{around} has two folders for the {split} split, {called[split]} and {p[0]}, and it is not clear "
+                    "which one counts: join them, or move one elsewhere"
                 )
         absent = [split for split in SPLITS if split not in divided]
         if absent:
@@ -255,15 +273,15 @@ def _classes(tree: Tree, parts: _Parts, around: Path) -> _Found:
         if (other := written.setdefault((split, name), folder)) != folder:
             raise DataError(
                 f"{around}: {other!a} and {folder!a} are two folders of one name, {name!r}, written in two "
-                "ways (an accent as part of its letter, or apart): join them, or rename one"
+                "ways (with an accent as part of its letter, or as a character of its own): join them, or rename one"
             )
         return found.setdefault(split, {}).setdefault(name, [])
 
     for entry, path in images:
         split, below = (_SPLITS.get(path[0].lower()), path[1:]) if divided else ("", path)
-        if split is not None and len(below) > 1:  # else it lies loose
+        if split is not None and len(below) > 1:  # else it lies in no folder of a class
             members(split, below[0]).append((entry, "/".join(below[1:])))
-    # Empty folders are classes too, whose images are missing: better said than passed over.
+    # Empty folders count as classes whose images are missing, so that an error names them.
     if kind == "folder":
         for top in _folders(around):
             split = _SPLITS.get(top.name.lower()) if divided else ""
@@ -284,10 +302,11 @@ def _classes(tree: Tree, parts: _Parts, around: Path) -> _Found:
 
 
 def _folders(path: Path) -> list[Path]:
-    return [child for child in path.iterdir() if child.is_dir() and not beside(child.name)]
+    return [child for child in path.iterdir() if child.is_dir() and not is_clutter(child.name)]
 
 
 def _passed_over(paths: Iterable[str]) -> tuple[str, ...]:
+    """Make a notice of the files that are not read; empty if there are none."""
     paths = list(paths)
     if not paths:
         return ()
@@ -305,6 +324,7 @@ def _listed(names: Sequence[str], most: int = 20) -> str:
 
 
 def _check_lists(lists: Mapping[str, Sequence[str]], names: set[str], root: Path) -> None:
+    """Raise DataError if the lists name a class twice, or one that has no folder."""
     listed = [name for split in SPLITS for name in lists[split]]
     twice = sorted(name for name, count in Counter(listed).items() if count > 1)
     absent = sorted(set(listed) - names)
@@ -316,7 +336,8 @@ def _check_lists(lists: Mapping[str, Sequence[str]], names: set[str], root: Path
             )
 
 
-def _check(classes: Members, root: Path) -> None:
+def _check_classes(classes: Members, root: Path) -> None:
+    """Raise DataError if a class is in two splits, or has too few images."""
     where: dict[str, list[str]] = {}
     for split in SPLITS:
         for name in classes[split]:
@@ -325,7 +346,7 @@ def _check(classes: Members, root: Path) -> None:
     if twice:
         raise DataError(
             f"{root}: {_listed(twice)} in more than one split; a class that is tested on must not be known from "
-            "training: move or rename"
+            "training: move or rename it"
         )
     few = [
         f"{name!r} ({len(images)})"
@@ -341,8 +362,9 @@ def _check(classes: Members, root: Path) -> None:
 
 
 def _split(tree: Tree, split: str, classes: dict[str, list[tuple[Entry, str]]], side: int) -> SourceSplit:
+    """Make a split of some classes, with images resized to `side` pixels."""
     names = sorted(classes)
-    # Rows go by the images' names, whatever the order in which they are read.
+    # The rows of a class are sorted by the names of the images, which may be read in another order.
     row, row_of = 0, {}
     for name in names:
         for entry, _ in sorted(classes[name], key=lambda image: (composed(image[1]), image[1])):
@@ -358,5 +380,5 @@ def _split(tree: Tree, split: str, classes: dict[str, list[tuple[Entry, str]]], 
 
     shape = (3, side, side)
     counts = tuple(len(classes[name]) for name in names)
-    stream = encoded_stream(encoded, partial(rgb, side=side), shape)
+    stream = encoded_stream(encoded, partial(decode_rgb, side=side), shape)
     return SourceSplit(tuple(names), counts, shape, len(entries), stream, path_of.__getitem__)

@@ -1,17 +1,16 @@
-"""Glyphs: the embedded data set, drawn from the DejaVu fonts that come with matplotlib.
+"""Glyphs: the built-in data set, drawn from the DejaVu fonts that come with matplotlib.
 
-A class is a character; its 20 instances go through the faces that have it, each under its own small affine and elastic
-distortion. Scripts are disjoint between the splits: train is Latin, Greek, Cyrillic, Coptic and the mathematical forms
-of Latin letters; val Georgian, Armenian, Hebrew and Lao; test Canadian syllabics. Many characters look the same in
-several scripts or in both cases, so the committed lists (made by tools/glyph_classes.py) hold only characters that
-differ clearly from each other in every face.
+A class is a character. Its 20 images show it in the font faces that contain it, one after another, each with a small
+affine and elastic distortion of its own. The splits share no script: train has Latin, Greek, Cyrillic, Coptic and the
+mathematical forms of Latin letters; val has Georgian, Armenian, Hebrew and Lao; test has Canadian syllabics. Many
+characters look alike in several scripts or in both cases, so the class lists (made by tools/glyph_classes.py) hold only
+characters that differ clearly from each other in every face.
 
-The distortion is integer arithmetic throughout, so its bits are the same on every processor.
+All arithmetic is on integers, so that the pixels are the same on every processor.
 """
 
 import hashlib
 import importlib.util
-import os
 import sys
 import tempfile
 import zipfile
@@ -27,6 +26,7 @@ from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list
 from metaheed.data.sources import UNSCALED, Source, SourceSplit, array_stream, stamp
 from metaheed.files.opening import put_in_place
+from metaheed.files.places import cache_folder
 
 FACES = tuple(
     f"DejaVu{family}"
@@ -39,29 +39,31 @@ FACES = tuple(
 INSTANCES = 20
 SIDE = 28
 MASTER = 48
-"""Side of an undistorted glyph's bitmap; the glyph fills GLYPH pixels of it."""
+"""Side of a master, the bitmap of an undistorted glyph, in pixels."""
 GLYPH = 34
-_VERSION = 1  # of the arithmetic below; part of the cache's name
-_ONE = 1 << 12  # fixed-point 1
-_GRID = 4  # nodes a side of the elastic displacement
+"""The longer side of the glyph in its master, in pixels."""
+_VERSION = 1  # changed whenever the arithmetic below changes; part of the cache's name
+_ONE = 1 << 12  # the number 1 in fixed-point arithmetic
+_GRID = 4  # nodes along each side of the grid of elastic displacements
 
 
 def find() -> Source:
-    """The data set, from the cache where it has been built before.
+    """Return the data set. Its images are read from a cache or, the first time, built, which takes seconds.
 
-    Built in seconds. The cache is $METAHEED_CACHE, else $XDG_CACHE_HOME/metaheed, else ~/.cache/metaheed; where that
-    cannot be written the data set is built anew each time.
+    The cache lies in the folder that `cache_folder` returns. If that cannot be written, they are built anew each time.
     """
     classes = {split: tuple(class_list(f"glyphs_{split}")) for split in SPLITS}
     names = [name for split in SPLITS for name in classes[split]]
 
     @cache
     def images() -> np.ndarray:
-        path = _cache_folder() / f"glyphs-{_cache_key(names)}.npy"
-        found = _read_cache(path, (len(names), INSTANCES, 1, SIDE, SIDE))
+        folder = cache_folder()
+        path = None if folder is None else folder / f"glyphs-{_cache_key(names)}.npy"
+        found = None if path is None else _read_cache(path, (len(names), INSTANCES, 1, SIDE, SIDE))
         if found is None:
             found = build(names)
-            _write_cache(path, found)
+            if path is not None:
+                _write_cache(path, found)
         return found.reshape(-1, 1, SIDE, SIDE)
 
     def chunks(first: int, behind: int, start: int) -> Iterator[np.ndarray]:
@@ -77,7 +79,14 @@ def find() -> Source:
 
 
 def build(names: list[str]) -> np.ndarray:
-    """(classes, 20, 1, 28, 28) uint8, ink 255, for class names of the form "U+0041 LATIN CAPITAL LETTER A"."""
+    """Draw the images of all classes.
+
+    Args:
+        names: names of the form "U+0041 LATIN CAPITAL LETTER A".
+
+    Returns:
+        (classes, 20, 1, 28, 28) uint8; ink is 255 and paper 0.
+    """
     fonts = {face: Font(face) for face in FACES}
     masters = np.zeros((len(names), INSTANCES, MASTER, MASTER), np.uint8)
     for row, name in enumerate(names):
@@ -90,43 +99,43 @@ def build(names: list[str]) -> np.ndarray:
 
 
 def character_of(name: str) -> str:
-    """The character of a class name."""
+    """Return the character that a class name stands for."""
     return chr(int(name.split()[0].removeprefix("U+"), 16))
 
 
 def font_file(face: str) -> Path:
-    """Where matplotlib keeps a face."""
+    """Return the path of matplotlib's file of a font face."""
     return _fonts() / f"{face}.ttf"
 
 
 @cache
 def _fonts() -> Path:
-    # Looked for without importing matplotlib, which takes a while, and fails where MPLBACKEND names no backend of its.
+    # matplotlib is not imported to find it: that takes a while, and fails if MPLBACKEND names an unknown backend.
     spec = importlib.util.find_spec("matplotlib")
     for place in (spec.submodule_search_locations or ()) if spec is not None else ():
         fonts = Path(place) / "mpl-data" / "fonts" / "ttf"
         if fonts.is_dir():
             return fonts
-    from metaheed.headless import matplotlib  # some distributions keep its data elsewhere, and only it knows where
+    from metaheed.headless import matplotlib  # in some Linux distributions only matplotlib itself knows where they are
 
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 
 
 class Font:
-    """One face: which characters it has, and their master bitmaps."""
+    """A font face: which characters it contains, and their masters."""
 
     def __init__(self, face: str) -> None:
-        from metaheed.headless import ft2font  # only where glyphs are drawn, for its import takes a while
+        from metaheed.headless import ft2font  # imported only when glyphs are drawn, because it takes a while
 
         self._characters = {chr(code) for code in ft2font.FT2Font(str(font_file(face))).get_charmap()}
-        # Basic layout: the alternative depends on a library that is not everywhere.
+        # Basic layout, because the alternative needs a library that is not installed everywhere.
         self._font = ImageFont.truetype(str(font_file(face)), 96, layout_engine=ImageFont.Layout.BASIC)
 
     def __contains__(self, character: str) -> bool:
         return character in self._characters
 
     def draw(self, character: str) -> np.ndarray:
-        """(48, 48) uint8: the ink cut out, scaled to 34 pixels on its longer side, centred."""
+        """Draw the master of a character, (48, 48) uint8: the ink, scaled to 34 pixels on its longer side, centred."""
         page = Image.new("L", (320, 320))
         ImageDraw.Draw(page).text((80, 80), character, fill=255, font=self._font)
         ink = page.crop(page.getbbox())
@@ -139,19 +148,19 @@ class Font:
 
 
 def _distort(masters: np.ndarray, code: int) -> np.ndarray:
-    """(20, 48, 48) masters of one class to (20, 28, 28) instances, each distorted by its own draw."""
+    """Turn the masters of one class, (20, 48, 48), into its images, (20, 28, 28), each with its own distortion."""
     count = len(masters)
     draws = _uniform(code, count * (6 + 2 * _GRID * _GRID)).reshape(count, -1)
-    # The inverse map, pixel of the instance -> point of the master: the scale between their sides, up to 1/6 of it as
-    # independent shear and scale in each entry of the matrix, and a shift of up to 1.5 pixels.
+    # The affine part maps a pixel of the image to a point of the master. Its matrix is the ratio of their sides times
+    # the identity, plus up to 1/6 of that ratio, at random, in each entry. The shift is up to 1.5 pixels.
     scale = MASTER * _ONE // SIDE
     matrix = (draws[:, :4] * scale // (6 * _ONE)).reshape(count, 2, 2) + scale * np.eye(2, dtype=np.int64)
     shift = draws[:, 4:6] * 3 // 2
-    # Elastic: displacements of up to 2 pixels at 4×4 nodes, bilinear between them.
+    # The elastic part displaces points by up to 2 pixels at 4×4 nodes, and bilinearly between them.
     nodes = (draws[:, 6:] * 2).reshape(count, 2, _GRID, _GRID)
 
     pixel = np.arange(SIDE, dtype=np.int64)
-    centred = 2 * pixel - (SIDE - 1)  # in half pixels, so that the centre is a whole number
+    centred = 2 * pixel - (SIDE - 1)  # counted in half pixels, so that the centre of the image is a whole number
     y, x = np.meshgrid(centred, centred, indexing="ij")
     at = np.stack([y, x]).reshape(2, -1)
     point = (matrix @ at) // 2 + (MASTER - 1) * _ONE // 2 + shift[:, :, None]
@@ -159,7 +168,7 @@ def _distort(masters: np.ndarray, code: int) -> np.ndarray:
     point += np.stack([_bilinear(nodes[:, axis], *_on_grid(row, column)) for axis in (0, 1)], axis=1)
 
     sampled = _bilinear(masters.astype(np.int64), *(np.clip(point[:, a], 0, (MASTER - 1) * _ONE - 1) for a in (0, 1)))
-    # Points beyond the master's edge are paper.
+    # Points outside the master are paper.
     inside = ((point >= 0) & (point < (MASTER - 1) * _ONE)).all(1)
     return np.where(inside, sampled, 0).astype(np.uint8).reshape(count, SIDE, SIDE)
 
@@ -170,7 +179,11 @@ def _on_grid(row: np.ndarray, column: np.ndarray) -> Iterator[np.ndarray]:
 
 
 def _bilinear(values: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """Values (n, h, w) at fixed-point points (n or 1, m), rounded down, as (n, m) integers."""
+    """Interpolate `values` (n, h, w) bilinearly at the fixed-point points (y, x), each (n or 1, m).
+
+    Returns:
+        (n, m) integers, rounded down.
+    """
     which = np.arange(len(values))[:, None]
     (y0, fy), (x0, fx) = np.divmod(y, _ONE), np.divmod(x, _ONE)
     top = values[which, y0, x0] * (_ONE - fx) + values[which, y0, x0 + 1] * fx
@@ -180,20 +193,13 @@ def _bilinear(values: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def _uniform(code: int, count: int) -> np.ndarray:
-    """Whole numbers in [−_ONE, _ONE], decided by the character alone."""
+    """Draw `count` whole numbers in [−_ONE, _ONE] that depend on the character alone."""
     raw = np.random.Philox(key=np.array([code, _VERSION], np.uint64)).random_raw(count)
     return (raw >> np.uint64(1)).astype(np.int64) % (2 * _ONE + 1) - _ONE
 
 
-def _cache_folder() -> Path:
-    chosen = os.environ.get("METAHEED_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaheed"
-
-
 def _cache_key(names: list[str]) -> str:
-    # Whatever decides a pixel: the lists, this arithmetic, the font files and the library that draws them.
+    # A hash of everything that the pixels depend on: the lists, this arithmetic, the font files and Pillow's version.
     digest = hashlib.sha256(repr((_VERSION, names, PIL.__version__)).encode())
     for face in FACES:
         digest.update(font_file(face).read_bytes())
@@ -201,17 +207,19 @@ def _cache_key(names: list[str]) -> str:
 
 
 def _read_cache(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
+    """Return the cached images; None if there are none, or if the file is damaged."""
     try:
         images: np.ndarray = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        print(f"glyphs: the cache {path} is not readable ({error}); building anew", file=sys.stderr)
+        print(f"glyphs: the cache {path} cannot be read ({error}); building it anew", file=sys.stderr)
         return None
     return images if images.shape == shape and images.dtype == np.uint8 else None
 
 
 def _write_cache(path: Path, images: np.ndarray) -> None:
+    """Write the images to the cache; if that fails, only print a notice."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
@@ -223,4 +231,4 @@ def _write_cache(path: Path, images: np.ndarray) -> None:
                 Path(file.name).unlink(missing_ok=True)
                 raise
     except OSError as error:
-        print(f"glyphs: not cached ({error}); it will be built anew next time", file=sys.stderr)
+        print(f"glyphs: the cache cannot be written ({error}); it will be built anew next time", file=sys.stderr)

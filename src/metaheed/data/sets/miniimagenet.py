@@ -1,18 +1,19 @@
 """miniImageNet in the split of Ravi & Larochelle (ICLR 2017): 64/16/20 classes of ImageNet, 600 images each, 84×84 RGB.
 
-Four layouts circulate:
+Four layouts are read:
 
-- mini-imagenet-cache-{train,val,test}.pkl (`validation` for val, too): all pixels in one array, and the indices of each
-  class;
-- miniImageNet_category_split_{train_phase_train,val,test}.pickle: pixels and labels, as TADAM's and MetaOptNet's code
-  has them. train_phase_val and train_phase_test are further images of the *training* classes, and are not read;
+- mini-imagenet-cache-{train,val,test}.pkl (val may be called validation or valid): an array of all pixels, and the
+  indices of each class;
+- miniImageNet_category_split_{train_phase_train,val,test}.pickle: pixels and labels, as the code of TADAM and of
+  MetaOptNet uses them. The files train_phase_val and train_phase_test have more images of the *training* classes, and
+  are not read;
 - {train,val,test}.csv, the lists of Ravi & Larochelle, with the images in images/, in folders of classes, or beside;
-- a folder of images for each of the 100 classes: all in one place, or in train/, val/ and test/, however these divide
-  them (some have 500 and 100 images of every class there, others the classes themselves). All images of a class are
-  then joined, and the classes divided by the lists of Ravi & Larochelle.
+- a folder of images for each of the 100 classes, all in one place or below train/, val/ and test/. In some copies these
+  three divide the images of every class and not the classes. All images of a class are therefore joined, and the
+  classes are divided by the lists of Ravi & Larochelle.
 
-Arrays are read from the file part by part. Images of another size are resized to 84×84 with Lanczos, the aspect ratio
-not kept, as the scripts of Ravi & Larochelle and of Finn do.
+Arrays are read from the file in chunks. Images of another size are resized to 84×84 with a Lanczos filter, without
+keeping the aspect ratio, as the scripts of Ravi & Larochelle and of Finn do.
 """
 
 import csv
@@ -26,13 +27,13 @@ from typing import Any
 import numpy as np
 
 from metaheed.data.images import SPLITS
-from metaheed.data.locate import class_list, folders, holding, lacking
-from metaheed.data.reading.classes import children, files_split, pictures_in
+from metaheed.data.locate import candidate_folders, check_disjoint, class_list, first_with, missing_files_error
+from metaheed.data.reading.classes import pictures_in, split_of_files, subfolders
 from metaheed.data.reading.decode import SUFFIXES
-from metaheed.data.reading.labels import positions, read_labels, text
-from metaheed.data.reading.names import composed, decoded
+from metaheed.data.reading.labels import as_text, class_positions, get_field, read_labels
+from metaheed.data.reading.names import composed, decode_text
 from metaheed.data.reading.pickle_stream import StoredArray
-from metaheed.data.reading.safe_pickle import load_arrays, reading
+from metaheed.data.reading.safe_pickle import damage_explained, load_arrays
 from metaheed.data.reading.trees import open_tree, read_file
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, stamp
 from metaheed.errors import DataError, MissingDataError, brief, shown
@@ -47,25 +48,26 @@ _PICKLES = {"train": ("train",), "val": ("val", "validation", "valid"), "test": 
 _CATEGORY = "miniImageNet_category_split_{}.pickle"
 _PHASES = {"train": "train_phase_train", "val": "val", "test": "test"}
 _SUBFOLDERS = ("miniimagenet", "mini_imagenet_full_size")
-_INLINE = 512  # bytes of a string that are kept; the pixels stay in the file
-_AT_ONCE = 64  # images
-_LARGEST_LIST = 1 << 24  # bytes; the published ones have 1.5 million at most
+_INLINE = 512  # longer strings (the pixels) are left in the file
+_AT_ONCE = 64  # images that are read at once
+_LARGEST_LIST = 1 << 24  # bytes; the published lists have 1.5 million at most
 _WORDNET = re.compile(r"n\d{8}")
 _FILE_COLUMNS = ("filename", "file", "imagename", "imagefile", "image", "img", "imagepath", "filepath", "path")
 _CLASS_COLUMNS = ("label", "classname", "class", "wnid", "synset", "category", "classlabel", "labelname")
-"""What people call the columns of a list, without capitals, blanks and underscores."""
+"""Names that the columns of a list have in practice, without capitals, blanks and underscores."""
 
 
 def find(request: Request) -> Source:
-    """The data set from the folder that holds it, in any of its layouts.
+    """Find miniImageNet in any of its layouts.
 
     Raises:
-        DataError: a file is missing or damaged, or has other classes; says which, and where it is published.
+        DataError: a file is missing or damaged, or has other classes; the message says which, and where it is
+            published.
     """
     lists = [f"{s}.csv" for s in SPLITS]
     category = [_CATEGORY.format(_PHASES[s]) for s in SPLITS]
     expected = f"{PICKLE.format('{train,val,test}')}, or images/ and {{train,val,test}}.csv"
-    places = folders(request.root, "miniimagenet", _SUBFOLDERS, expected, PUBLISHED)
+    places = candidate_folders(request.root, "miniimagenet", _SUBFOLDERS, expected, PUBLISHED)
     pickles = [PICKLE.format(s) for s in SPLITS]
     for folder in places:
         files = [_first(folder, [PICKLE.format(name) for name in _PICKLES[split]]) for split in SPLITS]
@@ -75,12 +77,12 @@ def find(request: Request) -> Source:
             return _source(f"the pickles {PICKLE.format('*')} in {folder}", splits, stamp(*found))
         if found:
             pickles = [name if file is None else file.name for name, file in zip(pickles, files, strict=True)]
-    holder = holding(places, category)
+    holder = first_with(places, category)
     if holder is not None:
         folder = holder
-        parts = {split: _Category(folder / name, split) for split, name in zip(SPLITS, category, strict=True)}
+        parts = {split: _CategoryPickle(folder / name, split) for split, name in zip(SPLITS, category, strict=True)}
         splits = {split: part.split for split, part in parts.items()}
-        _check_disjoint({split: part.names for split, part in parts.items()}, folder)
+        check_disjoint({split: part.names for split, part in parts.items()}, folder, PUBLISHED)
         layout = f"the pickles {_CATEGORY.format('*')} in {folder}"
         return _source(layout, splits, stamp(*(folder / name for name in category)))
     listed = [*places, *(place / sub for place in places for sub in ("split", "splits"))]
@@ -93,7 +95,7 @@ def find(request: Request) -> Source:
         place = folder if folder in places else folder.parent
         read = {split: _read_list(path, split) for split, path in paths.items()}
         located = {split: _locate(place, path, split, read[split]) for split, path in paths.items()}
-        splits = {split: files_split(_classes(split), files, SIDE) for split, (files, _) in located.items()}
+        splits = {split: split_of_files(_classes(split), files, SIDE) for split, (files, _) in located.items()}
         holders = sorted({str(holder) for _, holder in located.values()})
         layout = f"{' and '.join(holders)} and the lists {', '.join(lists)} in {folder}"
         where: list[object] = [*paths.values()]
@@ -107,12 +109,12 @@ def find(request: Request) -> Source:
     if source is not None:
         return source
     if partly:
-        raise lacking("miniimagenet", places, [pickles, lists, category], PUBLISHED)
+        raise missing_files_error("miniimagenet", places, [pickles, lists, category], PUBLISHED)
     raise MissingDataError(
         f"miniimagenet: nothing of it is recognised in {' or '.join(map(str, places))}: neither "
         f"{PICKLE.format('{train,val,test}')} nor {_CATEGORY.format('{train_phase_train,val,test}')} nor "
-        f"{{train,val,test}}.csv with images/ nor folders n01532829 and so on, there or in {{train,val,test}}/; name "
-        f"the folder that holds them; published at {PUBLISHED}"
+        f"{{train,val,test}}.csv with images/ nor folders n01532829 and so on, there or in {{train,val,test}}/: give "
+        f"the folder that contains them; published at {PUBLISHED}"
     )
 
 
@@ -128,19 +130,8 @@ def _classes(split: str) -> tuple[str, ...]:
     return tuple(class_list(f"miniimagenet_{split}"))
 
 
-def _check_disjoint(names: dict[str, list[str]], folder: Path) -> None:
-    """Names that are not WordNet's may be any: at least they must not say that a class is in two splits."""
-    where: dict[str, str] = {}
-    for split, of_split in names.items():
-        for name in of_split:
-            if where.setdefault(name, split) != split:
-                raise DataError(
-                    f"{folder}: 'catname2label' says that {shown(name)} is in {where[name]} and in {split}, and a "
-                    f"class that is tested on must not be known from training: fetch them anew from {PUBLISHED}"
-                )
-
-
 def _check_classes(found: set[str], split: str, where: Path) -> tuple[str, ...]:
+    """Return the classes of a split; raise DataError if those found are others."""
     classes = _classes(split)
     if found != set(classes):
         odd = sorted(found ^ set(classes))
@@ -153,15 +144,13 @@ def _check_classes(found: set[str], split: str, where: Path) -> tuple[str, ...]:
 
 
 def _from_pickle(path: Path, split: str) -> SourceSplit:
+    """Make a split from a file mini-imagenet-cache-*."""
     values = load_arrays(path, str(path), PUBLISHED, _INLINE)
 
     def refuse(what: str) -> DataError:
         return DataError(f"{path} {what}: fetch it anew from {PUBLISHED}")
 
-    def field(key: str) -> Any:
-        return values.get(key, values.get(key.encode())) if isinstance(values, dict) else None
-
-    images, members = field("image_data"), field("class_dict")
+    images, members = get_field(values, "image_data"), get_field(values, "class_dict")
     if not isinstance(images, StoredArray) or not images.is_like(np.uint8, 4) or images.shape[1:] != (SIDE, SIDE, 3):
         raise refuse(f"has no usable 'image_data' (n, {SIDE}, {SIDE}, 3)")
     if not isinstance(members, dict):
@@ -179,40 +168,39 @@ def _from_pickle(path: Path, split: str) -> SourceSplit:
         except ValueError:
             listed = []
         if not isinstance(listed, np.ndarray) or listed.max() >= count:
-            raise refuse(f"has a 'class_dict' whose entry {name!r} is no list of numbers below {count}")
+            raise refuse(f"has a 'class_dict' whose entry {name!r} is not a list of numbers below {count}")
         indices = listed.tolist()
         if len(set(indices)) < len(indices) or (labels[indices] >= 0).any():
-            raise refuse(f"gives an image of {name!r} to two places")
+            raise refuse(f"lists an image of {name!r} twice")
         labels[indices] = k
         rows[indices] = first + np.arange(len(indices))
         first += len(indices)
         counts.append(len(indices))
 
-    return _arrays(classes, tuple(counts), images, rows, path)
+    return _split_of_array(classes, tuple(counts), images, rows, path)
 
 
-def _arrays(
+def _split_of_array(
     classes: tuple[str, ...], counts: tuple[int, ...], images: StoredArray, rows: np.ndarray, path: Path
 ) -> SourceSplit:
+    """Make a split from an array of images (n, 84, 84, 3) and the row of each image."""
+
     def chunks(start: int) -> Iterator[np.ndarray]:
-        with reading(str(path), PUBLISHED):
+        with damage_explained(str(path), PUBLISHED):
             for chunk in images.chunks(start, _AT_ONCE):
                 yield chunk.transpose(0, 3, 1, 2)
 
     return SourceSplit(classes, counts, (3, SIDE, SIDE), images.shape[0], array_stream(rows, chunks))
 
 
-class _Category:
-    """A split of the form that names `data`, `labels` and, in most copies, the classes in `catname2label`."""
+class _CategoryPickle:
+    """A file miniImageNet_category_split_*: it has `data`, `labels` and, in most copies, names in `catname2label`."""
 
     def __init__(self, path: Path, split: str) -> None:
         self.path = path
         values = load_arrays(path, str(path), PUBLISHED, _INLINE)
 
-        def field(key: str) -> Any:
-            return values.get(key, values.get(key.encode())) if isinstance(values, dict) else None
-
-        images = field("data")
+        images = get_field(values, "data")
         if (
             not isinstance(images, StoredArray)
             or not images.is_like(np.uint8, 4)
@@ -220,7 +208,7 @@ class _Category:
         ):
             raise self.refuse(f"has no usable 'data' (n, {SIDE}, {SIDE}, 3)")
         try:
-            labels, distinct = positions(read_labels(field("labels")))
+            labels, distinct = class_positions(read_labels(get_field(values, "labels")))
         except ValueError as error:
             raise self.refuse(f"has no usable 'labels' ({error})") from error
         if len(labels) != images.shape[0]:
@@ -230,22 +218,22 @@ class _Category:
             raise self.refuse(
                 f"has {len(distinct)} classes, but the {split} split of Ravi & Larochelle has {len(classes)}"
             )
-        names = self._names(field("catname2label"), distinct)
+        names = self._names(get_field(values, "catname2label"), distinct)
         if all(_WORDNET.fullmatch(name) for name in names):
             order = [_check_classes(set(names), split, path).index(name) for name in names]
-            labels = np.array(order, np.int64)[labels]  # so that episodes are those of the other layouts
+            labels = np.array(order, np.int64)[labels]  # gives the same episodes as the other layouts
         else:
             classes = tuple(f"{split} {name}" for name in names)
         numbered = all(re.fullmatch(r"\d{3,}", name) for name in names)
         self.names = [] if numbered else names  # numbers may start anew in each split
         rows, counts = class_rows(labels, len(classes))
-        self.split = _arrays(classes, counts, images, rows, path)
+        self.split = _split_of_array(classes, counts, images, rows, path)
 
     def refuse(self, what: str) -> DataError:
         return DataError(f"{self.path} {what}: fetch it anew from {PUBLISHED}")
 
     def _names(self, numbers: Any, distinct: list[Any]) -> list[str]:
-        """The names of the distinct labels; their numbers where the file has no names."""
+        """Return the names of the distinct labels, or their numbers as text if the file has no names."""
         if all(isinstance(label, str) for label in distinct):
             return distinct
         if numbers is None:
@@ -254,7 +242,7 @@ class _Category:
         name_of: dict[int, str] = {}
         for name, number in numbers.items() if isinstance(numbers, dict) else ():
             if isinstance(name, str | bytes) and type(number) is int:
-                name_of[number] = composed(text(name))
+                name_of[number] = composed(as_text(name))
         nameless = [label for label in distinct if label not in name_of]
         if nameless:
             raise self.refuse(f"has a 'catname2label' without the label {nameless[0]}")
@@ -262,12 +250,16 @@ class _Category:
 
 
 def _read_list(path: Path, split: str) -> list[tuple[str, str]]:
-    """(file, class) of each line of a list; relative files only."""
-    # Spreadsheets put a mark of the encoding before the first word, and some a semicolon between the columns.
-    with reading(str(path), PUBLISHED):
+    """Read (file, class) of each line of a csv list.
+
+    Raises:
+        DataError: the list is damaged, has other classes, a file twice, or a path that leaves the folder.
+    """
+    # Spreadsheets put a byte order mark before the first word, and some separate the columns by semicolons.
+    with damage_explained(str(path), PUBLISHED):
         if path.stat().st_size > _LARGEST_LIST:
-            raise ValueError(f"it has {path.stat().st_size:,} bytes, where the published lists have 1,500,000 at most")
-        table = decoded(path.read_bytes())
+            raise ValueError(f"it has {path.stat().st_size:,} bytes, but the published lists have 1,500,000 at most")
+        table = decode_text(path.read_bytes())
         head = table.partition("\n")[0]
         delimiter = max(",;\t", key=head.count)
         rows = [
@@ -287,13 +279,17 @@ def _read_list(path: Path, split: str) -> list[tuple[str, str]]:
         if parts.is_absolute() or ".." in parts.parts or ":" in name or "\0" in name:
             raise DataError(
                 f"{path} names {shown(name)}, which would leave the folder {path.parent}: write the names of the files "
-                f"alone, or fetch the list anew from {PUBLISHED}"
+                f"without a path, or fetch the list anew from {PUBLISHED}"
             )
     return lines
 
 
 def _columns(path: Path, rows: list[list[str]]) -> tuple[int, int, list[list[str]]]:
-    """Which columns hold the files and the classes, by what they are called or hold; and the lines below the head."""
+    """Find the columns of the files and of the classes by their names or, if these are unknown, by their content.
+
+    Returns:
+        The indices of the two columns, and the rows without the header.
+    """
     if not rows:
         raise ValueError("it is empty")
     head = rows[0]
@@ -301,13 +297,13 @@ def _columns(path: Path, rows: list[list[str]]) -> tuple[int, int, list[list[str
     files = [k for k, name in enumerate(names) if name in _FILE_COLUMNS]
     labels = [k for k, name in enumerate(names) if name in _CLASS_COLUMNS]
     body = rows[1:]
-    if len(labels) > 1:  # a number beside the name, say; or the name twice
+    if len(labels) > 1:  # a class has a number beside its name, say, or its name twice
         labels = [k for k in labels if all(len(row) > k and _WORDNET.fullmatch(row[k]) for row in body)] or labels
         if all(len({row[k] for k in labels if k < len(row)}) == 1 for row in body):
             labels = labels[:1]
     if len(files) == 1 and len(labels) == 1:
         return files[0], labels[0], body
-    if not any(_WORDNET.fullmatch(cell) for cell in head):  # else it has no head
+    if not any(_WORDNET.fullmatch(cell) for cell in head):  # else the list has no header
         rows = body
     width = min(map(len, rows), default=0)
     files = [k for k in range(width) if all(row[k].lower().endswith(SUFFIXES) for row in rows)]
@@ -315,13 +311,26 @@ def _columns(path: Path, rows: list[list[str]]) -> tuple[int, int, list[list[str
     if len(files) == 1 and len(labels) == 1:
         return files[0], labels[0], rows
     raise DataError(
-        f"{path}: its columns are {shown(head)}, and which one names the pictures and which one their classes is not "
-        "known: rename them, in its first line, to filename and label"
+        f"{path}: its columns are {shown(head)}, and it is not clear which one has the pictures and which one their "
+        "classes: rename them, in its first line, to filename and label"
     )
 
 
 def _locate(place: Path, path: Path, split: str, lines: list[tuple[str, str]]) -> tuple[list[tuple[Path, int]], str]:
-    """Each listed file with the position of its class, and where the files are, in words."""
+    """Find the files that a list names.
+
+    Args:
+        place: the folder to look in.
+        path: the list, for messages.
+        split: the split that it lists.
+        lines: (file, class) of each of its lines.
+
+    Returns:
+        The path of each file with the index of its class, and a description of where the files lie.
+
+    Raises:
+        MissingDataError: files are missing.
+    """
     ways: dict[str, Callable[[str, str], Path]] = {
         "images/": lambda name, label: place / "images" / name,
         "images/CLASS/": lambda name, label: place / "images" / label / name,
@@ -332,7 +341,7 @@ def _locate(place: Path, path: Path, split: str, lines: list[tuple[str, str]]) -
     }
     some = lines[:: max(1, len(lines) // 50)]
     there = {words: sum(way(*line).is_file() for line in some) for words, way in ways.items()}
-    words = max(there, key=lambda w: there[w])  # the first of equals
+    words = max(there, key=lambda w: there[w])  # of several equal ones, the first
     files = [ways[words](*line) for line in lines]
     absent = [name for (name, _), file in zip(lines, files, strict=True) if not file.is_file()]
     if absent:
@@ -352,18 +361,18 @@ _DIVISIONS = {"train": "train", "val": "val", "valid": "val", "validation": "val
 
 
 def _from_folders(places: Sequence[Path]) -> Source | None:
-    """The data set from folders of classes; none: there are none of its classes.
+    """Find the data set in folders of classes; None if there is no folder of any of its classes.
 
     Raises:
-        DataError: only some of them are there, or others as well, or an image is there twice.
+        DataError: classes are missing, there are other classes as well, or an image is there twice.
     """
     ours = {split: set(_classes(split)) for split in SPLITS}
     wanted = set.union(*ours.values())
-    groups: list[dict[str, dict[str, Path]]] = []  # name of a folder -> class -> its folder
+    groups: list[dict[str, dict[str, Path]]] = []  # train, val or test ("" if not divided) -> class -> its folder
     for place in [base for p in places for base in (p, p / "images", p / "data")]:
-        inside = children(place)
+        inside = subfolders(place)
         groups.append({"": inside})
-        groups.append({name: children(path) for name, path in inside.items() if name.lower() in _DIVISIONS})
+        groups.append({name: subfolders(path) for name, path in inside.items() if name.lower() in _DIVISIONS})
     group = max(groups, key=lambda g: len(wanted & {name for classes in g.values() for name in classes}))
     found = {name for classes in group.values() for name in classes if _WORDNET.fullmatch(name)}
     if not wanted & found:
@@ -385,7 +394,9 @@ def _from_folders(places: Sequence[Path]) -> Source | None:
         empty = [name for name in classes if not pictures[name]]
         if empty:
             raise MissingDataError(f"miniimagenet: {' and '.join(where)} has no images of {empty[0]}; see {PUBLISHED}")
-        splits[split] = files_split(classes, [(p, k) for k, name in enumerate(classes) for p in pictures[name]], SIDE)
+        splits[split] = split_of_files(
+            classes, [(p, k) for k, name in enumerate(classes) for p in pictures[name]], SIDE
+        )
     notices: tuple[str, ...] = ()
     if "" not in group and any(
         found & set(classes) != ours[_DIVISIONS[name.lower()]]
@@ -393,19 +404,19 @@ def _from_folders(places: Sequence[Path]) -> Source | None:
         if found & set(classes)
     ):
         notices = (
-            f"{', '.join(sorted(group))} divide the images otherwise than Ravi & Larochelle, whose training, "
-            "validation and test classes are disjoint: the images of each class are joined, and the classes divided by "
-            "their lists",
+            f"{', '.join(sorted(group))} divide the images in another way than Ravi & Larochelle, whose training, "
+            "validation and test classes are disjoint: the images of each class are joined, and the classes are "
+            "divided by their lists",
         )
     stamped = stamp([stamp(path.name, path) for name in sorted(pictures) for path in pictures[name]])
     return _source(f"the folders of 100 classes in {' and '.join(where)}", splits, stamped, notices)
 
 
 def _joined(parts: list[list[Path]], folders_of: list[Path]) -> list[Path]:
-    """A class's pictures from several folders, by name.
+    """Join the pictures of one class from several folders, sorted by name.
 
     Raises:
-        DataError: one of them is in two of the folders.
+        DataError: the same picture is in two of the folders.
     """
     if len(parts) == 1:
         return parts[0]
@@ -417,8 +428,8 @@ def _joined(parts: list[list[Path]], folders_of: list[Path]) -> list[Path]:
             other = named.setdefault(name, file)
             if other != file and other.stat().st_size == file.stat().st_size and read_file(other) == read_file(file):
                 raise DataError(
-                    f"miniimagenet: {other} and {file} are the same image: its class would have it twice, to adapt "
-                    "to and to be judged on; remove one of the two copies"
+                    f"miniimagenet: {other} and {file} are the same image, so that a task could both adapt to it and "
+                    "be evaluated on it: remove one of the two copies"
                 )
             every.append((name, file))
     return [file for _, file in sorted(every)]

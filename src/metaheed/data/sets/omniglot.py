@@ -1,11 +1,15 @@
-"""Omniglot (Lake, Salakhutdinov, Tenenbaum, Science 2015), from its two published zip files, or from them unpacked.
+"""Omniglot (Lake, Salakhutdinov, Tenenbaum, Science 2015), from its two published zip files, packed or unpacked.
 
-1623 characters of 50 alphabets, 20 drawings each, 105×105, ink black. Here: 28×28 by Lanczos, ink 1 and paper 0, and
-each class also turned by 90, 180 and 270 degrees as a class of its own, in every split.
+Omniglot has 1623 characters of 50 alphabets, with 20 drawings each, 105×105, in black ink. Here they are resized to
+28×28 with a Lanczos filter, ink is 1 and paper 0, and each character turned by 90, 180 and 270 degrees makes three more
+classes in the same split.
 
-Two splits. `omniglot`: 980/220/423 characters; the paper's own is random and unpublished, and ours are the 1623 sorted
-names permuted by numpy.random.default_rng(0), committed as lists. `omniglot-vinyals`: 1028/172/423, of whole alphabets
-but for a few, as in Matching Networks (Vinyals et al., NeurIPS 2016) and the papers after it.
+There are two splits:
+
+- `omniglot` has 980/220/423 characters. The split of the TA-MAML paper is random and unpublished; this one permutes the
+  1623 sorted names by numpy.random.default_rng(0), and its lists come with metaheed.
+- `omniglot-vinyals` has 1028/172/423 characters. All but a few alphabets lie in one split, as in Matching Networks
+  (Vinyals et al., NeurIPS 2016) and later papers.
 """
 
 import io
@@ -17,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from metaheed.data.images import SPLITS
-from metaheed.data.locate import class_list, folders, holding, lacking
+from metaheed.data.locate import candidate_folders, class_list, first_with, missing_files_error
 from metaheed.data.reading.decode import Encoded
 from metaheed.data.reading.trees import Tree, open_tree
 from metaheed.data.sources import UNSCALED, Request, Source, SourceSplit, encoded_stream, stamp
@@ -28,30 +32,34 @@ PUBLISHED = "https://github.com/brendenlake/omniglot/tree/master/python"
 SIDE = 28
 TURNS = 4
 _MEMBER = re.compile(r"((?:[^/]+/)*images_(?:background|evaluation))/([^/]+/character\d\d)/\d{4}_\d\d\.png")
-"""Its first group are the folders above those of the alphabets: images_background lies in itself in some copies."""
+"""The path of a drawing. Its first group is the folder of the alphabets; some copies have images_background twice."""
 _SUBFOLDERS = ("omniglot", "omniglot-py", "python", "omniglot/python", "omniglot/omniglot-py", "omniglot-master/python")
-"""Where it lies below a root: torchvision's folder, and that of the publisher's repository."""
-_LARGEST = 1 << 20  # bytes of one drawing; the published ones have a few hundred
+"""The customary folders below a data root: torchvision's, and those of the publisher's repository."""
+_LARGEST = 1 << 20  # bytes of a drawing; the published ones have a few hundred
 
 
 def find_paper(request: Request) -> Source:
-    """The data set, in the paper's split, from the folder that holds its zip files (or the folders in them), or the
-    folder above.
+    """Find Omniglot, and divide it by the random split.
 
     Raises:
-        DataError: a file is missing or damaged; says which, and where it is published.
+        DataError: a file is missing or damaged; the message says which, and where it is published.
     """
     return _find(request.root, "omniglot", "omniglot")
 
 
 def find_vinyals(request: Request) -> Source:
-    """As `find_paper`, in the Vinyals split."""
+    """Find Omniglot, and divide it by the split of Vinyals et al.
+
+    Raises:
+        DataError: as in `find_paper`.
+    """
     return _find(request.root, "omniglot-vinyals", "omniglot_vinyals")
 
 
 def _find(root: Path | None, name: str, lists: str) -> Source:
-    places = folders(root, "omniglot", _SUBFOLDERS, " and ".join(ARCHIVES), PUBLISHED)
-    folder = holding(places, ARCHIVES)
+    """Find Omniglot, packed or unpacked, and divide it by the lists of that name."""
+    places = candidate_folders(root, "omniglot", _SUBFOLDERS, " and ".join(ARCHIVES), PUBLISHED)
+    folder = first_with(places, ARCHIVES)
     unpacked = [a.removesuffix(".zip") for a in ARCHIVES]
     if folder is not None:
         found = [folder / archive for archive in ARCHIVES]
@@ -65,7 +73,7 @@ def _find(root: Path | None, name: str, lists: str) -> Source:
                 if there and not any((place / a).is_file() for a in ARCHIVES):
                     absent = " and ".join(str(place / u) for u in unpacked if u not in there)
                     raise MissingDataError(f"omniglot: {absent} not found; published at {PUBLISHED}")
-            raise lacking("omniglot", places, [ARCHIVES], PUBLISHED)
+            raise missing_files_error("omniglot", places, [ARCHIVES], PUBLISHED)
         found = [folder / u for u in unpacked]
         parts = [(f"{path.name}/", open_tree(path, PUBLISHED)) for path in found]
         layout = f"the folders {' and '.join(unpacked)} in {folder}"
@@ -79,14 +87,14 @@ def _find(root: Path | None, name: str, lists: str) -> Source:
     missing = sorted({n for names in names_of.values() for n in names} - set(drawings))
     if missing:
         raise DataError(
-            f"{len(missing)} characters are in neither of {places_of} (first: {missing[0]}): "
+            f"{len(missing)} characters are missing from both {places_of} (first: {missing[0]}): "
             f"fetch both anew from {PUBLISHED}"
         )
     most = max(map(len, drawings.values()))
     short = sorted(n for n, drawn in drawings.items() if len(drawn) < most)
     if short:
         raise DataError(
-            f"character {short[0]} has {len(drawings[short[0]])} drawings in {places_of}, others have {most}: "
+            f"character {short[0]} has {len(drawings[short[0]])} drawings in {places_of}, but others have {most}: "
             f"fetch both anew from {PUBLISHED}"
         )
     splits = {split: _split(parts, names, drawings) for split, names in names_of.items()}
@@ -95,10 +103,19 @@ def _find(root: Path | None, name: str, lists: str) -> Source:
 
 
 def _drawings(path: Path, prefix: str, tree: Tree, drawings: dict[str, set[str]]) -> str:
-    """Add the drawings of a part to each character's; returns the folder that they are in, empty if there are none.
+    """Add the drawings in one part of Omniglot to `drawings`, by character.
+
+    Args:
+        path: the part: a zip file, or the folder that it unpacks to.
+        prefix: put before the paths in `tree`.
+        tree: the files of the part.
+        drawings: character -> paths of its drawings; changed in place.
+
+    Returns:
+        The folder that contains the alphabets; empty if there are no drawings.
 
     Raises:
-        DataError: they are in two folders, and which ones count is not said.
+        DataError: drawings are in two such folders.
     """
     within: set[str] = set()
     for entry in tree.entries:
@@ -122,7 +139,7 @@ def _archive(path: Path) -> Tree:
 
 
 def _split(parts: list[tuple[str, Tree]], names: list[str], drawings: dict[str, set[str]]) -> SourceSplit:
-    """All characters, then all of them turned by 90 degrees, and so on."""
+    """Make a split: first all characters as they are, then all of them turned by 90 degrees, and so on."""
     each = len(drawings[names[0]])
     row_of = {member: k * each + i for k, name in enumerate(names) for i, member in enumerate(sorted(drawings[name]))}
     chosen = [(prefix, tree, [e for e in tree.entries if prefix + e.path in row_of]) for prefix, tree in parts]
@@ -143,7 +160,8 @@ def _split(parts: list[tuple[str, Tree]], names: list[str], drawings: dict[str, 
 
 
 def draw(png: bytes) -> np.ndarray:
-    """(4, 28, 28) uint8, ink 255: a drawing as it is and turned by 90, 180 and 270 degrees."""
+    """Decode a drawing, and turn it by 0, 90, 180 and 270 degrees: (4, 28, 28) uint8, where ink is 255."""
+
     with Image.open(io.BytesIO(png), formats=["PNG"]) as image:
         if image.size != (105, 105):
             raise ValueError(f"a drawing of {image.size} pixels, not 105×105")

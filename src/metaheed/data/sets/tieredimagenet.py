@@ -1,14 +1,16 @@
 """tieredImageNet (Ren et al., ICLR 2018): 351/97/160 classes of ImageNet in 20/6/8 disjoint categories, 84×84 RGB.
 
-Two layouts circulate. {split}_images_png.pkl is a list of encoded PNGs, several GB, of which only where each lies is
-kept; {split}_images.npz has the pixels in one array `images`. The npz was written with OpenCV and holds BGR, which is
-swapped here; the PNGs, written by OpenCV from the same arrays, hold RGB for every reader that is not OpenCV, and are
-left alone.
+Two layouts of the images are read:
 
-Labels: {split}_labels.pkl beside (with the publisher's keys; with `labels` alone, as MetaOptNet and FEAT have it; or
-nothing but a list or an array), {split}_labels.npy or .npz, or `labels` in the images' npz. They count from 0 in each
-split, or on from split to split, or are WordNet's names. The publisher's have descriptions instead of names: a class is
-named by its number in the split and its description, where there is one.
+- {split}_images_png.pkl, a list of encoded PNGs of several GB. Only the place of each PNG in the file is kept in
+  memory.
+- {split}_images.npz, with all pixels in one array `images`. It was written with OpenCV and has the channels in the
+  order BGR, which is changed to RGB here. (OpenCV wrote the PNGs from the same arrays; they give RGB when decoded.)
+
+Labels are read from {split}_labels.pkl (with the publisher's keys; with `labels` alone, as MetaOptNet and FEAT have it;
+or as a mere list or array), from {split}_labels.npy or .npz, or from `labels` in the npz of the images. They are
+numbers that start from 0 in each split or continue from split to split, or names of WordNet. The publisher's files have
+descriptions instead of names; a class is then named by its number in the split and its description.
 """
 
 import io
@@ -22,44 +24,45 @@ import numpy as np
 from PIL import Image
 
 from metaheed.data.images import SPLITS
-from metaheed.data.locate import class_table, folders, holding, lacking
+from metaheed.data.locate import candidate_folders, check_disjoint, class_table, first_with, missing_files_error
 from metaheed.data.reading.decode import Encoded
-from metaheed.data.reading.labels import positions, read_labels, text
+from metaheed.data.reading.labels import as_text, class_positions, get_field, read_labels
 from metaheed.data.reading.pickle_stream import StoredArray
-from metaheed.data.reading.safe_pickle import load_arrays, reading
+from metaheed.data.reading.safe_pickle import damage_explained, load_arrays
 from metaheed.data.sources import Request, Source, SourceSplit, array_stream, class_rows, encoded_stream, stamp
-from metaheed.errors import DataError, MissingDataError, shown
+from metaheed.errors import DataError, MissingDataError
 
 PUBLISHED = "https://github.com/renmengye/few-shot-ssl-public"
 SIDE = 84
 _SHAPE = (3, SIDE, SIDE)
 _SUBFOLDERS = ("tieredimagenet",)
-_INLINE = 512  # bytes of a string that are kept; the PNGs stay in the file
-_AT_ONCE = 64  # images
+_INLINE = 512  # longer strings (the PNGs) are left in the file
+_AT_ONCE = 64  # images that are read at once
 _KEYS = ("label_specific", "labels", "label")
-"""Under which labels are found, the publisher's first."""
+"""The keys of the labels in different copies, the publisher's first."""
 _WORDNET = re.compile(r"n\d{8}")
-_LARGEST_LABELS = 1 << 26  # bytes
-_LARGEST_PNG = 1 << 20  # bytes; 84×84×3 pixels have 21,168
+_LARGEST_LABELS = 1 << 26  # bytes of a file of labels
+_LARGEST_PNG = 1 << 20  # bytes of a PNG; the pixels of an image have 21,168
 
 
 def find(request: Request) -> Source:
-    """The data set from the folder that holds its pickled PNGs, or its npz files, and their labels.
+    """Find tieredImageNet in any of its layouts.
 
     Raises:
-        DataError: a file is missing or damaged, or has other numbers of classes; says which, and where it is published.
+        DataError: a file is missing or damaged, or has another number of classes; the message says which, and where it
+            is published.
     """
     pickles = [f"{s}_images_png.pkl" for s in SPLITS]
     arrays = [f"{s}_images.npz" for s in SPLITS]
     labels = [f"{s}_labels.pkl" for s in SPLITS]
     expected = "{train,val,test}_images_png.pkl or _images.npz, and {train,val,test}_labels.pkl"
-    places = folders(request.root, "tieredimagenet", _SUBFOLDERS, expected, PUBLISHED)
+    places = candidate_folders(request.root, "tieredimagenet", _SUBFOLDERS, expected, PUBLISHED)
     layouts: tuple[tuple[list[str], Callable[[Path, _Labels], SourceSplit], str], ...] = (
         (pickles, _from_pickle, "the pickled PNGs *_images_png.pkl"),
         (arrays, _from_npz, "the arrays *_images.npz (BGR)"),
     )
     for files, read, layout in layouts:
-        folder = holding(places, files)
+        folder = first_with(places, files)
         if folder is None:
             continue
         found = {s: label for s in SPLITS if (label := _find_labels(folder, s)) is not None}
@@ -69,16 +72,18 @@ def find(request: Request) -> Source:
                 f"tieredimagenet: {absent[0]}_labels.pkl not found in {folder}, nor {absent[0]}_labels.npy or .npz, "
                 f"nor 'labels' in the images' npz; published at {PUBLISHED}"
             )
-        _check_disjoint(found, folder)
+        # Numbers are not compared, because they may start from 0 in each split.
+        names = {s: [name for name in label.distinct if isinstance(name, str)] for s, label in found.items()}
+        check_disjoint(names, folder, PUBLISHED)
         splits = {s: read(folder / file, found[s]) for s, file in zip(SPLITS, files, strict=True)}
         beside = [label.path for label in found.values() if label.path.name not in files]
         stamped = stamp(*(folder / f for f in files), *beside)
         return Source("tieredimagenet", f"{layout} in {folder}", splits, stamped, published=PUBLISHED)
-    raise lacking("tieredimagenet", places, [[*pickles, *labels], [*arrays, *labels]], PUBLISHED)
+    raise missing_files_error("tieredimagenet", places, [[*pickles, *labels], [*arrays, *labels]], PUBLISHED)
 
 
 def _find_labels(folder: Path, split: str) -> "_Labels | None":
-    """The labels of a split, from whichever file has them; none: there is none."""
+    """Return the labels of a split from the file that has them; None if there is no such file."""
     for suffix in ("pkl", "pickle"):
         path = folder / f"{split}_labels.{suffix}"
         if path.is_file():
@@ -92,18 +97,6 @@ def _find_labels(folder: Path, split: str) -> "_Labels | None":
     return None
 
 
-def _check_disjoint(labels: "dict[str, _Labels]", folder: Path) -> None:
-    """Names say whether a class is in two splits; numbers, which may start anew in each, do not."""
-    where: dict[str, str] = {}
-    for split, of_split in labels.items():
-        for name in of_split.distinct:
-            if isinstance(name, str) and where.setdefault(name, split) != split:
-                raise DataError(
-                    f"{folder}: the labels say that {shown(name)} is in {where[name]} and in {split}, and a class that "
-                    f"is tested on must not be known from training: fetch them anew from {PUBLISHED}"
-                )
-
-
 class _Labels:
     """The labels of a split."""
 
@@ -112,23 +105,23 @@ class _Labels:
         self.general = self.descriptions = None
         specific, key = values, "labels"
         if isinstance(values, dict):
-            key = next((k for k in _KEYS if _get(values, k) is not None), _KEYS[0])
-            specific = _get(values, key)
-            general = _get(values, "label_general")
+            key = next((k for k in _KEYS if get_field(values, k) is not None), _KEYS[0])
+            specific = get_field(values, key)
+            general = get_field(values, "label_general")
             if general is not None:
                 self.general = self._read(general, "label_general")
-            described = _get(values, "label_specific_str")
+            described = get_field(values, "label_specific_str")
             if isinstance(described, list) and all(isinstance(d, str | bytes) for d in described):
-                self.descriptions = [text(d) for d in described]
-        self.labels, self.distinct = positions(self._read(specific, key))
+                self.descriptions = [as_text(d) for d in described]
+        self.labels, self.distinct = class_positions(self._read(specific, key))
         table = class_table(f"tieredimagenet_{split}")
         self._expect("classes", len(self.distinct), len(table))
         known = {name for name, _ in table}
         odd = [n for n in self.distinct if isinstance(n, str) and _WORDNET.fullmatch(n) and n not in known]
         if odd:
-            raise self.refuse(f"has the class {odd[0]}, which is none of tieredImageNet's {split} split")
+            raise self.refuse(f"has the class {odd[0]}, which is not one of tieredImageNet's {split} split")
         if self.general is not None:
-            self._expect("categories", len(positions(self.general)[1]), len({category for _, category in table}))
+            self._expect("categories", len(class_positions(self.general)[1]), len({category for _, category in table}))
             if len(self.general) != len(self.labels):
                 raise self.refuse(f"has {len(self.labels)} classes of images, but {len(self.general)} categories")
 
@@ -146,27 +139,32 @@ class _Labels:
             raise self.refuse(f"has {found} {what}, but tieredImageNet's {self.split} split has {expected}")
 
     def split_of(self, images: int, where: Path) -> tuple[tuple[str, ...], np.ndarray, tuple[int, ...]]:
-        """Class names, the rows of the images, and the images of each class."""
+        """Return the class names, the row of each image, and the number of images of each class.
+
+        Args:
+            images: the number of images in the file.
+            where: that file, for messages.
+
+        Raises:
+            DataError: there are more or fewer images than labels.
+        """
         if images != len(self.labels):
-            raise self.refuse(f"has {len(self.labels)} labels, but {where.name} {images} images")
+            raise self.refuse(f"has {len(self.labels)} labels, but {where.name} has {images} images")
         rows, counts = class_rows(self.labels, len(self.distinct))
         names = [label if isinstance(label, str) else self._name(k, label) for k, label in enumerate(self.distinct)]
         return tuple(names), rows, counts
 
     def _name(self, position: int, label: int) -> str:
         count = len(self.distinct)
-        # Whether they count from 0 or on from the split before, the classes are the same ones.
+        # Consecutive labels may start from 0 or continue from the split before; both give the same numbers here.
         number = position if self.distinct[-1] - self.distinct[0] == count - 1 else label
         descriptions = self.descriptions or []
         at = position if len(descriptions) == count else label
         return f"{self.split} {number:03d} {descriptions[at] if at < len(descriptions) else ''}".strip()
 
 
-def _get(values: Any, key: str) -> Any:
-    return values.get(key, values.get(key.encode())) if isinstance(values, dict) else None
-
-
 def _from_pickle(path: Path, labels: _Labels) -> SourceSplit:
+    """Make a split from a pickled list of PNGs."""
     classes, rows, counts = labels.split_of(len(labels.labels), path)
 
     def encoded(start: int) -> Iterator[Encoded]:
@@ -174,19 +172,20 @@ def _from_pickle(path: Path, labels: _Labels) -> SourceSplit:
         if not isinstance(pictures, list) or len(pictures) != len(rows):
             found = len(pictures) if isinstance(pictures, list) else "no list of"
             raise DataError(
-                f"{path} has {found} images, {labels.path.name} {len(rows)}: fetch both anew from {PUBLISHED}"
+                f"{path} has {found} images, but {labels.path.name} has {len(rows)} labels: fetch both anew from "
+                f"{PUBLISHED}"
             )
         with path.open("rb") as file:
             for index in range(start, len(pictures)):
                 one = pictures[index]
                 pictures[index] = None
-                with reading(f"{path} (image {index})", PUBLISHED):
+                with damage_explained(f"{path} (image {index})", PUBLISHED):
                     if isinstance(one, StoredArray):
                         if not one.is_like(np.uint8) or one.nbytes > _LARGEST_PNG:
-                            raise ValueError(f"no PNG, but an array {one.shape} of {one.dtype}")
+                            raise ValueError(f"not a PNG, but an array {one.shape} of {one.dtype}")
                         one = one.read(file).tobytes()
                     if not isinstance(one, bytes):
-                        raise ValueError(f"no PNG, but a {type(one).__name__}")
+                        raise ValueError(f"not a PNG, but a {type(one).__name__}")
                 yield Encoded(f"{path}, image {index}", (int(rows[index]),), one)
 
     return SourceSplit(classes, counts, _SHAPE, len(rows), encoded_stream(encoded, _decode_png, _SHAPE))
@@ -200,7 +199,8 @@ def _decode_png(data: bytes) -> np.ndarray:
 
 
 def _from_npz(path: Path, labels: _Labels) -> SourceSplit:
-    with reading(str(path), PUBLISHED), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+    """Make a split from the array in an npz, whose channels are in the order BGR."""
+    with damage_explained(str(path), PUBLISHED), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
         shape, dtype, offset = _header(file)
         size = archive.getinfo("images.npy").file_size
         if dtype != np.uint8 or shape[1:] != (SIDE, SIDE, 3):
@@ -211,7 +211,11 @@ def _from_npz(path: Path, labels: _Labels) -> SourceSplit:
 
     def chunks(start: int) -> Iterator[np.ndarray]:
         entry = SIDE * SIDE * 3
-        with reading(str(path), PUBLISHED), zipfile.ZipFile(path) as archive, archive.open("images.npy") as file:
+        with (
+            damage_explained(str(path), PUBLISHED),
+            zipfile.ZipFile(path) as archive,
+            archive.open("images.npy") as file,
+        ):
             file.seek(offset + start * entry)
             for first in range(start, shape[0], _AT_ONCE):
                 count = min(_AT_ONCE, shape[0] - first)
@@ -234,9 +238,10 @@ def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any], int]:
 
 
 def _small_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of an npz that may be labels."""
+    """Read those arrays of an npz that may be labels."""
+
     found = {}
-    with reading(str(path), PUBLISHED), zipfile.ZipFile(path) as archive:
+    with damage_explained(str(path), PUBLISHED), zipfile.ZipFile(path) as archive:
         for name in (*_KEYS, "label_general"):
             if f"{name}.npy" not in archive.namelist():
                 continue
@@ -248,7 +253,7 @@ def _small_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def _small_npy(path: Path) -> np.ndarray:
-    with reading(str(path), PUBLISHED), path.open("rb") as file:
+    with damage_explained(str(path), PUBLISHED), path.open("rb") as file:
         if path.stat().st_size > _LARGEST_LABELS:
             raise ValueError("it has more bytes than labels have")
         array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)

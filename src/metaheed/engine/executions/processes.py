@@ -42,7 +42,7 @@ class Workers:
     """Forked processes that run functions of a learner. They end with this object, and with the process.
 
     They are forked at the first use, by the calling thread, which must outlive them. Other threads may be running then.
-    Ours cause no harm: the fork waits for those that draw batches (`apart_from_forks`), a worker reopens the streams
+    Ours cause no harm: the fork waits for those that draw batches (`run_between_forks`), a worker reopens the streams
     that a progress bar writes to, and it uses nothing else that our threads may have locked. The user's own threads
     must not hold a lock of a library at that moment.
 

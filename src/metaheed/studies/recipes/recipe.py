@@ -16,7 +16,14 @@ import yaml
 
 from metaheed.config import RunConfig, default_config, from_dict, to_dict
 from metaheed.errors import ConfigError, RunError, brief, shown
-from metaheed.files.opening import YAML_BYTES, cannot_write, put_in_place, read_bounded, refuse_link, write_synced
+from metaheed.files.opening import (
+    YAML_BYTES,
+    cannot_write_message,
+    put_in_place,
+    read_bounded,
+    refuse_link,
+    write_synced,
+)
 from metaheed.files.parsing import from_yaml
 from metaheed.studies.paper import ITERATIONS, Cell, all_cells
 
@@ -90,7 +97,7 @@ def write(recipe: Recipe, path: str | Path) -> None:
         write_synced(part, text(recipe, path.name).encode())
         put_in_place(part, path)
     except OSError as error:
-        raise RunError(cannot_write(error, path)) from error
+        raise RunError(cannot_write_message(error, path)) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from metaheed.config import FreezeConfig, ReplayedConfig, ReproduceConfig, RunConfig
 from metaheed.errors import ConfigError, RunError, unknown
-from metaheed.files.opening import LinkError, cannot_write, refuse_link
+from metaheed.files.opening import LinkError, cannot_write_message, refuse_link
 from metaheed.files.trust import allow, require
 from metaheed.running.checkpoint import Progress
 from metaheed.running.folder import RunFolder
@@ -231,7 +231,7 @@ def _refuse_links(out: Path, names: Sequence[str]) -> None:
         try:
             refuse_link(out / name)
         except LinkError as error:
-            raise RunError(cannot_write(error, out)) from error
+            raise RunError(cannot_write_message(error, out)) from error
 
 
 def _choose(experiment: str, config: ReproduceConfig) -> tuple[dict[str, Recipe], bool]:

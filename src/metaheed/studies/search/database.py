@@ -12,7 +12,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from metaheed.errors import ConfigError, RunError, shown
-from metaheed.files.opening import cannot_write, open_in_place, try_lock
+from metaheed.files.opening import cannot_write_message, open_in_place, try_lock
 
 _ATTEMPTS = 4  # to open a database that another worker may be setting up
 _DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
@@ -127,7 +127,7 @@ def exclusive(path: Path | None) -> Iterator[None]:
     try:
         opened = open_in_place(path, "a+")
     except OSError as error:
-        raise RunError(cannot_write(error, path)) from error
+        raise RunError(cannot_write_message(error, path)) from error
     with opened as file:
         while not try_lock(file):
             time.sleep(0.02)

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from metaheed.config import RunConfig, SearchConfig, build, from_dict, to_dict
 from metaheed.errors import RunError, brief, shown
-from metaheed.files.opening import YAML_BYTES, LinkError, cannot_write, make_folder, read_bounded, refuse_link
+from metaheed.files.opening import YAML_BYTES, LinkError, cannot_write_message, make_folder, read_bounded, refuse_link
 from metaheed.files.parsing import from_yaml
 from metaheed.files.seals import seal_text, unseal_text
 from metaheed.files.writing import write_whole
@@ -175,7 +175,7 @@ class SharedStudy:
         try:
             refuse_link(path / "checkpoints", self.out)
         except LinkError as error:
-            raise RunError(cannot_write(error, path)) from error
+            raise RunError(cannot_write_message(error, path)) from error
         return RunFolder(path)
 
     def write_settings(self) -> None:
@@ -208,7 +208,7 @@ def _make(out: Path) -> None:
         for trial in sorted((out / "trials").iterdir()):
             refuse_link(trial)
     except LinkError as error:
-        raise RunError(cannot_write(error, out)) from error
+        raise RunError(cannot_write_message(error, out)) from error
     except OSError as error:
         raise RunError(f"the study folder {out} cannot be made: {error.strerror}. Choose another --out") from error
 
@@ -219,7 +219,7 @@ def refuse_links_to_database(file: Path) -> None:
         for suffix in ("", "-journal", "-wal", "-shm"):
             refuse_link(file.with_name(file.name + suffix))
     except LinkError as error:
-        raise RunError(cannot_write(error, file)) from error
+        raise RunError(cannot_write_message(error, file)) from error
 
 
 def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:

@@ -16,7 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from metaheed.errors import Interrupted, NonFiniteError, RunError
-from metaheed.files.opening import cannot_write, make_folder, open_in_place, try_lock
+from metaheed.files.opening import cannot_write_message, make_folder, open_in_place, try_lock
 from metaheed.running.checkpoint import Progress
 from metaheed.running.folder import RunFolder
 from metaheed.running.process import pick_device
@@ -53,7 +53,7 @@ class Presence:
                 make_folder(self._folder, self._out)
                 self._file = open_in_place(path, "a+")
             except OSError as error:
-                raise RunError(cannot_write(error, path)) from error
+                raise RunError(cannot_write_message(error, path)) from error
             if try_lock(self._file) and path.exists():
                 return self
             self._file.close()  # another looked at it, or tidied it away, before it was locked
