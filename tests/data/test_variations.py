@@ -124,9 +124,7 @@ class TestFolder:
     def test_classes_that_lie_deeper(self, names: tuple[str, ...], tmp_path: Path, metaheed: Run) -> None:
         for name in names:
             pictures(tmp_path / name, 8 if name == names[0] else 7, 2)
-        with pytest.raises(
-            DataError, match=rf"too few for three splits.*/{names[0]}, say\), or rename the upper folders"
-        ):
+        with pytest.raises(DataError, match=rf"too few for three splits.*/{names[0]}, say\), or rename the upper"):
             load_dataset("folder", tmp_path, 8)
         status, _, err = metaheed("data", "split", tmp_path)
         assert (status, "give the folder that contains them" in err) == (1, True)
