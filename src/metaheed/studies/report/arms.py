@@ -137,7 +137,7 @@ def algorithm_label(config: RunConfig) -> str:
     name, learner, rule = config.algorithm, config.learner.name, config.rule.name
     if name in LABELS:
         return LABELS[name]
-    base = _stated_name(next(iter(LEARNERS[learner].algorithms.values()), (learner, learner))[1])
+    base = _stated_name(next(iter(config.learner.algorithms.values()), (learner, learner))[1])
     if name in ALGORITHMS:
         return f"TA-{base}" if isinstance(config.rule, AttendedConfig) else _stated_name(ALGORITHMS[name][2])
     return f"{base}, {CONTROLS.get(rule, rule)}"
