@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,11 @@ from metaheed.errors import RunError
 from metaheed.studies import recipes
 from metaheed.studies.search.database import sqlite_url
 from metaheed.studies.search.draws import configured, used
-from tests.conftest import Run
-from tests.test_training import SMALL, command, environment
+from tests.conftest import Begin, Run
+from tests.test_training import SMALL as TRAINED
+from tests.warm import wait_for
 
+SMALL = [*TRAINED, "--adaptation-steps", "1", "--val-tasks", "8"]
 RANGES = {"fast_lr": (1e-2, 5e-1), "meta_lr": (1e-4, 1e-2), "attention_lr": (1e-4, 1e-2), "equity_lambda": (1e-2, 1.0)}
 
 
@@ -174,20 +176,9 @@ def test_what_is_searched_is_applied_where_it_belongs() -> None:
     assert used(default_pair("protonet", "equity"), SearchConfig()) == ["meta_lr", "equity_lambda"]
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    while not condition() and process.poll() is None:
-        time.sleep(0.02)
-
-
-def test_processes_at_once_draw_and_train_what_one_would(study: Path, tmp_path: Path, in_folder: Path) -> None:
+def test_processes_at_once_draw_and_train_what_one_would(study: Path, begin: Begin, tmp_path: Path) -> None:
     out = tmp_path / "shared"
-    workers = [start("search", "ta-maml", *SMALL, "--trials", 5, "--iterations", 4, "--out", out) for _ in range(3)]
+    workers = [begin("search", "ta-maml", *SMALL, "--trials", 5, "--iterations", 4, "--out", out) for _ in range(3)]
     for worker in workers:
         _, err = worker.communicate(timeout=400)
         assert worker.returncode == 0, err
@@ -203,7 +194,7 @@ def test_processes_at_once_draw_and_train_what_one_would(study: Path, tmp_path: 
     assert len([*out.glob("trials/*/checkpoints")]) == 1
 
 
-LONG = [*SMALL, "--val-every", "30", "--checkpoint-every", "5", "--iterations", "60"]
+LONG = [*SMALL, "--val-every", "20", "--checkpoint-every", "5", "--iterations", "40"]
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +216,9 @@ def same_trials(one: Path, other: Path) -> bool:
     return all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
-def test_of_two_processes_one_is_killed_and_the_other_ends_its_trial(
-    long: Path, tmp_path: Path, in_folder: Path
-) -> None:
+def test_of_two_processes_one_is_killed_and_the_other_ends_its_trial(long: Path, begin: Begin, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    workers = [start("search", "maml", *LONG, "--trials", 2, "--out", out) for _ in range(2)]
+    workers = [begin("search", "maml", *LONG, "--trials", 2, "--out", out) for _ in range(2)]
     trial = out / "trials" / "001"  # begun when both are at work, or one has done the other trial
     wait_for(lambda: steps(trial) >= 10, workers[0])
     holder = (trial / "run.lock").read_text()
@@ -239,16 +228,16 @@ def test_of_two_processes_one_is_killed_and_the_other_ends_its_trial(
     victim.communicate()
     _, err = survivor.communicate(timeout=400)
     assert survivor.returncode == 0, err
-    assert 10 <= done < 60
+    assert 10 <= done < 40
     assert f"resuming {trial} after iteration" in err
     assert same_trials(out, long)
 
 
-def test_a_killed_process_elsewhere_is_missed(long: Path, metaheed: Run, tmp_path: Path) -> None:
+def test_a_killed_process_elsewhere_is_missed(long: Path, metaheed: Run, begin: Begin, tmp_path: Path) -> None:
     """Its machine cannot be looked at: there are only its signs of life, which have stopped."""
     out = tmp_path / "out"
     arguments = ["search", "maml", *LONG, "--trials", 2, "--lost-after", 2, "--out", out]
-    killed = start(*arguments)
+    killed = begin(*arguments)
     wait_for(lambda: steps(out / "trials" / "000") >= 10, killed)
     killed.kill()
     killed.communicate()
@@ -263,9 +252,9 @@ def test_a_killed_process_elsewhere_is_missed(long: Path, metaheed: Run, tmp_pat
     assert same_trials(out, long)
 
 
-def test_a_signal_ends_it_cleanly(long: Path, metaheed: Run, tmp_path: Path) -> None:
+def test_a_signal_ends_it_cleanly(long: Path, metaheed: Run, begin: Begin, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start("search", "maml", *LONG, "--trials", 2, "--out", out)
+    process = begin("search", "maml", *LONG, "--trials", 2, "--out", out)
     wait_for(lambda: steps(out / "trials" / "000") >= 6, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=400)
@@ -319,11 +308,11 @@ def _unprivileged() -> str:
     pytest.skip("there is no user to run PostgreSQL as")
 
 
-def test_machines_share_a_database_server(postgres: str, study: Path, tmp_path: Path, in_folder: Path) -> None:
+def test_machines_share_a_database_server(postgres: str, study: Path, begin: Begin, tmp_path: Path) -> None:
     """Each has a study folder of its own."""
     outs = [tmp_path / name for name in ("one", "two")]
     search = ["search", "ta-maml", *SMALL, "--trials", 7, "--iterations", 4, "--storage", postgres]
-    workers = [start(*search, "--out", out) for out in outs]
+    workers = [begin(*search, "--out", out) for out in outs]
     for worker in workers:
         _, err = worker.communicate(timeout=400)
         assert worker.returncode == 0, err
@@ -335,13 +324,15 @@ def test_machines_share_a_database_server(postgres: str, study: Path, tmp_path: 
     assert sorted(trained) == [f"{number:03d}" for number in range(7)], "each by one"
 
 
-def test_a_machine_that_dies_is_replaced_by_another(postgres: str, long: Path, metaheed: Run, tmp_path: Path) -> None:
+def test_a_machine_that_dies_is_replaced_by_another(
+    postgres: str, long: Path, metaheed: Run, begin: Begin, tmp_path: Path
+) -> None:
     search = ["search", "maml", *LONG, "--trials", 2, "--lost-after", 8, "--storage", postgres, "--study", "dying"]
-    killed = start(*search, "--out", tmp_path / "killed")
+    killed = begin(*search, "--out", tmp_path / "killed")
     wait_for(lambda: steps(tmp_path / "killed" / "trials" / "000") >= 10, killed)
     killed.kill()
     killed.communicate()
-    other = start(*search, "--out", tmp_path / "one")
+    other = begin(*search, "--out", tmp_path / "one")
     status, _, err = metaheed(*search, "--out", tmp_path / "two")
     assert status == 0, err
     _, err = other.communicate(timeout=400)
