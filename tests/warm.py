@@ -11,6 +11,8 @@ as it should is held by tests which begin it so (tests/test_cli.py).
 """
 
 import contextlib
+import gc
+import importlib
 import json
 import os
 import select
@@ -21,13 +23,23 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
 COMMAND_LINE = "import sys\nfrom metaheed.cli.entry import main\nsys.exit(main(sys.argv[1:]))\n"
 """The program that `python -m metaheed` runs."""
 SERVER = "METAHEED_TEST_SERVER"
 """The environment variable that names the server's socket, for processes that begin others."""
+
+
+IMPORTED = (
+    *("metaheed.cli.entry", "metaheed.running.train", "metaheed.running.evaluate", "metaheed.running.speed"),
+    *("metaheed.studies.search", "metaheed.studies.reproduce", "metaheed.studies.report", "tests.networks"),
+    *("metaheed.headless", "matplotlib.pyplot", "matplotlib.backends.backend_agg", "sqlalchemy.dialects.sqlite"),
+    "torch._dynamo",  # torch.func imports it when it first takes a gradient
+)
+"""What the server imports: all that a command does."""
 
 
 class WarmProcess:
@@ -136,6 +148,34 @@ class WarmProcess:
         self.send_signal(signal.SIGTERM)
 
 
+class WarmStage(WarmProcess):
+    """What `metaheed reproduce` begins for a stage, in the place of its `subprocess.Popen`."""
+
+    def __init__(self, arguments: Sequence[str], *, stdout: IO[bytes], **_: object) -> None:
+        assert list(arguments[:4]) == [sys.executable, "-P", "-m", "metaheed"]
+        super().__init__(
+            arguments[4:],
+            environment={**os.environ, "PYTHONSAFEPATH": "1"},
+            output=stdout.fileno(),
+            errors=stdout.fileno(),
+        )
+
+
+def begin_stages_warm(replace: Callable[[str, object], None] | None = None) -> None:
+    """Let `metaheed reproduce` in this process begin its stages by the server.
+
+    Args:
+        replace: as pytest's monkeypatch.setattr, which takes it back; for good if None.
+    """
+    from metaheed.studies.reproduce import crew
+
+    module = SimpleNamespace(Popen=WarmStage, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
+    if replace is None:
+        crew.subprocess = module  # type: ignore[assignment]
+    else:
+        replace("metaheed.studies.reproduce.crew.subprocess", module)
+
+
 def open_to_write(where: Path | int) -> int:
     return where if isinstance(where, int) else os.open(where, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
@@ -165,23 +205,10 @@ def start_server(folder: Path) -> tuple["subprocess.Popen[bytes]", str]:
 
 def serve() -> str:
     """Serve until standard input ends. In each process that is forked, return the program that it is to run."""
-    import gc
-
-    import matplotlib.backends.backend_agg
-    import matplotlib.pyplot
-    import sqlalchemy.dialects.sqlite
-    import torch._dynamo
-
-    import metaheed.cli.entry
-    import metaheed.cli.search
-    import metaheed.running.evaluate
-    import metaheed.studies.report
-    import metaheed.studies.reproduce
-    import metaheed.studies.search
-    import tests.networks  # noqa: F401
-
+    for name in IMPORTED:
+        importlib.import_module(name)
     with contextlib.suppress(ImportError):
-        import sqlalchemy.dialects.postgresql.psycopg  # noqa: F401
+        importlib.import_module("sqlalchemy.dialects.postgresql.psycopg")
     gc.collect()
     gc.freeze()
     with socket.socket(socket.AF_UNIX) as listening:
@@ -212,9 +239,11 @@ def _kept(request: dict[str, Any], output: int, errors: int, reports: int) -> st
     if pid:
         os.close(output)
         os.close(errors)
-        os.write(reports, f"{pid}\n".encode())
+        with contextlib.suppress(BrokenPipeError):  # who asked for the process may have been killed
+            os.write(reports, f"{pid}\n".encode())
         _, status = os.waitpid(pid, 0)
-        os.write(reports, f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        with contextlib.suppress(BrokenPipeError):
+            os.write(reports, f"{os.waitstatus_to_exitcode(status)}\n".encode())
         os._exit(0)
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
