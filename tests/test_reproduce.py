@@ -42,7 +42,6 @@ def write(in_folder: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Writ
     # The commands that are begun find the tiny network, and this package, where this process does.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
     begin_stages_warm(monkeypatch.setattr)
-    monkeypatch.setattr("metaheed.running.speed._ENOUGH", 0.05)
 
     def make(name: str, algorithm: str = "maml", network: str = "Tiny") -> None:
         config = default_config(algorithm)

@@ -171,7 +171,7 @@ def begin_stages_warm(replace: Callable[[str, object], None] | None = None) -> N
 
     module = SimpleNamespace(Popen=WarmStage, DEVNULL=subprocess.DEVNULL, STDOUT=subprocess.STDOUT)
     if replace is None:
-        crew.subprocess = module  # type: ignore[assignment]
+        vars(crew)["subprocess"] = module
     else:
         replace("metaheed.studies.reproduce.crew.subprocess", module)
 
@@ -216,11 +216,11 @@ def serve() -> str:
         listening.listen(64)
         os.write(1, b"ready\n")
         while True:
-            ready, _, _ = select.select([listening, 0], [], [])
+            ready, _, _ = select.select([listening.fileno(), 0], [], [])
             with contextlib.suppress(ChildProcessError):
                 while os.waitpid(-1, os.WNOHANG)[0]:  # keepers that have ended
                     pass
-            if listening not in ready:
+            if listening.fileno() not in ready:
                 return ""
             connection, _ = listening.accept()
             with connection:
