@@ -5,7 +5,9 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ from metaheed.data.locate import class_list
 from metaheed.data.sets.omniglot import ARCHIVES
 from metaheed.running.checkpoint import _digest
 from metaheed.types import Episode
+from tests.warm import SERVER, WarmProcess, start_server
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -46,6 +49,42 @@ def _state_away_from_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAHEED_STATE", str(tmp_path_factory.getbasetemp() / "state"))
         yield
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """Path of the socket of the server that forks processes (tests/warm.py)."""
+    folder = Path(tempfile.mkdtemp(prefix="metaheed-"))  # pytest's own may have a longer name than a socket can have
+    process, path = start_server(folder)
+    os.environ[SERVER] = path
+    try:
+        yield path
+    finally:
+        del os.environ[SERVER]
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
+        shutil.rmtree(folder)
+
+
+Begin = Callable[..., WarmProcess]
+
+
+@pytest.fixture
+def begin(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Begin]:
+    """Begins `metaheed ARGUMENTS` in a process of its own; the options are WarmProcess's. What is left is killed."""
+    folder = tmp_path_factory.mktemp("output")
+    begun: list[WarmProcess] = []
+
+    def start(*arguments: object, **options: Any) -> WarmProcess:
+        places = {name: folder / f"{len(begun)}.{name}" for name in ("output", "errors")}
+        begun.append(WarmProcess(arguments, **{**places, **options}))
+        return begun[-1]
+
+    yield start
+    for process in begun:
+        process.kill()
+        process.wait()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from metaheed.studies.demo import demo
-from tests.conftest import ROOT, Run
+from tests.conftest import ROOT, Begin, Run
 from tests.test_training import SMALL, environment
 
 
@@ -122,7 +122,7 @@ def test_plain_lines_when_not_a_terminal(in_folder: Path) -> None:
     assert done.stdout == "run is trained; judge it with 'metaheed evaluate run'\n"
 
 
-def test_a_network_beside_the_user_is_found(in_folder: Path) -> None:
+def test_a_network_beside_the_user_is_found(begin: Begin, in_folder: Path) -> None:
     (in_folder / "mine.py").write_text(
         "from torch import nn\n"
         "class Net(nn.Sequential):\n"
@@ -130,9 +130,8 @@ def test_a_network_beside_the_user_is_found(in_folder: Path) -> None:
         "        super().__init__(nn.AvgPool2d(7), nn.Flatten(), nn.Linear(16, ways))\n"
     )
     arguments = ["train", "maml", *SMALL, "--backbone", "mine:Net", "--iterations", "2", "--out", "run"]
-    script = "import sys; from metaheed.cli import main; sys.path[0] = '/'; sys.exit(main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = begin(*arguments, before="import sys\nsys.path[0] = '/'\n")
+    assert process.wait() == 0, process.err
 
 
 def test_real_files_of_small_data_sets(cifar_folder: Path, omniglot_zips: Path, metaheed: Run, tmp_path: Path) -> None:

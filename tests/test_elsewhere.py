@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +18,11 @@ from metaheed.data.frozen import freeze, write_episodes
 from metaheed.data.images import make_split
 from metaheed.running.checkpoint import recorded_pixels
 from metaheed.running.folder import RunFolder
-from tests.conftest import ROOT, Run, as_format_1, edit
+from tests.conftest import ROOT, Begin, Run, as_format_1, edit
 from tests.data.making import pictures
 from tests.documented import assert_each_has_a_case, assert_seen, rows
 from tests.test_training import SMALL
+from tests.warm import WarmProcess
 
 Runs = dict[str, Path]
 
@@ -242,13 +241,13 @@ class TestExample:
             *("hashlib", "json", "sys", "collections", "pathlib", "numpy", "torch"),
         }
 
-    def test_it_judges_the_very_tasks(self, runs: Runs, metaheed: Run, in_folder: Path) -> None:
+    def test_it_judges_the_very_tasks(self, runs: Runs, metaheed: Run, run: Callable[..., WarmProcess]) -> None:
         freezing = ("data", "episodes", "--shots", 2, "--queries", 5, "--tasks", 15, "--with-images")
         assert metaheed(*freezing, "--out", "tasks.npz")[0] == 0
         assert metaheed("evaluate", runs["maml0"], "--episodes", "tasks.npz")[0] == 0
         result = runs["maml0"] / "result-5way2shot5query.json"
-        done = self.run("tasks.npz", result)
-        assert done.returncode == 0, done.stderr
+        done = run("tasks.npz", result)
+        assert done.returncode == 0, done.err
         accuracies = []
         episodes = Episodes(load_dataset("glyphs"), "test", 5, 2, 5, 0)
         for index in range(15):
@@ -256,7 +255,7 @@ class TestExample:
             means = task.support_x.flatten(1).view(5, 2, -1).mean(1)
             right = torch.cdist(task.query_x.flatten(1), means).argmin(1) == task.query_y
             accuracies.append(float(right.double().mean()))
-        lines = done.stdout.splitlines()
+        lines = done.out.splitlines()
         half_width = 1.96 * np.std(accuracies, ddof=1) / 15**0.5
         assert lines[0] == f"nearest_centroid: {np.mean(accuracies):.2%} ± {half_width:.2%}"
         d = np.array(json.loads(result.read_text())["accuracies"]) - accuracies
@@ -264,20 +263,27 @@ class TestExample:
         assert float(lines[2].split()[1].rstrip("%")) > 40, "the linear classifier learns"
         assert metaheed("evaluate", runs["maml0"], "--tasks", 15)[0] == 0
         result = runs["maml0"] / "result.json"
-        assert "judged on other tasks" in self.run("tasks.npz", result).stderr
+        assert "judged on other tasks" in run("tasks.npz", result).err
 
-    def test_it_checks_the_images(self, metaheed: Run, in_folder: Path) -> None:
+    def test_it_checks_the_images(self, metaheed: Run, run: Callable[..., WarmProcess]) -> None:
         assert metaheed("data", "episodes", "--tasks", 5, "--out", "without.npz")[0] == 0
-        assert "write the file --with-images" in self.run("without.npz").stderr
+        assert "write the file --with-images" in run("without.npz").err
         assert metaheed("data", "episodes", "--tasks", 5, "--with-images", "--out", "tasks.npz")[0] == 0
         arrays = dict(np.load("tasks.npz"))
         arrays["images"] = arrays["images"] ^ 1
         np.savez("altered.npz", **arrays)
-        assert "not the images that the tasks were made of" in self.run("altered.npz").stderr
+        assert "not the images that the tasks were made of" in run("altered.npz").err
 
-    def run(self, *arguments: object) -> "subprocess.CompletedProcess[str]":
-        command = [sys.executable, str(self.EXAMPLE), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, check=False)
+    @pytest.fixture
+    def run(self, begin: Begin) -> Callable[..., WarmProcess]:
+        def run(*arguments: object) -> WarmProcess:
+            process = begin(
+                *arguments, program=f"import runpy\nrunpy.run_path({str(self.EXAMPLE)!r}, {{}}, '__main__')\n"
+            )
+            process.wait()
+            return process
+
+        return run
 
 
 def frozen_file(data: str, shape: tuple[int, int, int], path: Path) -> Path:

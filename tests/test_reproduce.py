@@ -6,11 +6,11 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,19 +27,21 @@ from metaheed.studies.reproduce import make_places
 from metaheed.studies.reproduce.crew import Follower, Log, lock
 from metaheed.studies.reproduce.estimate import cost_key, spread_over
 from metaheed.studies.reproduce.plan import Place, Run, ToyJob, make_jobs
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Begin
 from tests.conftest import Run as Metaheed
 from tests.report.making import make_run
+from tests.warm import begin_stages_warm, wait_for
 
 Write = Callable[..., None]
 COMMON = ("--recipes", "recipes", "--trust", "--out", "out", "--tasks", "6", "--threads", "1")
 
 
 @pytest.fixture
-def write(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
-    """Writes a recipe of tiny tasks and a tiny network into recipes/."""
+def write(in_folder: Path, server: str, monkeypatch: pytest.MonkeyPatch) -> Write:
+    """Writes a recipe of tiny tasks and a tiny network into recipes/; what is begun for it is begun in no time."""
     # The commands that are begun find the tiny network, and this package, where this process does.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "src")]))
+    begin_stages_warm(monkeypatch.setattr)
 
     def make(name: str, algorithm: str = "maml", network: str = "Tiny") -> None:
         config = default_config(algorithm)
@@ -55,13 +57,11 @@ def write(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Write:
     return make
 
 
-def begin(*arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "metaheed", "reproduce", "table2", *COMMON, *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def table2(*arguments: object) -> tuple[object, ...]:
+    return ("reproduce", "table2", *COMMON, *arguments)
+
+
+WARM: dict[str, Any] = {"before": "from tests.warm import begin_stages_warm\nbegin_stages_warm()\n"}
 
 
 def iterations(run: Path) -> list[int]:
@@ -70,14 +70,9 @@ def iterations(run: Path) -> list[int]:
     return [line["iteration"] for line in read_lines(file) if "loss" in line] if file.exists() else []
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
-def test_what_is_missing_is_run_and_what_is_there_is_not(write: Write, metaheed: Metaheed, in_folder: Path) -> None:
+def test_what_is_missing_is_run_and_what_is_there_is_not(
+    write: Write, metaheed: Metaheed, in_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write("plain")
     write("attended", "ta-maml")
     write("other", "anil")  # no row of Table 2
@@ -111,7 +106,8 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(write: Write, metaheed:
     assert (status, "2 runs: 2 done" in err) == (0, True)
     assert {path: path.stat().st_mtime_ns for path in (in_folder / "out").glob("*-seed0/**/*")} == before
 
-    # What is shorter than asked for is trained on, and judged again.
+    # What is shorter than asked for is trained on, and judged again; now by commands as the system begins them.
+    monkeypatch.setattr("metaheed.studies.reproduce.crew.subprocess", subprocess)
     status, out, _ = metaheed("reproduce", "table2", *COMMON, "--iterations", 5000, "--only", "ta-maml", "--dry-run")
     assert re.search(r"attended-seed0 +goes on at 6 of 5,000 +\d", out)
     assert "plain" not in out
@@ -124,12 +120,12 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(write: Write, metaheed:
     assert len(re.findall(r"seed0 +done$", out, flags=re.MULTILINE)) == 2, "nine iterations are six as well"
 
 
-def test_stopped_by_a_signal_it_goes_on(write: Write, metaheed: Metaheed, in_folder: Path) -> None:
+def test_stopped_by_a_signal_it_goes_on(write: Write, metaheed: Metaheed, begin: Begin, in_folder: Path) -> None:
     write("plain")
     write("attended", "ta-maml")
     runs = [in_folder / "out" / f"{name}-seed0" for name in ("plain", "attended")]
-    process = begin("--iterations", 100_000, "--jobs", 2)
-    wait_for(lambda: process.poll() is not None or all(len(iterations(run)) > 4 for run in runs))
+    process = begin(*table2("--iterations", 100_000, "--jobs", 2), **WARM)
+    wait_for(lambda: all(len(iterations(run)) > 4 for run in runs), process)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
@@ -148,22 +144,21 @@ def test_stopped_by_a_signal_it_goes_on(write: Write, metaheed: Metaheed, in_fol
 
 
 def test_killed_it_goes_on_once_what_it_left_running_has_ended(
-    write: Write, metaheed: Metaheed, in_folder: Path
+    write: Write, metaheed: Metaheed, begin: Begin, in_folder: Path
 ) -> None:
     write("plain")
     run = in_folder / "out" / "plain-seed0"
-    first = begin("--iterations", 100_000)
-    wait_for(lambda: first.poll() is not None or len(iterations(run)) > 4)
+    first = begin(*table2("--iterations", 100_000), **WARM)
+    wait_for(lambda: len(iterations(run)) > 4, first)
     first.kill()
-    first.communicate()
+    first.wait()
     left = int(re.findall(r"process (\d+)", (run / "run.lock").read_text())[0])
     try:
         _, out, _ = metaheed("reproduce", "table2", *COMMON, "--iterations", 100_000, "--dry-run")
         assert re.search(r"plain-seed0 +being trained elsewhere, at [\d,]+ of 100,000", out)
-        second = begin("--iterations", 1)
-        assert second.stderr is not None
-        lines = iter(second.stderr.readline, "")
-        assert any("plain-seed0 is in the hands of another process: waiting for it" in line for line in lines)
+        second = begin(*table2("--iterations", 1), **WARM)
+        wait_for(lambda: "plain-seed0 is in the hands of another process: waiting for it" in second.err, second)
+        assert second.poll() is None
     finally:
         os.kill(left, signal.SIGKILL)
     _, err = second.communicate(timeout=60)
@@ -212,9 +207,9 @@ def test_recipes_may_have_any_name(write: Write, metaheed: Metaheed, in_folder: 
     assert out.startswith("My Recipe ü-seed0 ")
 
 
-def test_two_at_once_do_nothing_twice(write: Write, in_folder: Path) -> None:
+def test_two_at_once_do_nothing_twice(write: Write, begin: Begin, in_folder: Path) -> None:
     write("plain")
-    both = [begin("--jobs", 1, "--iterations", 30) for _ in range(2)]
+    both = [begin(*table2("--jobs", 1, "--iterations", 30), **WARM) for _ in range(2)]
     ends = [process.communicate(timeout=120) for process in both]
     assert [process.returncode for process in both] == [0, 0], ends
     log = (in_folder / "out" / "logs" / "plain-seed0.log").read_text()

@@ -13,13 +13,15 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import yaml
+from optuna.samplers import TPESampler
 from PIL import Image
 
 from metaheed.config import SearchConfig, default_config, default_pair
@@ -27,9 +29,11 @@ from metaheed.errors import RunError
 from metaheed.studies import recipes
 from metaheed.studies.search.database import sqlite_url
 from metaheed.studies.search.draws import configured, used
-from tests.conftest import Run
-from tests.test_training import SMALL, command, environment
+from tests.conftest import Begin, Run
+from tests.test_training import SMALL as TRAINED
+from tests.warm import wait_for
 
+SMALL = [*TRAINED, "--adaptation-steps", "1", "--val-tasks", "8"]
 RANGES = {"fast_lr": (1e-2, 5e-1), "meta_lr": (1e-4, 1e-2), "attention_lr": (1e-4, 1e-2), "equity_lambda": (1e-2, 1.0)}
 
 
@@ -60,6 +64,19 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out = tmp_path_factory.mktemp("search") / "a study {1}"
         assert main(["search", "ta-maml", *SMALL, "--trials", "10", "--iterations", "4", "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(autouse=True)
+def _without_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search draws its trials after each of them, which takes longer than the trials of these tests do.
+
+    `study` was drawn: a fixture of the module is made before this one.
+    """
+    monkeypatch.setattr("metaheed.studies.search.results.parallel_figure", lambda *_: None)
+
+
+UNDRAWN = "import metaheed.studies.search.results as r\nr.parallel_figure = lambda *_: None\n"
+"""The same, ahead of a process's program."""
 
 
 def test_what_a_search_leaves(study: Path) -> None:
@@ -174,36 +191,25 @@ def test_what_is_searched_is_applied_where_it_belongs() -> None:
     assert used(default_pair("protonet", "equity"), SearchConfig()) == ["meta_lr", "equity_lambda"]
 
 
-def start(*arguments: object) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    while not condition() and process.poll() is None:
-        time.sleep(0.02)
-
-
-def test_processes_at_once_draw_and_train_what_one_would(study: Path, tmp_path: Path, in_folder: Path) -> None:
+def test_processes_at_once_draw_and_train_what_one_would(study: Path, begin: Begin, tmp_path: Path) -> None:
     out = tmp_path / "shared"
-    workers = [start("search", "ta-maml", *SMALL, "--trials", 5, "--iterations", 4, "--out", out) for _ in range(3)]
+    workers = [begin("search", "ta-maml", *SMALL, "--trials", 4, "--iterations", 4, "--out", out) for _ in range(3)]
     for worker in workers:
         _, err = worker.communicate(timeout=400)
         assert worker.returncode == 0, err
         assert "Traceback" not in err
-    assert drawn(out) == drawn(study)[:5]
+    assert drawn(out) == drawn(study)[:4]
     for row, alone in zip(rows(out), rows(study), strict=False):
         assert row == alone
-    assert sorted(path.name for path in (out / "trials").iterdir()) == [f"{number:03d}" for number in range(5)]
-    for number in range(5):
+    assert sorted(path.name for path in (out / "trials").iterdir()) == [f"{number:03d}" for number in range(4)]
+    for number in range(4):
         for file in ("metrics.jsonl", "tasks.jsonl"):
             mine, theirs = (folder / "trials" / f"{number:03d}" / file for folder in (out, study))
             assert mine.read_bytes() == theirs.read_bytes()
     assert len([*out.glob("trials/*/checkpoints")]) == 1
 
 
-LONG = [*SMALL, "--val-every", "30", "--checkpoint-every", "5", "--iterations", "60"]
+LONG = [*SMALL, "--val-every", "20", "--checkpoint-every", "5", "--iterations", "40"]
 
 
 @pytest.fixture(scope="module")
@@ -225,11 +231,9 @@ def same_trials(one: Path, other: Path) -> bool:
     return all((one / file).read_bytes() == (other / file).read_bytes() for file in files)
 
 
-def test_of_two_processes_one_is_killed_and_the_other_ends_its_trial(
-    long: Path, tmp_path: Path, in_folder: Path
-) -> None:
+def test_of_two_processes_one_is_killed_and_the_other_ends_its_trial(long: Path, begin: Begin, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    workers = [start("search", "maml", *LONG, "--trials", 2, "--out", out) for _ in range(2)]
+    workers = [begin("search", "maml", *LONG, "--trials", 2, "--out", out, before=UNDRAWN) for _ in range(2)]
     trial = out / "trials" / "001"  # begun when both are at work, or one has done the other trial
     wait_for(lambda: steps(trial) >= 10, workers[0])
     holder = (trial / "run.lock").read_text()
@@ -239,16 +243,16 @@ def test_of_two_processes_one_is_killed_and_the_other_ends_its_trial(
     victim.communicate()
     _, err = survivor.communicate(timeout=400)
     assert survivor.returncode == 0, err
-    assert 10 <= done < 60
+    assert 10 <= done < 40
     assert f"resuming {trial} after iteration" in err
     assert same_trials(out, long)
 
 
-def test_a_killed_process_elsewhere_is_missed(long: Path, metaheed: Run, tmp_path: Path) -> None:
+def test_a_killed_process_elsewhere_is_missed(long: Path, metaheed: Run, begin: Begin, tmp_path: Path) -> None:
     """Its machine cannot be looked at: there are only its signs of life, which have stopped."""
     out = tmp_path / "out"
     arguments = ["search", "maml", *LONG, "--trials", 2, "--lost-after", 2, "--out", out]
-    killed = start(*arguments)
+    killed = begin(*arguments, before=UNDRAWN)
     wait_for(lambda: steps(out / "trials" / "000") >= 10, killed)
     killed.kill()
     killed.communicate()
@@ -263,9 +267,9 @@ def test_a_killed_process_elsewhere_is_missed(long: Path, metaheed: Run, tmp_pat
     assert same_trials(out, long)
 
 
-def test_a_signal_ends_it_cleanly(long: Path, metaheed: Run, tmp_path: Path) -> None:
+def test_a_signal_ends_it_cleanly(long: Path, metaheed: Run, begin: Begin, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start("search", "maml", *LONG, "--trials", 2, "--out", out)
+    process = begin("search", "maml", *LONG, "--trials", 2, "--out", out, before=UNDRAWN)
     wait_for(lambda: steps(out / "trials" / "000") >= 6, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=400)
@@ -301,10 +305,10 @@ def postgres() -> Iterator[str]:
         [server, *options], user=user, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        for _ in range(300):
+        for _ in range(1500):
             with contextlib.suppress(psycopg.OperationalError), psycopg.connect(url):
                 break
-            time.sleep(0.1)
+            time.sleep(0.02)
         yield url.replace("postgresql", "postgresql+psycopg")
     finally:
         process.send_signal(signal.SIGINT)  # a fast shutdown
@@ -319,29 +323,31 @@ def _unprivileged() -> str:
     pytest.skip("there is no user to run PostgreSQL as")
 
 
-def test_machines_share_a_database_server(postgres: str, study: Path, tmp_path: Path, in_folder: Path) -> None:
+def test_machines_share_a_database_server(postgres: str, study: Path, begin: Begin, tmp_path: Path) -> None:
     """Each has a study folder of its own."""
     outs = [tmp_path / name for name in ("one", "two")]
-    search = ["search", "ta-maml", *SMALL, "--trials", 7, "--iterations", 4, "--storage", postgres]
-    workers = [start(*search, "--out", out) for out in outs]
+    search = ["search", "ta-maml", *SMALL, "--trials", 4, "--iterations", 4, "--storage", postgres]
+    workers = [begin(*search, "--out", out, before=UNDRAWN) for out in outs]
     for worker in workers:
         _, err = worker.communicate(timeout=400)
         assert worker.returncode == 0, err
         assert "Traceback" not in err
     for out in outs:
-        assert rows(out) == rows(study)[:7]
-        assert recipes.read(out / "best.yaml").provenance["trials"] == 7
+        assert rows(out) == rows(study)[:4]
+        assert recipes.read(out / "best.yaml").provenance["trials"] == 4
     trained = [path.name for out in outs for path in out.glob("trials/*")]
-    assert sorted(trained) == [f"{number:03d}" for number in range(7)], "each by one"
+    assert sorted(trained) == [f"{number:03d}" for number in range(4)], "each by one"
 
 
-def test_a_machine_that_dies_is_replaced_by_another(postgres: str, long: Path, metaheed: Run, tmp_path: Path) -> None:
-    search = ["search", "maml", *LONG, "--trials", 2, "--lost-after", 8, "--storage", postgres, "--study", "dying"]
-    killed = start(*search, "--out", tmp_path / "killed")
+def test_a_machine_that_dies_is_replaced_by_another(
+    postgres: str, long: Path, metaheed: Run, begin: Begin, tmp_path: Path
+) -> None:
+    search = ["search", "maml", *LONG, "--trials", 2, "--lost-after", 4, "--storage", postgres, "--study", "dying"]
+    killed = begin(*search, "--out", tmp_path / "killed", before=UNDRAWN)
     wait_for(lambda: steps(tmp_path / "killed" / "trials" / "000") >= 10, killed)
     killed.kill()
     killed.communicate()
-    other = start(*search, "--out", tmp_path / "one")
+    other = begin(*search, "--out", tmp_path / "one", before=UNDRAWN)
     status, _, err = metaheed(*search, "--out", tmp_path / "two")
     assert status == 0, err
     _, err = other.communicate(timeout=400)
@@ -419,9 +425,10 @@ def test_a_refused_search_leaves_nothing_in_a_shared_database(study: Path, metah
     assert metaheed(*arguments, *shared, "--out", tmp_path / "mine")[0] == 0
 
 
-def test_importances_are_of_what_can_differ(study: Path, metaheed: Run, tmp_path: Path) -> None:
+def test_importances_are_of_what_can_differ(metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metaheed.studies.search.results.ENOUGH_FOR_IMPORTANCES", 2)
     fixed = ["--fast-lr-range", 0.1, 0.1, "--meta-lr-range", 0.001, 0.001]
-    arguments = ["search", "ta-maml", *SMALL, "--iterations", 1, "--trials", 10, "--out", tmp_path / "one"]
+    arguments = ["search", "ta-maml", *SMALL, "--iterations", 1, "--trials", 2, "--out", tmp_path / "one"]
     _, out, err = metaheed(*arguments, *fixed)
     assert "importances.png needs two settings that are searched at least" in out + err
     assert not (tmp_path / "one" / "importances.png").exists()
@@ -489,9 +496,9 @@ def write_folder(root: Path, test_seed: int) -> Path:
 def test_nothing_depends_on_the_test_split(metaheed: Run, tmp_path: Path) -> None:
     for name, seed in (("one", 10), ("other", 11)):
         data = ["--data", "folder", "--data-root", write_folder(tmp_path / f"{name} data", seed), "--image-size", 20]
-        arguments = [*SMALL, *data, "--trials", 3, "--iterations", 4, "--out", tmp_path / name]
+        arguments = [*SMALL, *data, "--trials", 2, "--iterations", 4, "--out", tmp_path / name]
         assert metaheed("search", "ta-maml", *arguments)[0] == 0
-    for file in ("trials.csv", "best.yaml", "trials/000/metrics.jsonl", "trials/002/tasks.jsonl"):
+    for file in ("trials.csv", "best.yaml", "trials/000/metrics.jsonl", "trials/001/tasks.jsonl"):
         assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
     assert not [*tmp_path.rglob("result*.json")]
 
@@ -519,18 +526,32 @@ def test_successive_halving_stops_trials_early(metaheed: Run, tmp_path: Path) ->
 def test_tpe_goes_on_as_if_it_had_not_been_stopped(
     metaheed: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, study: Path
 ) -> None:
-    monkeypatch.setattr("metaheed.studies.search.results.parallel_figure", lambda *_: None)  # for speed
+    # The first draws of a TPE are random: usually ten, here three.
+    monkeypatch.setattr("metaheed.studies.search.draws.TPESampler", partial(TPESampler, n_startup_trials=3))
     tpe = ["search", "maml", *SMALL, "--sampler", "tpe", "--iterations", 1]
-    assert metaheed(*tpe, "--trials", 12, "--out", tmp_path / "straight")[0] == 0
-    assert metaheed(*tpe, "--trials", 5, "--out", tmp_path / "parts")[0] == 0
-    assert metaheed("search", "--resume", tmp_path / "parts", "--trials", 12)[0] == 0
+    assert metaheed(*tpe, "--trials", 6, "--out", tmp_path / "straight")[0] == 0
+    assert metaheed(*tpe, "--trials", 4, "--out", tmp_path / "parts")[0] == 0
+    assert metaheed("search", "--resume", tmp_path / "parts", "--trials", 6)[0] == 0
     assert drawn(tmp_path / "parts") == drawn(tmp_path / "straight")
-    assert len({*map(tuple, drawn(tmp_path / "parts"))}) == 12
-    assert drawn(tmp_path / "parts")[:10] != drawn(study)
+    assert len({*map(tuple, drawn(tmp_path / "parts"))}) == 6
+    assert drawn(tmp_path / "parts") != drawn(study)[:6]
 
 
 def test_a_network_of_ours_on_worker_processes(metaheed: Run, tmp_path: Path) -> None:
-    arguments = ["--threads", 2, "--queries", 2, "--val-tasks", 4, "--meta-batch-size", 2, "--adaptation-steps", 1]
+    arguments = [
+        "--ways",
+        2,
+        "--threads",
+        2,
+        "--queries",
+        2,
+        "--val-tasks",
+        4,
+        "--meta-batch-size",
+        2,
+        "--adaptation-steps",
+        1,
+    ]
     search = ["search", "custom", "--learner", "maml", "--rule", "loss-softmax", *arguments]
     status, _, err = metaheed(*search, "--trials", 2, "--iterations", 2, "--out", tmp_path / "out")
     assert status == 0

@@ -10,6 +10,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -69,6 +70,7 @@ def table(*studies: Path) -> str:
     return HEADER + "".join(row for rows, _ in parts for row in rows) + below
 
 
+@cache  # several tables are of one study
 def _read(study: Path) -> tuple[list[Arm], list[tuple[str, str]]]:
     """The arms of a study, and its runs that are in none with the reason, the same wherever this checkout lies."""
     found = find([study])

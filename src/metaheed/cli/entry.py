@@ -5,6 +5,7 @@ Heavy imports are made inside the commands, so that --help and mistakes answer a
 
 import contextlib
 import io
+import os
 import shlex
 import signal
 import sys
@@ -64,6 +65,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    finally:
+        _drop_unread()
+
+
+def _drop_unread() -> None:
+    """Throw away what standard error did not take because its reader has gone.
+
+    Python would try to write it once more at its end, fail again, and report status 120 for a command that succeeded.
+    """
+    try:
+        sys.stderr.flush()
+    except OSError:
+        with contextlib.suppress(OSError):  # it may have no file of its own
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _shortened(message: str) -> str:

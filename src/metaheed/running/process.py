@@ -343,7 +343,13 @@ def make_deterministic() -> None:
     """Same bits every time on CUDA too: deterministic kernels, no choice of algorithm by timing."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # PyTorch's compiler reads this variable when it is imported, by a network that is compiled. Telling it in PyTorch's
+    # usual way (use_deterministic_algorithms) imports it here and now, which takes longer than all else at a start.
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"
+    if "torch._inductor" in sys.modules:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    else:
+        torch.set_deterministic_debug_mode("warn")
     # The mode also fills every new tensor against reads of uninitialised memory, which costs time and finds only bugs.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined,unused-ignore]
 

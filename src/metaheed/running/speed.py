@@ -6,6 +6,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
+import torch.func
 
 from metaheed.config import RunConfig
 from metaheed.data import Dataset, Split
@@ -81,6 +83,7 @@ def _noise(config: RunConfig, image_shape: tuple[int, int, int]) -> Dataset:
 
 def _time_steps(session: Session) -> float:
     training, device = session.config.training, session.device
+    torch.func.grad(torch.sin)(torch.zeros(()))  # what PyTorch imports at its first gradient is no part of a step
     state = _to(_fresh(session).state, device)
     steps = build_steps(training, device, session.rule, session.tools, session.streams, state, lambda _: None)
     done, counted, taken = 0, 0, 0.0
