@@ -6,9 +6,9 @@ gradients of a learner at the same parameters on the same tasks, is computed onc
 
 import hashlib
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -61,6 +61,7 @@ from tests.reference import (
     with_grad,
 )
 
+T = TypeVar("T")
 WAYS, SHAPE, TASKS = 3, (1, 16, 16), 3
 
 
@@ -167,35 +168,39 @@ def row(request: pytest.FixtureRequest) -> LearnerRow:
     return LEARNERS[request.param]
 
 
-@cache
+_ONCE: dict[Any, Any] = {}
+
+
+def _once(key: tuple[Any, ...], make: Callable[[], T]) -> T:
+    """What was made for a key before, or what is made now."""
+    if key not in _ONCE:
+        _ONCE[key] = make()
+    made: T = _ONCE[key]
+    return made
+
+
 def _network(name: str) -> nn.Module:
     torch.manual_seed(3)
     return NETWORKS[name]().double()
 
 
-@cache
-def _learner(row: LearnerRow, network: nn.Module) -> Learner:
-    return row.build(network)
-
-
-@cache
 def _meta(learner: Learner) -> Params:
     return {name: p.double() for name, p in learner.init(torch.Generator().manual_seed(0)).items()}
 
 
 @pytest.fixture(params=sorted(NETWORKS))
 def network(request: pytest.FixtureRequest) -> nn.Module:
-    return _network(request.param)
+    return _once(("network", request.param), lambda: _network(request.param))
 
 
 @pytest.fixture
 def learner(row: LearnerRow, network: nn.Module) -> Learner:
-    return _learner(row, network)
+    return _once(("learner", row, network), lambda: row.build(network))
 
 
 @pytest.fixture
 def meta(learner: Learner) -> Params:
-    return {name: p.clone() for name, p in _meta(learner).items()}
+    return _meta(learner)
 
 
 @pytest.fixture
@@ -233,28 +238,25 @@ def _remember(execution: Execution[Any]) -> Execution[Any]:
     return run
 
 
-@cache
 def remembered(learner: Learner) -> Execution[tuple[Params, TaskInfo]]:
     """`looped`, each gradient computed once for all tests of the learner."""
-    return _remember(looped(learner))
+    return _once(("gradients", learner), lambda: _remember(looped(learner)))
 
 
-@cache
 def _remembered_initial(learner: Learner) -> Execution[tuple[Params, torch.Tensor]]:
-    return _remember(map_looped(lambda m, e: initial_gradient(learner, m, e)))
+    make = lambda: _remember(map_looped(lambda m, e: initial_gradient(learner, m, e)))  # noqa: E731
+    return _once(("initial", learner), make)
 
 
-@cache
-def _executed(execution: str, learner: Learner) -> tuple[Params, TaskInfo]:
-    """What an execution makes of the batch at the initial parameters."""
-    return EXECUTIONS[execution](learner)(_meta(learner), make_batch(TASKS, WAYS, 2, 3, SHAPE))
+def _executed(execution: str, learner: Learner, meta: Params, batch: Episode) -> tuple[Params, TaskInfo]:
+    """What an execution makes of the fixtures' batch at the initial parameters."""
+    return _once(("executed", execution, learner), lambda: EXECUTIONS[execution](learner)(meta, batch))
 
 
-@cache
-def _one_by_one(learner: Learner) -> list[tuple[Params, TaskInfo]]:
+def _one_by_one(learner: Learner, meta: Params, batch: Episode) -> list[tuple[Params, TaskInfo]]:
     """The same, each task alone."""
-    tasks = make_batch(TASKS, WAYS, 2, 3, SHAPE)
-    return [task_gradient(learner, _meta(learner), task(tasks, index)) for index in range(TASKS)]
+    tasks = [task(batch, index) for index in range(TASKS)]
+    return _once(("one by one", learner), lambda: [task_gradient(learner, meta, one) for one in tasks])
 
 
 def test_meta_gradient_is_the_reference(
@@ -312,16 +314,16 @@ def test_initial_gradient_is_the_reference(network: nn.Module, learner: Learner,
 
 
 @pytest.mark.parametrize("execution", sorted(EXECUTIONS))
-def test_executions_agree(execution: str, learner: Learner) -> None:
-    grads, info = _executed(execution, learner)
-    for index, (g, one) in enumerate(_one_by_one(learner)):
+def test_executions_agree(execution: str, learner: Learner, meta: Params, batch: Episode) -> None:
+    grads, info = _executed(execution, learner, meta, batch)
+    for index, (g, one) in enumerate(_one_by_one(learner, meta, batch)):
         assert_close({name: leaf[index] for name, leaf in grads.items()}, g)
         torch.testing.assert_close(torch.stack([*one]), torch.stack([part[index] for part in info]))
 
 
 @pytest.mark.parametrize("execution", sorted(EXECUTIONS))
 def test_tasks_do_not_touch_each_other(execution: str, learner: Learner, meta: Params, batch: Episode) -> None:
-    grads, info = _executed(execution, learner)
+    grads, info = _executed(execution, learner, meta, batch)
     others = Episode(*(torch.cat([part[:1], part[1:].flip(0)]) for part in batch))
     others = others._replace(query_x=torch.cat([others.query_x[:1], 3 * others.query_x[1:]]))
     grads2, info2 = EXECUTIONS[execution](learner)(meta, others)
@@ -350,13 +352,8 @@ def test_float32_follows_float64(learner: Learner, meta: Params, batch: Episode)
 
 def _tools(learner: Learner, optimizer: OuterOptimizer, train: Episode, probe: Episode) -> Tools:
     # Under probe reuse training batch 1 is what step 0 probes.
-    return Tools(
-        remembered(learner),
-        _remembered_initial(learner),
-        optimizer,
-        lambda t: train if t == 0 else probe,
-        lambda t: probe,
-    )
+    gradients, initial = remembered(learner), _remembered_initial(learner)
+    return Tools(gradients, initial, optimizer, lambda t: train if t == 0 else probe, lambda t: probe)
 
 
 def _start(rule: Rule, optimizer: OuterOptimizer, meta: Params) -> OuterState:
