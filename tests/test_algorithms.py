@@ -173,12 +173,12 @@ def test_custom_help(metaheed: Run) -> None:
 
 
 def test_toy(metaheed: Run, tmp_path: Path) -> None:
-    status, out, _ = metaheed("toy", "--out", tmp_path / "toy", "--iterations", 150)
+    status, out, _ = metaheed("toy", "--out", tmp_path / "toy", "--iterations", 40)
     assert status == 0
-    assert "MetaLSTM: 600 outer steps" in out
-    assert "MetaLSTM++: 150 outer steps" in out
+    assert "MetaLSTM: 160 outer steps" in out
+    assert "MetaLSTM++: 40 outer steps" in out
     numbers = json.loads((tmp_path / "toy" / "toy.json").read_text())
-    for name, steps in (("MetaLSTM", 600), ("MetaLSTM++", 150)):
+    for name, steps in (("MetaLSTM", 160), ("MetaLSTM++", 40)):
         points = numbers[name]["points"]
         assert len(points) == steps + 1
         assert points[0] == [-2.5, 3.5]
