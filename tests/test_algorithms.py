@@ -173,12 +173,12 @@ def test_custom_help(metaheed: Run) -> None:
 
 
 def test_toy(metaheed: Run, tmp_path: Path) -> None:
-    status, out, _ = metaheed("toy", "--out", tmp_path / "toy", "--iterations", 40)
+    status, out, _ = metaheed("toy", "--out", tmp_path / "toy", "--iterations", 80)
     assert status == 0
-    assert "MetaLSTM: 160 outer steps" in out
-    assert "MetaLSTM++: 40 outer steps" in out
+    assert "MetaLSTM: 320 outer steps" in out
+    assert "MetaLSTM++: 80 outer steps" in out
     numbers = json.loads((tmp_path / "toy" / "toy.json").read_text())
-    for name, steps in (("MetaLSTM", 160), ("MetaLSTM++", 40)):
+    for name, steps in (("MetaLSTM", 320), ("MetaLSTM++", 80)):
         points = numbers[name]["points"]
         assert len(points) == steps + 1
         assert points[0] == [-2.5, 3.5]

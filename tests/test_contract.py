@@ -321,6 +321,7 @@ def test_executions_agree(execution: str, learner: Learner, meta: Params, batch:
         torch.testing.assert_close(torch.stack([*one]), torch.stack([part[index] for part in info]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("execution", sorted(EXECUTIONS))
 def test_tasks_do_not_touch_each_other(execution: str, learner: Learner, meta: Params, batch: Episode) -> None:
     grads, info = _executed(execution, learner, meta, batch)

@@ -32,6 +32,7 @@ from tests.conftest import ROOT, make_batch
 from tests.learners.test_closed_form import autograd
 
 pytestmark = [
+    pytest.mark.slow,  # the interpreter is
     pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled here, not interpreted"),
 ]
@@ -124,7 +125,7 @@ def test_gradient_and_hessian_product_are_autograds(
 
 
 def test_a_part_is_that_part_of_the_whole() -> None:
-    net = Conv4(WAYS, (1, 16, 16), hidden=1)
+    net = Conv4(WAYS, (1, 16, 16), hidden=3)
     form, params, direction = known(net), drawn(net, 1, 1), drawn(net, 1, 2)
     x, y = torch.randn(1, 2, 1, 16, 16, generator=torch.Generator().manual_seed(3)), torch.tensor([[0, 2]])
     found, _, _, tape = form.gradient(params, x, y, keep=True)
@@ -391,7 +392,6 @@ def _marker(products: str, hidden: int, capability: int, images: tuple[int, ...]
     return Path(given or f"{home}/metaheed-tests") / "kernels" / f"{digest.hexdigest()}.txt"
 
 
-@pytest.mark.slow  # until it has been done once: what was built is noted in a cache
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_kernel_is_built_for_a_device(device: str, tmp_path: Path) -> None:
     """And asks for no more shared memory than it has."""
