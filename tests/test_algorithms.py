@@ -172,13 +172,14 @@ def test_custom_help(metaheed: Run) -> None:
     assert all(option in out for option in ("--hidden-size", "--equity-lambda", "--clip-norm", "--ways"))
 
 
+@pytest.mark.slow
 def test_toy(metaheed: Run, tmp_path: Path) -> None:
-    status, out, _ = metaheed("toy", "--out", tmp_path / "toy", "--iterations", 80)
+    status, out, _ = metaheed("toy", "--out", tmp_path / "toy", "--iterations", 150)
     assert status == 0
-    assert "MetaLSTM: 320 outer steps" in out
-    assert "MetaLSTM++: 80 outer steps" in out
+    assert "MetaLSTM: 600 outer steps" in out
+    assert "MetaLSTM++: 150 outer steps" in out
     numbers = json.loads((tmp_path / "toy" / "toy.json").read_text())
-    for name, steps in (("MetaLSTM", 320), ("MetaLSTM++", 80)):
+    for name, steps in (("MetaLSTM", 600), ("MetaLSTM++", 150)):
         points = numbers[name]["points"]
         assert len(points) == steps + 1
         assert points[0] == [-2.5, 3.5]
