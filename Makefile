@@ -6,11 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo test lint peers bench clean
+# What make test-quick runs: the mathematics, and which folder may import which.
+QUICK := tests/test_architecture.py tests/test_contract.py tests/test_hints.py tests/outer tests/learners \
+	tests/data/test_episodes.py tests/data/test_glyphs.py
+
+.PHONY: help demo test test-quick lint peers bench clean
 
 help:
 	@echo "make demo    train, judge and compare MAML and TA-MAML on built-in data (minutes)"
 	@echo "make test    ruff, mypy and all tests"
+	@echo "make test-quick  ruff and the tests of the mathematics, in less than a minute: for while you work"
 	@echo "make bench   speed beside other libraries, into runs/bench: half an hour (make bench ARGS=--quick)"
 	@echo "make peers   the other libraries that the examples run inside (make test and make bench do it too)"
 
@@ -18,7 +23,12 @@ demo: $(VENV)/.installed
 	$(BIN)/metaheed demo
 
 test: $(VENV)/.installed-dev lint peers
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# mypy is left out: without its cache it takes longer than these tests.
+test-quick: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal -m "not slow" $(QUICK)
 
 bench: $(VENV)/.installed-dev peers
 	$(BIN)/python -m benchmarks.speed $(ARGS)

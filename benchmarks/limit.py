@@ -132,7 +132,7 @@ def step_work(setting: Setting, algorithm: str) -> Work:
     return task.times(setting.tasks)
 
 
-def measure(size: int = 2048, megabytes: int = 256, seconds: float = 1.0) -> Machine:
+def measure(size: int = 2048, megabytes: int = 256, *, seconds: float) -> Machine:
     """The best of as many repetitions as fit in the time each may take."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     source = torch.ones(megabytes * 2**20 // _FLOAT)

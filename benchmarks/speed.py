@@ -36,6 +36,8 @@ WARM_UP = 2
 TURN = 1.0
 """Seconds of steps in a turn, one step at least: a training steps back to back, and a step just after another entry's
 turn finds nothing of its own in the processor's caches."""
+MACHINE = 1.0
+"""Seconds of repetitions for each of the two things that are measured of the machine."""
 PAUSE = 0.05
 """Seconds between two entries' turns: threads that finish wait actively for a moment before they sleep."""
 DISTRIBUTIONS = {
@@ -212,7 +214,9 @@ def add_limits(rows: Sequence[Row], settings: Sequence[Setting], machine: limit.
 def measured_machine(before: dict[str, float]) -> dict[str, float]:
     """What the machine reaches: the best so far, for something else may have been at work at any one time."""
     with Process() as process:
-        return {name: max(value, before.get(name, 0.0)) for name, value in process.ask("machine").items()}
+        return {
+            name: max(value, before.get(name, 0.0)) for name, value in process.ask("machine", seconds=MACHINE).items()
+        }
 
 
 def run(settings: Sequence[Setting], entries: Sequence[str], rounds: int, out: Path) -> dict[str, Any]:

@@ -93,9 +93,9 @@ class Worker:
         save_file({name: g.contiguous() for name, g in grads.items()}, path)
         return {}
 
-    def machine(self) -> dict[str, Any]:
-        """Measured peak and bandwidth on PyTorch's own number of threads."""
-        return {"threads": torch.get_num_threads(), **limit.measure()._asdict()}
+    def machine(self, seconds: float) -> dict[str, Any]:
+        """Measured peak and bandwidth on PyTorch's own number of threads, each for so many seconds."""
+        return {"threads": torch.get_num_threads(), **limit.measure(seconds=seconds)._asdict()}
 
 
 def _children() -> list[str]:

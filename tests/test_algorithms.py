@@ -172,6 +172,7 @@ def test_custom_help(metaheed: Run) -> None:
     assert all(option in out for option in ("--hidden-size", "--equity-lambda", "--clip-norm", "--ways"))
 
 
+@pytest.mark.slow
 def test_toy(metaheed: Run, tmp_path: Path) -> None:
     status, out, _ = metaheed("toy", "--out", tmp_path / "toy", "--iterations", 150)
     assert status == 0

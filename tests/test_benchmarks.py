@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks import limit, peers, reference, sampling, scaling, speed, table, tasks
+from benchmarks import limit, peers, processes, reference, sampling, scaling, speed, table, tasks
 from benchmarks.processes import Process, WorkerError
 from benchmarks.settings import ALGORITHMS, PEERS, SETTINGS, Setting
 from safetensors.torch import load_file
@@ -19,8 +19,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from metaheed.config import default_config
 from metaheed.outer import pick_for_run
 from metaheed.types import Params
+from tests.forked import Subprocess
 
 TINY = Setting("tiny", "tiny", (3, 16, 16), ways=3, shots=2, queries=4, steps=2, tasks=2)
+
+
+@pytest.fixture
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers are forks of a process that has imported everything, which saves seconds for each."""
+    monkeypatch.setattr(processes, "subprocess", Subprocess)
 
 
 def _installed(name: str) -> Any:
@@ -88,6 +95,7 @@ def test_ours_computes_the_reference(tmp_path: Path) -> None:
             assert reference.difference(found, weights, expected) < reference.LARGEST, algorithm
 
 
+@pytest.mark.usefixtures("forked")
 def test_a_turn_is_steps_until_the_time_is_over() -> None:
     with Process() as process:
         process.ask("build", entry="ours", algorithm="maml", setting=TINY.to_json(), speed_settings=True)
@@ -100,9 +108,12 @@ def test_a_turn_is_steps_until_the_time_is_over() -> None:
     assert 0.5 <= many["steps"] * many["seconds"] < 0.5 + 10 * many["seconds"]
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("forked")
 def test_driver_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours and a peer twice, each in a process of its own; then the three files."""
     monkeypatch.setattr(speed, "TURN", 0.02)
+    monkeypatch.setattr(speed, "MACHINE", 0.01)
     setting = replace(TINY, algorithms=("maml", "ta-maml-reuse"))
     result = speed.run([setting], ["ours", "torch_func"], rounds=2, out=tmp_path)
     assert json.loads((tmp_path / "speed.json").read_text()) == result
@@ -135,6 +146,7 @@ class _Wrong(speed.References):
         return right | {"head.weight": 1.01 * right["head.weight"]}
 
 
+@pytest.mark.usefixtures("forked")
 def test_wrong_and_missing_entries_are_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PEERS, "absent", ("maml",))
     monkeypatch.setitem(speed.DISTRIBUTIONS, "absent", "absent")
@@ -243,6 +255,7 @@ def test_lstm_counts_its_coordinates() -> None:
     assert per_coordinate == 2 * (2 * 4 * 80 + 3 * 20 * 80 + 3 * 2 * 22)
 
 
+@pytest.mark.usefixtures("forked")
 def test_scaling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scaling, "BASE", TINY)
     monkeypatch.setitem(scaling.AXES, "tasks", (1, 2))

@@ -11,7 +11,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import metaheed as package
-from metaheed.config import AttendedConfig, EvaluationConfig, MetaLSTMConfig, RunConfig, default_config
+from metaheed.config import (
+    AttendedConfig,
+    EvaluationConfig,
+    MetaLSTMConfig,
+    ReportConfig,
+    RunConfig,
+    default_config,
+)
 from metaheed.data import Episodes, find_shape, find_source, load_dataset, survey
 from metaheed.data.frozen import freeze, read_episodes, write_episodes
 from metaheed.data.preparing import verify
@@ -224,7 +231,7 @@ def test_paths_may_be_strings_everywhere(trained: Path, metaheed: Run, tmp_path:
     assert read_result(run)["tasks"] == 3
     again = str(shutil.copytree(run, tmp_path / "again"))
     assert compare([run], [again]).mean == 0
-    assert report([run], f"{out}/report").is_file()
+    assert report([run], f"{out}/report", ReportConfig(toy=False)).is_file()
     assert RunFolder(run).read_config() == RunFolder(Path(run)).read_config()
     frozen = freeze(Episodes(load_dataset("glyphs", str(tmp_path)), "test", 3, 1, 1, seed=0), 2)
     write_episodes(frozen, f"{out}/e.npz", with_images=True)

@@ -20,6 +20,7 @@ from metaheed.types import Episode, Params
 from tests.conftest import make_batch, task
 from tests.networks import Tiny
 
+pytestmark = pytest.mark.slow
 WAYS, SHAPE = 3, (1, 16, 16)
 LEARNERS: dict[str, Callable[[nn.Module], NetworkLearner]] = {
     "maml": lambda net: MAML(net, adaptation_steps=2, fast_lr=0.3),
@@ -587,7 +588,6 @@ def test_normed_layers_pickle_and_copy_after_use(spelling: Callable[..., nn.Modu
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.slow
 def test_a_learner_goes_to_a_spawned_process() -> None:
     episode = task(make_batch(1, WAYS, 2, 3, SHAPE, torch.float32), 0)
     learners = [

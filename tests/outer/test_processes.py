@@ -145,6 +145,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_workers_threads_work_where_the_forked_process_had_some_of_its_own() -> None:
     done = subprocess.run(
         [sys.executable, "-c", THREADED],
@@ -255,6 +256,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_workers_end_with_a_process_that_is_killed() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT],
