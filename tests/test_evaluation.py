@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ from metaheed.learners import MAML
 from metaheed.outer import adapted_outcome, map_looped
 from metaheed.running.compare import ONE_SEED, compare
 from metaheed.running.evaluate import evaluate
-from metaheed.running.statistics import interval, t_interval, t_quantile
+from metaheed.running.statistics import interval, t_interval
 from tests.conftest import Run
 from tests.networks import Tiny
 from tests.test_training import SMALL, environment
@@ -200,8 +201,10 @@ def test_interval_by_hand() -> None:
     ("freedom", "quantile"),  # printed tables, two-sided 95%
     [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (5, 2.57058), (9, 2.26216), (10, 2.22814), (30, 2.04227)],
 )
-def test_student_quantiles(freedom: int, quantile: float) -> None:
-    assert t_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-5)
+def test_t_interval_against_printed_tables(freedom: int, quantile: float) -> None:
+    values = [*range(freedom + 1)]
+    error = statistics.stdev(values) / len(values) ** 0.5
+    assert t_interval(values)[1] / error == pytest.approx(quantile, rel=1e-5)
 
 
 def test_t_interval_by_hand() -> None:
