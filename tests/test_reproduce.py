@@ -23,10 +23,10 @@ from metaheed.studies import recipes
 from metaheed.studies.figures import read_lines
 from metaheed.studies.paper import TABLES
 from metaheed.studies.recipes import Recipe
-from metaheed.studies.reproduce import make_places
+from metaheed.studies.reproduce import make_slots
 from metaheed.studies.reproduce.crew import Follower, Log, lock
 from metaheed.studies.reproduce.estimate import cost_key, spread_over
-from metaheed.studies.reproduce.plan import Place, Run, ToyJob, make_jobs
+from metaheed.studies.reproduce.plan import RecipeRun, Slot, ToyJob, make_jobs
 from tests.conftest import ROOT
 from tests.conftest import Run as Metaheed
 from tests.report.making import make_run
@@ -316,9 +316,9 @@ def test_what_is_chosen() -> None:
 
 
 def test_the_toy_is_done_when_its_files_are_there(tmp_path: Path) -> None:
-    job, place = ToyJob(tmp_path), Place("cpu", 1)
+    job, slot = ToyJob(tmp_path), Slot("cpu", 1)
     assert not job.look().done
-    assert list(job.next(job.look(), place).arguments) == ["toy", "--out", str(tmp_path)]
+    assert list(job.next(job.look(), slot).arguments) == ["toy", "--out", str(tmp_path)]
     for file in ("toy.json", "trajectories.png"):
         (tmp_path / file).touch()
     assert job.look().done
@@ -328,8 +328,8 @@ def test_commands_carry_where_to_compute(write: Write, in_folder: Path) -> None:
     write("plain")
     config = ReproduceConfig(recipes=Path("recipes"), data_root=Path("d"), out=Path("o"), iterations=7, seeds=(4,))
     (job,) = make_jobs("table2", config)
-    assert isinstance(job, Run)
-    stage = job.next(job.look(), Place("cuda:1", 3))
+    assert isinstance(job, RecipeRun)
+    stage = job.next(job.look(), Slot("cuda:1", 3))
     assert stage.what == "training"
     text = " ".join(stage.arguments)
     assert text == (
@@ -338,20 +338,20 @@ def test_commands_carry_where_to_compute(write: Write, in_folder: Path) -> None:
     )
 
 
-def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    places = make_places
-    assert places(ReproduceConfig(), 20) == [Place("cpu", 1)] * 8
-    assert places(ReproduceConfig(), 3) == [Place("cpu", 2)] * 3
-    assert places(ReproduceConfig(threads=4), 20) == [Place("cpu", 4)] * 2
-    assert places(ReproduceConfig(jobs=3), 20) == [Place("cpu", 2)] * 3
+    slots = make_slots
+    assert slots(ReproduceConfig(), 20) == [Slot("cpu", 1)] * 8
+    assert slots(ReproduceConfig(), 3) == [Slot("cpu", 2)] * 3
+    assert slots(ReproduceConfig(threads=4), 20) == [Slot("cpu", 4)] * 2
+    assert slots(ReproduceConfig(jobs=3), 20) == [Slot("cpu", 2)] * 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [p.device for p in places(ReproduceConfig(), 20)] == ["cuda:0", "cuda:1"]
-    assert [p.device for p in places(ReproduceConfig(jobs=3), 20)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert [p.device for p in places(ReproduceConfig(device="cuda:1"), 20)] == ["cuda:1"]
-    assert [p.device for p in places(ReproduceConfig(device="cpu"), 1)] == ["cpu"]
+    assert [p.device for p in slots(ReproduceConfig(), 20)] == ["cuda:0", "cuda:1"]
+    assert [p.device for p in slots(ReproduceConfig(jobs=3), 20)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [p.device for p in slots(ReproduceConfig(device="cuda:1"), 20)] == ["cuda:1"]
+    assert [p.device for p in slots(ReproduceConfig(device="cpu"), 1)] == ["cpu"]
 
 
 def test_a_log_that_is_cut_back_is_followed(tmp_path: Path) -> None:

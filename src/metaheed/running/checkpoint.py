@@ -29,7 +29,7 @@ _FORMATS = (1, FORMAT)  # the first one's checksum covers tensors only, and it s
 _LARGEST_IMAGE = 2**24  # numbers; beyond it a checkpoint's word is not believed
 
 
-class Progress(NamedTuple):
+class RunProgress(NamedTuple):
     """Where a run stands: what a checkpoint holds beside tensors."""
 
     iteration: int = 0
@@ -61,7 +61,7 @@ class Pixels(NamedTuple):
 class Checkpoint:
     """The whole state of a run."""
 
-    progress: Progress
+    progress: RunProgress
     state: OuterState
     best: Params
     """θ at the best validation; empty before the first."""
@@ -72,7 +72,7 @@ class Checkpoint:
     """`RunConfig.run_name` of the run that it is of; empty: written by a version that did not record it."""
 
 
-def check_is_of(config: RunConfig, run: Any, what: str) -> None:
+def check_same_run(config: RunConfig, run: Any, what: str) -> None:
     """Raise RunError where a checkpoint says that it is of another run than the config's: files of two were mixed."""
     if run and run != config.run_name:
         raise RunError(
@@ -81,7 +81,7 @@ def check_is_of(config: RunConfig, run: Any, what: str) -> None:
         )
 
 
-def check_fits(configured: Params, found: Params, what: str) -> None:
+def check_same_shapes(configured: Params, found: Params, what: str) -> None:
     """Raise RunError unless `found` has the names and shapes of `configured`."""
     expected, there = ({name: tuple(p.shape) for name, p in tree.items()} for tree in (configured, found))
     for name in sorted({**expected, **there}):
@@ -92,7 +92,7 @@ def check_fits(configured: Params, found: Params, what: str) -> None:
             )
 
 
-def _packed(tensors: Params, about: dict[str, Any]) -> bytes:
+def pack_tensors(tensors: Params, about: dict[str, Any]) -> bytes:
     # Copies: θ and the best θ may be the same tensors, which the format refuses to write twice.
     tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()}
     # The file sorts its tensors; their order decides the order of sums, and so bits, and must come back as it was.
@@ -102,14 +102,14 @@ def _packed(tensors: Params, about: dict[str, Any]) -> bytes:
     return save_tensors(tensors, {"metaheed": json.dumps(about)})
 
 
-def unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
+def read_tensors(path: Path) -> tuple[Params, dict[str, Any]]:
     """The tensors in a file and what it says of itself; RunError where it is damaged."""
     try:
         # Read at once: the library's own reader opens the file twice, and a training run may replace it in between.
         content = read_bounded(path)
         found = load_tensors(content)
         # The bytes' reader gives no metadata: the format's header is its length in 8 bytes, then JSON.
-        about = about_itself(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        about = parse_metadata(content[8 : 8 + int.from_bytes(content[:8], "little")])
         names = about.get("names", [])
         if sorted(names) != sorted(found):
             raise ValueError("its list of tensors does not match its content")
@@ -126,7 +126,7 @@ def unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
     return tensors, about
 
 
-def about_itself(header: bytes) -> dict[str, Any]:
+def parse_metadata(header: bytes) -> dict[str, Any]:
     """What a checkpoint says of itself, from the header of its format.
 
     Raises:
@@ -149,21 +149,21 @@ def _digest(tensors: Params, about: dict[str, Any] | None) -> str:
     return digest.hexdigest()
 
 
-def _checkpoint(tensors: Params, about: dict[str, Any]) -> Checkpoint:
+def build_checkpoint(tensors: Params, about: dict[str, Any]) -> Checkpoint:
     groups: dict[str, Params] = {"meta": {}, "optimizer": {}, "rule": {}, "best": {}}
     for name, leaf in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = leaf
-    fields = [field for field in Progress._fields if about["format"] == FORMAT or not field.endswith("_sha256")]
+    fields = [field for field in RunProgress._fields if about["format"] == FORMAT or not field.endswith("_sha256")]
     for field in fields:
-        if Progress.__annotations__[field] is int:
+        if RunProgress.__annotations__[field] is int:
             whole_number(about, field)
-    progress = Progress(**{field: about[field] for field in fields})
+    progress = RunProgress(**{field: about[field] for field in fields})
     if not isinstance(progress.best_accuracy, float | int):
         raise ValueError("its best_accuracy is no number")
     best = groups.pop("best")
     of = str(about.get("run", ""))
-    return Checkpoint(progress, OuterState(**groups), best, _image_shape(about), recorded_pixels(about), of)
+    return Checkpoint(progress, OuterState(**groups), best, recorded_image_shape(about), recorded_pixels(about), of)
 
 
 def whole_number(about: dict[str, Any], field: str) -> int:
@@ -174,7 +174,7 @@ def whole_number(about: dict[str, Any], field: str) -> int:
     return value
 
 
-def _image_shape(about: dict[str, Any]) -> tuple[int, int, int]:
+def recorded_image_shape(about: dict[str, Any]) -> tuple[int, int, int]:
     """(channels, height, width) of the images trained on, from what a checkpoint says of itself.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaheed.errors import RunError
-from metaheed.running.results import _OWN, Asked, read_result
+from metaheed.running.results import OWN_SHAPE, TaskShape, read_result
 from metaheed.running.statistics import interval, t_interval, t_test
 
 
@@ -35,7 +35,7 @@ ONE_SEED = "covers test tasks only, one training seed"
 
 
 def compare(
-    runs: Sequence[str | Path], against: Sequence[str | Path], data: str | None = None, shape: Asked = _OWN
+    runs: Sequence[str | Path], against: Sequence[str | Path], data: str | None = None, shape: TaskShape = OWN_SHAPE
 ) -> Difference:
     """Paired differences on the same frozen tasks.
 
@@ -109,7 +109,7 @@ def compare(
     )
 
 
-def _by_seed(paths: Sequence[str | Path], data: str | None, shape: Asked) -> dict[int, tuple[Path, dict[str, Any]]]:
+def _by_seed(paths: Sequence[str | Path], data: str | None, shape: TaskShape) -> dict[int, tuple[Path, dict[str, Any]]]:
     found: dict[int, tuple[Path, dict[str, Any]]] = {}
     for path in map(Path, paths):
         result = read_result(path, data, shape)

@@ -31,11 +31,11 @@ from metaheed.running.folder import RunFolder
 from metaheed.running.load import load_weights
 from metaheed.running.process import (
     cpu_threads,
-    failures_explained,
     float32_products,
-    memory_explained,
     pick_device,
-    starts_explained,
+    translate_memory_errors,
+    translate_network_errors,
+    translate_start_errors,
 )
 from metaheed.running.results import result_file
 from metaheed.running.statistics import interval
@@ -84,7 +84,7 @@ def evaluate(
     return Outcomes(losses, accuracies)
 
 
-@starts_explained()
+@translate_start_errors()
 def evaluate_run(
     path: str | Path,
     config: EvaluationConfig,
@@ -148,15 +148,15 @@ def evaluate_run(
     where = pick_device(device or run.training.device, fall_back=device is None)
     meta = {name: p.to(where) for name, p in meta.items()}
     place_constants(learner, where)
-    run = replace(run, training=_judging(run, execution, chunk_size, threads, where))
+    run = replace(run, training=_resolve_training(run, execution, chunk_size, threads, where))
     episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
     folder.check_classes(episodes.dataset, setting.split)
     with (
         workers_ended(),
         cpu_threads(run.training),
         float32_products(run.training.tf32),
-        memory_explained(run, where, min(_AT_ONCE, setting.tasks), learner),
-        failures_explained(run, where, learner, meta, lambda: episodes.batch(0, 1), judging=True),
+        translate_memory_errors(run, where, min(_AT_ONCE, setting.tasks), learner),
+        translate_network_errors(run, where, learner, meta, lambda: episodes.batch(0, 1), judging=True),
     ):
         adapted, initial = (
             evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)
@@ -188,7 +188,7 @@ def evaluate_run(
     return result
 
 
-def _judging(
+def _resolve_training(
     run: RunConfig, execution: ExecutionName | None, chunk_size: int | None, threads: int | None, where: torch.device
 ) -> TrainingConfig:
     """How the run's own settings run tasks there."""

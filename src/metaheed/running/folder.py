@@ -53,16 +53,16 @@ from metaheed.files.trust import allow
 from metaheed.files.writing import _writing, name_also, write_whole
 from metaheed.running.checkpoint import (
     Checkpoint,
-    _checkpoint,
-    _image_shape,
-    _packed,
-    about_itself,
+    build_checkpoint,
+    pack_tensors,
+    parse_metadata,
+    read_tensors,
+    recorded_image_shape,
     recorded_pixels,
-    unpacked,
     whole_number,
 )
-from metaheed.running.log import _begin, stream_lines
-from metaheed.running.meddling import Known, identity, meddled
+from metaheed.running.log import hash_beginning, stream_lines
+from metaheed.running.meddling import KnownFile, identity, meddling_error
 from metaheed.types import Params
 
 STUDY_FILE = "search.yaml"
@@ -85,7 +85,7 @@ class RunFolder:
         self.lock_file = path / "run.lock"
         self.events = path / "tensorboard"
         self._last_is_damaged = False
-        self._known: dict[Path, Known] = {}
+        self._known: dict[Path, KnownFile] = {}
         """What this process wrote or read there, and finds again unless another program was at it."""
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
@@ -135,7 +135,7 @@ class RunFolder:
                 file.truncate(0)
                 file.write(f"process {os.getpid()}\n")
                 file.flush()
-            self._known = {self.lock_file: Known(identity(os.fstat(file.fileno())), None)}
+            self._known = {self.lock_file: KnownFile(identity(os.fstat(file.fileno())), None)}
             # The file stays when the lock goes: were it deleted, two processes could lock two files of that name.
             yield
 
@@ -205,9 +205,9 @@ class RunFolder:
                 else:
                     same = hashlib.sha256(read_bounded(path)).hexdigest() == known.sha256
             except OSError as error:
-                raise meddled(path, "removed" if isinstance(error, FileNotFoundError) else str(error)) from error
+                raise meddling_error(path, "removed" if isinstance(error, FileNotFoundError) else str(error)) from error
             if not same:
-                raise meddled(path, "changed or replaced")
+                raise meddling_error(path, "changed or replaced")
 
     def watch_config(self) -> None:
         """From now on config.yaml is to stay as it is."""
@@ -224,7 +224,7 @@ class RunFolder:
 
     def _remember(self, path: Path, content: bytes) -> None:
         with _writing(path):
-            self._known[path] = Known(identity(path.stat()), hashlib.sha256(content).hexdigest())
+            self._known[path] = KnownFile(identity(path.stat()), hashlib.sha256(content).hexdigest())
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Make this the last checkpoint and the last one the previous; write best.safetensors where it is due."""
@@ -235,7 +235,7 @@ class RunFolder:
         with _writing(self.path):
             make_folder(self.checkpoints, self.path)
             part = self.last.with_suffix(".part")
-            content = _packed(tensors, about)
+            content = pack_tensors(tensors, about)
             write_synced(part, content)
             # A damaged last one, found when the run was resumed, must not replace the whole one before it.
             if self.last.exists() and not self._last_is_damaged:
@@ -255,7 +255,7 @@ class RunFolder:
                 "pixels": checkpoint.pixels,
                 "run": checkpoint.run,
             }
-            content = _packed(checkpoint.best, about)
+            content = pack_tensors(checkpoint.best, about)
             write_whole(self.best, content)
             self._remember(self.best, content)
 
@@ -266,8 +266,8 @@ class RunFolder:
             if not path.exists():
                 continue
             try:
-                tensors, about = unpacked(path)
-                return _checkpoint(tensors, about), notices
+                tensors, about = read_tensors(path)
+                return build_checkpoint(tensors, about), notices
             except (RunError, KeyError, TypeError, ValueError) as error:
                 reason = f"it says nothing of its {error}" if isinstance(error, KeyError) else error
                 notices.append(f"checkpoint {path} is damaged ({reason}); falling back to the one before")
@@ -283,9 +283,9 @@ class RunFolder:
         damaged = ""
         if which == "best" and self.best.exists():
             try:
-                tensors, about = unpacked(self.best)
+                tensors, about = read_tensors(self.best)
                 whole_number(about, "iteration")
-                _image_shape(about)
+                recorded_image_shape(about)
                 recorded_pixels(about)
                 return tensors, about
             except (RunError, ValueError) as error:
@@ -329,7 +329,7 @@ class RunFolder:
 
     def write_replayed(self, weights: Tensor) -> None:
         """Keep the weights that this run replays, (iterations, B)."""
-        write_whole(self.replayed_file, _packed({"weights": weights}, {}))
+        write_whole(self.replayed_file, pack_tensors({"weights": weights}, {}))
 
     def read_replayed(self) -> Tensor | None:
         """What `write_replayed` kept; none: nothing.
@@ -340,7 +340,7 @@ class RunFolder:
         if not self.replayed_file.exists():
             return None
         try:
-            return unpacked(self.replayed_file)[0]["weights"]
+            return read_tensors(self.replayed_file)[0]["weights"]
         except (RunError, KeyError) as error:
             raise RunError(
                 f"{self.replayed_file} cannot be read ({error}): it holds the weights to be replayed. Put it back, or "
@@ -356,7 +356,7 @@ class RunFolder:
             try:
                 with open_to_read(checkpoint) as file:
                     length = int.from_bytes(file.read(8), "little")
-                    about = about_itself(file.read(min(length, JSON_BYTES)))
+                    about = parse_metadata(file.read(min(length, JSON_BYTES)))
                 logs = [
                     (log, whole_number(about, f"{log.stem}_bytes"), about.get(f"{log.stem}_sha256"))
                     for log in (self.metrics_file, self.tasks_file)
@@ -365,12 +365,12 @@ class RunFolder:
                 continue  # as in `read_checkpoint`, where it is said
             for log, length, sha256 in logs:
                 if isinstance(sha256, str) and sha256:
-                    _begin(log, length, sha256)
+                    hash_beginning(log, length, sha256)
             return
 
     def write_start(self, weights: Params) -> None:
         """Keep the weights that this run starts from."""
-        write_whole(self.start_file, _packed(weights, {}))
+        write_whole(self.start_file, pack_tensors(weights, {}))
 
     def read_start(self) -> Params | None:
         """What `write_start` kept; none: nothing.
@@ -378,7 +378,7 @@ class RunFolder:
         Raises:
             RunError: it is damaged.
         """
-        return unpacked(self.start_file)[0] if self.start_file.exists() else None
+        return read_tensors(self.start_file)[0] if self.start_file.exists() else None
 
     def record_classes(self, dataset: Dataset) -> None:
         """Keep which classes of a folder of one's own are trained on and which not.

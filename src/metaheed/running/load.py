@@ -8,7 +8,7 @@ import torch
 from metaheed.config import RunConfig
 from metaheed.errors import RunError, shown
 from metaheed.learners import Learner, NetworkLearner, build_learner
-from metaheed.running.checkpoint import _image_shape, check_fits, check_is_of
+from metaheed.running.checkpoint import check_same_run, check_same_shapes, recorded_image_shape
 from metaheed.running.folder import RunFolder
 from metaheed.types import Params
 
@@ -40,12 +40,12 @@ def load_weights(
 ) -> tuple[Learner, Params, dict[str, Any]]:
     """As `load`, with what the checkpoint says of itself."""
     meta, about = folder.read_weights(which)
-    check_is_of(config, about.get("run"), f"{folder.path}'s {which} checkpoint")
-    channels, height, width = _image_shape(about)
+    check_same_run(config, about.get("run"), f"{folder.path}'s {which} checkpoint")
+    channels, height, width = recorded_image_shape(about)
     if ways is not None:
         config.check_ways(ways)
     learner = build_judged_learner(config, ways, (channels, height, width))
-    check_fits(learner.init(torch.Generator().manual_seed(0)), meta, f"{folder.path}'s {which} checkpoint")
+    check_same_shapes(learner.init(torch.Generator().manual_seed(0)), meta, f"{folder.path}'s {which} checkpoint")
     if isinstance(learner, NetworkLearner):
         learner.hold(meta)  # lest somebody who looks inside finds a network that was never trained
     return learner, meta, about

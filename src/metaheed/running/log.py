@@ -16,7 +16,7 @@ from metaheed.files.opening import (
 )
 from metaheed.files.parsing import from_json
 from metaheed.files.writing import _writing
-from metaheed.running.meddling import identity, meddled, reason
+from metaheed.running.meddling import identity, meddling_error, reason
 
 
 class JsonLines:
@@ -24,7 +24,7 @@ class JsonLines:
 
     def __init__(self, path: Path, length: int, sha256: str = "") -> None:
         self._path = path
-        self._digest = _begin(path, length, sha256)
+        self._digest = hash_beginning(path, length, sha256)
         with _writing(path):
             self._file = open_in_place(path, "ab")
             self._file.truncate(length)
@@ -58,17 +58,17 @@ class JsonLines:
         try:
             there = identity(self._path.stat())
         except OSError as error:
-            raise meddled(self._path, "removed") from error
+            raise meddling_error(self._path, "removed") from error
         if there[:2] != here[:2]:
-            raise meddled(self._path, "replaced")
+            raise meddling_error(self._path, "replaced")
         if here[2] != self._length:
-            raise meddled(self._path, f"changed: it has {here[2]} bytes, where this run wrote {self._length}")
+            raise meddling_error(self._path, f"changed: it has {here[2]} bytes, where this run wrote {self._length}")
         found = self._digest.hexdigest()
         if whole or self._touched or here != self._identity:
             try:
-                _begin(self._path, self._length, found)
+                hash_beginning(self._path, self._length, found)
             except RunError as error:
-                raise meddled(self._path, "changed") from error
+                raise meddling_error(self._path, "changed") from error
             self._touched, self._identity = False, here
         return self._length, found
 
@@ -78,7 +78,7 @@ class JsonLines:
             self._file.close()
 
 
-def _begin(path: Path, length: int, sha256: str) -> "hashlib._Hash":
+def hash_beginning(path: Path, length: int, sha256: str) -> "hashlib._Hash":
     """The running checksum of a log's first `length` bytes.
 
     Raises:

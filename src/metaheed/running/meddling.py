@@ -7,7 +7,7 @@ from typing import NamedTuple
 from metaheed.errors import RunError, brief
 
 
-class Known(NamedTuple):
+class KnownFile(NamedTuple):
     """A file as this process left or found it."""
 
     identity: tuple[int, int, int, int]
@@ -20,7 +20,7 @@ def identity(status: os.stat_result) -> tuple[int, int, int, int]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def meddled(path: Path, how: str) -> RunError:
+def meddling_error(path: Path, how: str) -> RunError:
     """The error that another program removed or changed a file."""
     return RunError(
         f"{path} was {how} by another program while the run trained, so training ended without writing a checkpoint. "

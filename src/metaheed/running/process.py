@@ -152,7 +152,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def memory_of(device: torch.device) -> int | None:
+def available_memory(device: torch.device) -> int | None:
     """Bytes that a device has, or that the host and its swap have left for this process; none: nobody says."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
@@ -196,14 +196,14 @@ def check_batch_fits(
     if device.type == "cpu":
         need = {device: on_host + on_device}
     for where, task in need.items():
-        there = memory_of(where)
+        there = available_memory(where)
         if there is not None and B * task > there:
             raise ConfigError(
                 f"--meta-batch-size is {B}: {images} images of {'×'.join(map(str, image_shape))} a task and its "
                 f"gradient take at least {B * task / 2**30:,.1f} GiB in all, but {where} has {there / 2**30:,.1f} GiB: "
                 "set a smaller --meta-batch-size, or fewer --ways, --shots or --queries"
             )
-    there, accuracy_and_loss = memory_of(torch.device("cpu")), 16
+    there, accuracy_and_loss = available_memory(torch.device("cpu")), 16
     if there is not None and config.training.val_tasks * accuracy_and_loss > there:
         raise ConfigError(
             f"--val-tasks is {config.training.val_tasks}: what they give does not fit into {there / 2**30:,.1f} GiB of "
@@ -212,7 +212,7 @@ def check_batch_fits(
 
 
 @contextlib.contextmanager
-def memory_explained(
+def translate_memory_errors(
     config: RunConfig,
     device: torch.device,
     tasks: int,
@@ -254,7 +254,7 @@ def memory_explained(
 
 
 @contextlib.contextmanager
-def failures_explained(
+def translate_network_errors(
     config: RunConfig, device: torch.device, learner: Learner, meta: Params, task: Callable[[], Episode], judging: bool
 ) -> Iterator[None]:
     """Turn what a user's own network raises into ConfigError, with what helps; what the system lacks passes.
@@ -286,7 +286,7 @@ def cannot_start(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def starts_explained() -> Iterator[None]:
+def translate_start_errors() -> Iterator[None]:
     """Turn a thread that cannot be started into StartError."""
     try:
         yield

@@ -11,11 +11,11 @@ from metaheed.files.parsing import from_json
 from metaheed.files.seals import unseal_values
 from metaheed.running.folder import RunFolder
 
-Asked = tuple[int | None, int | None, int | None]
+TaskShape = tuple[int | None, int | None, int | None]
 """(ways, shots, queries) of a result; none: the run's own test setting."""
 
 
-_OWN: Asked = (None, None, None)
+OWN_SHAPE: TaskShape = (None, None, None)
 
 
 _RESULT_FIELDS: dict[str, type] = {
@@ -24,7 +24,7 @@ _RESULT_FIELDS: dict[str, type] = {
 }
 
 
-_ALSO: dict[str, type] = {
+_FURTHER_FIELDS: dict[str, type] = {
     **{"data": str, "split": str, "ways": int, "shots": int, "iteration": int, "half_width_95": float}
 }
 
@@ -38,7 +38,7 @@ def result_file(folder: RunFolder, run: RunConfig, data: str, shape: tuple[int, 
     return folder.result(split, None if data == own.data else data, None if shape == own.test_shape else shape)
 
 
-def read_result(path: str | Path, data: str | None = None, shape: Asked = _OWN) -> dict[str, Any]:
+def read_result(path: str | Path, data: str | None = None, shape: TaskShape = OWN_SHAPE) -> dict[str, Any]:
     """A run's result.json, or that of its evaluation on another data set, or on tasks of another shape.
 
     What `compare` and `report` rest on is checked here, for both.
@@ -48,7 +48,7 @@ def read_result(path: str | Path, data: str | None = None, shape: Asked = _OWN) 
     """
     folder = RunFolder(path)
     file, again = folder.result_file, f"metaheed evaluate {path}"
-    if data is not None or shape != _OWN:
+    if data is not None or shape != OWN_SHAPE:
         run = folder.read_config()
         own = run.episodes
         ways, shots, queries = (o if a is None else a for a, o in zip(shape, own.test_shape, strict=True))
@@ -73,7 +73,7 @@ def read_result(path: str | Path, data: str | None = None, shape: Asked = _OWN) 
 
 def _check_result(result: dict[str, Any]) -> None:
     """Raise ValueError unless a result is one that evaluation can have written."""
-    for name, kind in {**_RESULT_FIELDS, **_ALSO}.items():
+    for name, kind in {**_RESULT_FIELDS, **_FURTHER_FIELDS}.items():
         value = result.get(name)
         if (
             not isinstance(value, kind)

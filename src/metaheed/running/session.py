@@ -27,16 +27,16 @@ from metaheed.outer import (
     plain_gradient,
     task_gradient,
 )
-from metaheed.running.checkpoint import Checkpoint, Pixels, Progress
+from metaheed.running.checkpoint import Checkpoint, Pixels, RunProgress
 from metaheed.running.evaluate import evaluate
 from metaheed.running.folder import RunFolder
 from metaheed.running.load import build_judged_learner
 from metaheed.running.process import (
     check_batch_fits,
-    failures_explained,
     is_out_of_memory,
-    memory_explained,
     pick_device,
+    translate_memory_errors,
+    translate_network_errors,
 )
 from metaheed.running.reporter import Reporter
 from metaheed.running.starting import read_weights, start_from
@@ -79,10 +79,10 @@ def prepare(config: RunConfig, folder: RunFolder, reporter: Reporter) -> tuple[S
     session = set_up(config, dataset, folder)
     if session.dataset.origin:
         reporter.message(f"data: {session.dataset.origin}")
-    fresh = _fresh(session, _given_start(config, session, folder, reporter))
-    with memory_explained(config, session.device, 1, session.learner):
-        _try_out(session, fresh.state.meta, reporter.message)
-    return session, fresh
+    initial = initial_checkpoint(session, _read_or_keep_start(config, session, folder, reporter))
+    with translate_memory_errors(config, session.device, 1, session.learner):
+        _try_out(session, initial.state.meta, reporter.message)
+    return session, initial
 
 
 def set_up(config: RunConfig, dataset: Dataset, folder: RunFolder | None) -> Session:
@@ -194,7 +194,7 @@ def _try_out(session: Session, meta: Params, notice: Callable[[str], None]) -> N
         before = torch.cuda.memory_allocated(session.device)
 
     own_network = isinstance(learner, NetworkLearner) and not learner.backbone.is_ours
-    with failures_explained(session.config, session.device, learner, meta, lambda: task, judging=False):
+    with translate_network_errors(session.config, session.device, learner, meta, lambda: task, judging=False):
         if isinstance(learner, NetworkLearner):
             learner.backbone.examine(learner.initial(meta), task.support_x[0])
         _, info = execution(meta, task)
@@ -220,7 +220,7 @@ def _try_out(session: Session, meta: Params, notice: Callable[[str], None]) -> N
             notice(f"backbone {backbone!r}: {unknown}")
 
 
-def _given_start(config: RunConfig, session: Session, folder: RunFolder, reporter: Reporter) -> Params | None:
+def _read_or_keep_start(config: RunConfig, session: Session, folder: RunFolder, reporter: Reporter) -> Params | None:
     """θ of the weights that a run was told to start from, kept in its folder; none: it starts from drawn ones."""
     if config.learner.init_from is None:
         return None
@@ -232,11 +232,11 @@ def _given_start(config: RunConfig, session: Session, folder: RunFolder, reporte
     return kept
 
 
-def _fresh(session: Session, meta: Params | None = None) -> Checkpoint:
+def initial_checkpoint(session: Session, meta: Params | None = None) -> Checkpoint:
     meta = session.drawn if meta is None else meta
     state = OuterState(meta, session.tools.optimizer.init(meta), session.rule.init(meta))
-    return Checkpoint(Progress(), state, {}, session.dataset.image_shape, session.pixels, session.config.run_name)
+    return Checkpoint(RunProgress(), state, {}, session.dataset.image_shape, session.pixels, session.config.run_name)
 
 
-def _to(state: OuterState, device: torch.device) -> OuterState:
+def move_state(state: OuterState, device: torch.device) -> OuterState:
     return OuterState(*({name: leaf.to(device) for name, leaf in tree.items()} for tree in state))

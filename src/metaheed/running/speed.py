@@ -17,12 +17,12 @@ from metaheed.outer import (
 from metaheed.running.process import (
     cpu_threads,
     float32_products,
-    memory_explained,
     pick_device,
-    starts_explained,
+    translate_memory_errors,
+    translate_start_errors,
 )
-from metaheed.running.session import Session, _fresh, _to, on_device, set_up
-from metaheed.running.train import picked
+from metaheed.running.session import Session, initial_checkpoint, move_state, on_device, set_up
+from metaheed.running.train import resolve_execution
 
 
 class Speed(NamedTuple):
@@ -43,7 +43,7 @@ _BLOCK = 10  # steps at once, where they are made in blocks
 _FEW = 4  # tasks judged
 
 
-@starts_explained()
+@translate_start_errors()
 def measure_speed(config: RunConfig, image_shape: tuple[int, int, int]) -> Speed:
     """What a run's outer steps and its judging take on this machine, on images of noise; nothing is read or written.
 
@@ -56,12 +56,12 @@ def measure_speed(config: RunConfig, image_shape: tuple[int, int, int]) -> Speed
         NonFiniteError: on noise the first steps are not finite.
     """
     device = pick_device(config.training.device)
-    execution = picked(config.training.execution, device, config)
+    execution = resolve_execution(config.training.execution, device, config)
     training = replace(config.training, device=str(device), execution=execution, val_tasks=_FEW)
     config = replace(config, training=training)
     with workers_ended(), cpu_threads(training), float32_products(training.tf32):
         session = set_up(config, on_device(_noise(config, image_shape), device), None)
-        with memory_explained(config, device, config.outer.meta_batch_size, session.learner):
+        with translate_memory_errors(config, device, config.outer.meta_batch_size, session.learner):
             return Speed(_time_steps(session), _time_judging(session))
 
 
@@ -81,7 +81,7 @@ def _noise(config: RunConfig, image_shape: tuple[int, int, int]) -> Dataset:
 
 def _time_steps(session: Session) -> float:
     training, device = session.config.training, session.device
-    state = _to(_fresh(session).state, device)
+    state = move_state(initial_checkpoint(session).state, device)
     steps = build_steps(training, device, session.rule, session.tools, session.streams, state, lambda _: None)
     done, counted, taken = 0, 0, 0.0
     try:
@@ -102,7 +102,7 @@ def _time_steps(session: Session) -> float:
 
 
 def _time_judging(session: Session) -> float:
-    meta = _to(_fresh(session).state, session.device).meta
+    meta = move_state(initial_checkpoint(session).state, session.device).meta
     began = time.perf_counter()
     session.validation(meta, lambda _: None)
     return (time.perf_counter() - began) / _FEW

@@ -11,7 +11,7 @@ from metaheed.errors import (
 from metaheed.outer import (
     StepRecord,
 )
-from metaheed.running.checkpoint import Progress
+from metaheed.running.checkpoint import RunProgress
 from metaheed.running.folder import RunFolder
 from metaheed.running.log import JsonLines
 from metaheed.running.process import (
@@ -21,7 +21,7 @@ from metaheed.running.process import (
 from metaheed.running.session import Session
 
 
-def open_logs(folder: RunFolder, progress: Progress) -> tuple[JsonLines, JsonLines]:
+def open_logs(folder: RunFolder, progress: RunProgress) -> tuple[JsonLines, JsonLines]:
     """metrics.jsonl and tasks.jsonl, cut back to where the checkpoint was written."""
     return (
         JsonLines(folder.metrics_file, progress.metrics_bytes, progress.metrics_sha256),
@@ -29,8 +29,8 @@ def open_logs(folder: RunFolder, progress: Progress) -> tuple[JsonLines, JsonLin
     )
 
 
-def _log(
-    record: StepRecord, iteration: int, metrics: JsonLines, tasks: JsonLines, events: "_Events"
+def log_step(
+    record: StepRecord, iteration: int, metrics: JsonLines, tasks: JsonLines, events: "TensorBoardEvents"
 ) -> tuple[float, float]:
     columns = {name: values.tolist() for name, values in record.info._asdict().items()}
     columns["weights"] = record.weights.tolist()
@@ -39,12 +39,12 @@ def _log(
     metrics.write(
         {
             "iteration": iteration,
-            "loss": short(loss),
-            "accuracy": short(accuracy),
-            "initial_loss": short(means["initial_loss"]),
+            "loss": log_number(loss),
+            "accuracy": log_number(accuracy),
+            "initial_loss": log_number(means["initial_loss"]),
         }
     )
-    tasks.write({"iteration": iteration, **{name: [short(v) for v in values] for name, values in columns.items()}})
+    tasks.write({"iteration": iteration, **{name: [log_number(v) for v in values] for name, values in columns.items()}})
     weights = columns["weights"]
     events.write(
         iteration,
@@ -58,7 +58,7 @@ def _log(
     return loss, accuracy
 
 
-def short(value: float) -> float | None:
+def log_number(value: float) -> float | None:
     """A number rounded to eight digits, and None for NaN, as logs hold it."""
     # What a float32 holds, and no more; JSON has no NaN.
     return None if math.isnan(value) else float(f"{value:.8g}")
@@ -73,7 +73,7 @@ def check_tensorboard(config: RunConfig) -> None:
             raise ConfigError(f"--tensorboard needs 'pip install metaheed[tensorboard]' ({error})") from error
 
 
-class _Events:
+class TensorBoardEvents:
     """TensorBoard's scalars, where they were asked for."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, iteration: int) -> None:
@@ -94,7 +94,7 @@ class _Events:
             self._writer.close()
 
 
-class _Clock:
+class IterationClock:
     """timing.jsonl: seconds in iterations, those in validations and checkpoints left out, and memory."""
 
     def __init__(self, session: Session, folder: RunFolder, iteration: int) -> None:

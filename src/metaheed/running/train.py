@@ -28,21 +28,28 @@ from metaheed.outer import (
     pick_for_run,
     workers_ended,
 )
-from metaheed.running.checkpoint import Checkpoint, Progress, check_fits, check_is_of
+from metaheed.running.checkpoint import Checkpoint, RunProgress, check_same_run, check_same_shapes
 from metaheed.running.folder import RunFolder
 from metaheed.running.process import (
     Signals,
     StopRequested,
     cpu_threads,
     float32_products,
-    memory_explained,
     pick_device,
     signals_received,
-    starts_explained,
+    translate_memory_errors,
+    translate_start_errors,
 )
 from metaheed.running.reporter import Reporter, Silent
-from metaheed.running.session import Session, _to, prepare
-from metaheed.running.tracking import _Clock, _Events, _log, check_tensorboard, open_logs, short
+from metaheed.running.session import Session, move_state, prepare
+from metaheed.running.tracking import (
+    IterationClock,
+    TensorBoardEvents,
+    check_tensorboard,
+    log_number,
+    log_step,
+    open_logs,
+)
 
 
 def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = False) -> Path:
@@ -79,7 +86,7 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
     training = replace(
         training,
         device=str(device),
-        execution=picked(training.execution, device, config),
+        execution=resolve_execution(training.execution, device, config),
         threads=training.threads or torch.get_num_threads(),
         out=training.out or Path("runs") / config.run_name,
     )
@@ -120,7 +127,7 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
     return folder.path
 
 
-def picked(execution: ExecutionName, device: torch.device, config: RunConfig) -> ExecutionName:
+def resolve_execution(execution: ExecutionName, device: torch.device, config: RunConfig) -> ExecutionName:
     """The execution that a config's choice means on this device."""
     if execution == "auto" and config.training.chunk_size is not None:
         return "vectorized"  # of those with chunks the one that auto would take
@@ -169,7 +176,7 @@ def resume(
                 execution = "auto"
             training = replace(training, device=str(here))
         if execution is not None:
-            execution = picked(execution, torch.device(training.device), config)
+            execution = resolve_execution(execution, torch.device(training.device), config)
             kept = training.chunk_size if execution in CHUNKED else None
             training = replace(training, execution=execution, chunk_size=kept)
         if chunk_size is not None:
@@ -184,7 +191,7 @@ def resume(
     return folder.path
 
 
-@starts_explained()
+@translate_start_errors()
 def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
     training = config.training
     with workers_ended(), cpu_threads(training), float32_products(training.tf32), signals_received() as received:
@@ -195,7 +202,7 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         if checkpoint is None and notices:
             reporter.message("no whole checkpoint is left; starting at iteration 0")
         if checkpoint is not None:
-            check_is_of(config, checkpoint.run, f"the newest checkpoint of {folder.path}")
+            check_same_run(config, checkpoint.run, f"the newest checkpoint of {folder.path}")
         done = checkpoint.progress.iteration if checkpoint else 0
         if config.training.iterations < done:
             raise ConfigError(
@@ -216,28 +223,28 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             return
         try:
             with received.interrupting():
-                session, fresh = prepare(config, folder, reporter)
+                session, initial = prepare(config, folder, reporter)
         except StopRequested:
             raise Interrupted(
                 f"stopped before iteration {done + 1}; continue with 'metaheed train --resume {folder.path}'",
                 received[0],
             ) from None
         if checkpoint is None:
-            checkpoint = fresh
+            checkpoint = initial
         else:
-            for part, configured, found in zip(OuterState._fields, fresh.state, checkpoint.state, strict=True):
-                check_fits(configured, found, f"the checkpoint of {folder.path} (its {part} state)")
+            for part, configured, found in zip(OuterState._fields, initial.state, checkpoint.state, strict=True):
+                check_same_shapes(configured, found, f"the checkpoint of {folder.path} (its {part} state)")
             folder.write_best(checkpoint)
             reporter.message(f"resuming {folder.path} after iteration {checkpoint.progress.iteration}")
         if config != folder.read_config():
             folder.write_config(config)
         B, images_there = config.outer.meta_batch_size, session.streams.lie_on(session.device)
         reporter.message(describe_execution(training, session.device, B, session.learner, images_there))
-        with memory_explained(config, session.device, B, session.learner, lambda: session.task_bytes):
+        with translate_memory_errors(config, session.device, B, session.learner, lambda: session.task_bytes):
             _loop(session, folder, checkpoint, reporter, received)
 
 
-def _finished(progress: Progress, config: RunConfig) -> bool:
+def _finished(progress: RunProgress, config: RunConfig) -> bool:
     total = config.training.iterations
     return progress.iteration >= total and progress.validated >= total
 
@@ -254,14 +261,14 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
         session.rule,
         session.tools,
         session.streams,
-        _to(start.state, session.device),
+        move_state(start.state, session.device),
         reporter.message,
         received.interrupting,
     )
     metrics, tasks = open_logs(folder, progress)
     folder.watch_config()
-    clock = _Clock(session, folder, progress.iteration)
-    events = _Events(session.config, folder, progress.iteration)
+    clock = IterationClock(session, folder, progress.iteration)
+    events = TensorBoardEvents(session.config, folder, progress.iteration)
 
     def save() -> None:
         nonlocal progress
@@ -297,7 +304,7 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
                 if better:
                     progress = progress._replace(best_iteration=done, best_accuracy=accuracy)
                     best = dict(meta)
-                line = {"iteration": done, "validation_accuracy": accuracy, "validation_loss": short(loss)}
+                line = {"iteration": done, "validation_accuracy": accuracy, "validation_loss": log_number(loss)}
                 metrics.write(line)
                 events.write(done, {"validation/accuracy": accuracy, "validation/loss": loss})
                 reporter.validation(done, accuracy, half_width, better)
@@ -311,7 +318,7 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
                 with clock:
                     for record in steps.advance(done, min(ahead, steps.block), lambda: bool(received)):
                         progress = progress._replace(iteration=progress.iteration + 1)
-                        loss, accuracy = _log(record, progress.iteration, metrics, tasks, events)
+                        loss, accuracy = log_step(record, progress.iteration, metrics, tasks, events)
                         reporter.step(progress.iteration, loss, accuracy)
             except NonFiniteError as error:
                 raise NonFiniteError(f"iteration {progress.iteration + 1}: {error}. {_REMEDY}") from error

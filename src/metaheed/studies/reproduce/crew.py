@@ -22,7 +22,7 @@ from typing import IO, Any, Protocol
 
 from metaheed.errors import Interrupted, MetaheedError
 from metaheed.files.opening import make_folder, open_in_place, open_to_read, try_lock
-from metaheed.studies.reproduce.plan import Job, Place, Stage, command
+from metaheed.studies.reproduce.plan import Job, Slot, Stage, command
 
 _POLL = 0.1  # seconds between two looks at the processes
 _ELSEWHERE = 1.0  # seconds until a job that another process has is tried again
@@ -117,8 +117,8 @@ class Follower:
 class _Work:
     """A job that this process takes care of, at a place."""
 
-    def __init__(self, job: Job, place: Place, lock: IO[bytes], out: Path) -> None:
-        self.job, self.place, self._lock = job, place, lock
+    def __init__(self, job: Job, slot: Slot, lock: IO[bytes], out: Path) -> None:
+        self.job, self.slot, self._lock = job, slot, lock
         self.log = Log(out / "logs" / f"{job.name}.log")
         self.process: subprocess.Popen[bytes] | None = None
         self.stage: Stage | None = None
@@ -136,7 +136,7 @@ class _Work:
             raise _Elsewhere
         if standing.done:
             return False
-        stage = self.job.next(standing, self.place)
+        stage = self.job.next(standing, self.slot)
         if self.stage is not None and self.stage.what == stage.what:
             raise MetaheedError(f"{stage.what} ended, but it is still to be done")
         arguments = command(stage)
@@ -202,12 +202,12 @@ class Crew:
     def __init__(
         self,
         jobs: Sequence[Job],
-        places: Sequence[Place],
+        slots: Sequence[Slot],
         out: Path,
         board: Board,
         finished: Callable[[Job], None],
     ) -> None:
-        self._waiting, self._places, self._out = list(jobs), places, out
+        self._waiting, self._slots, self._out = list(jobs), slots, out
         self._board, self._finished = board, finished
         self._working: dict[int, _Work] = {}
         self._later: dict[str, float] = {}
@@ -232,7 +232,7 @@ class Crew:
                         f"stopped with {self._done} of {total} done; the same command goes on where it stood",
                         received[0],
                     )
-                for k in range(len(self._places)):
+                for k in range(len(self._slots)):
                     self._fill(k)
                 time.sleep(_POLL)
                 for k in list(self._working):
@@ -252,7 +252,7 @@ class Crew:
             if held is None:
                 self._wait(job)
             else:
-                self._working[k] = _Work(job, self._places[k], held, self._out)
+                self._working[k] = _Work(job, self._slots[k], held, self._out)
                 self._go_on(k)
 
     def _go_on(self, k: int) -> None:

@@ -27,7 +27,7 @@ from metaheed.running.process import describe_processor
 from metaheed.running.speed import Speed, measure_speed
 from metaheed.studies.paper import IMAGE_SHAPES
 from metaheed.studies.recipes import PAPERS_SEARCH, without_run
-from metaheed.studies.reproduce.plan import Job, Place, Run, Standing
+from metaheed.studies.reproduce.plan import Job, RecipeRun, Slot, Standing
 
 _RECENT = 10  # lines of timing.jsonl
 _TOY = 30.0  # seconds, anywhere
@@ -43,7 +43,7 @@ class Estimate(NamedTuple):
 
 
 def estimate(
-    jobs: Sequence[tuple[Job, Standing]], place: Place, out: Path, tell: Callable[[str], None]
+    jobs: Sequence[tuple[Job, Standing]], slot: Slot, out: Path, tell: Callable[[str], None]
 ) -> dict[str, Estimate]:
     """Name -> estimate, of every job that is not done.
 
@@ -53,7 +53,7 @@ def estimate(
         out: the folder of the runs, and of times.json.
         tell: told what is being measured.
     """
-    where = _where(place)
+    where = _where(slot)
     logged, kept = _read_logged(out, where), _read_kept(out)
     found: dict[str, Estimate] = {}
     unknown: dict[str, str] = {}  # key -> why
@@ -61,7 +61,7 @@ def estimate(
     for job, standing in jobs:
         if standing.done:
             continue
-        if not isinstance(job, Run):
+        if not isinstance(job, RecipeRun):
             found[job.name] = Estimate(_TOY, "usual")
             continue
         shape = _shape(job)
@@ -72,7 +72,7 @@ def estimate(
         key = cost_key(config, shape, where)
         if key not in kept and key not in unknown:
             tell(f"measuring {config.algorithm}, {config.episodes.ways}-way {config.episodes.shots}-shot, {shape}")
-            placed = replace(config.training, device=place.device, threads=place.threads)
+            placed = replace(config.training, device=slot.device, threads=slot.threads)
             try:
                 kept[key], sources[key] = measure_speed(replace(config, training=placed), shape), "measured"
                 _write_kept(out, kept)
@@ -99,15 +99,15 @@ def cost_key(config: RunConfig, shape: tuple[int, int, int], where: str) -> str:
     return f"{config.algorithm} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def spread_over(seconds: Sequence[float], places: int) -> float:
-    """When the last of these is done if they are begun in this order, as many at a time as there are places."""
-    ends = [0.0] * places
+def spread_over(seconds: Sequence[float], slots: int) -> float:
+    """When the last of these is done if they are begun in this order, as many at a time as there are slots."""
+    ends = [0.0] * slots
     for duration in seconds:
         heapq.heappush(ends, heapq.heappop(ends) + duration)
     return max(ends)
 
 
-def _seconds(job: Run, standing: Standing, speed: Speed) -> float:
+def _seconds(job: RecipeRun, standing: Standing, speed: Speed) -> float:
     training = job.recipe.config.training
     left = standing.iterations - standing.iteration
     validations = -(-standing.iterations // training.val_every) - standing.iteration // training.val_every
@@ -115,7 +115,7 @@ def _seconds(job: Run, standing: Standing, speed: Speed) -> float:
     return left * speed.iteration + judged * speed.task
 
 
-def _shape(job: Run) -> tuple[int, int, int] | None:
+def _shape(job: RecipeRun) -> tuple[int, int, int] | None:
     e = job.recipe.config.episodes
     try:
         return find_shape(e.data, job.data_root, e.image_size, e.split_seed)
@@ -123,9 +123,9 @@ def _shape(job: Run) -> tuple[int, int, int] | None:
         return IMAGE_SHAPES.get(e.data)
 
 
-def _where(place: Place) -> str:
-    processor = describe_processor(torch.device(place.device))
-    return processor if place.device.startswith("cuda") else f"{processor}, {place.threads} threads"
+def _where(slot: Slot) -> str:
+    processor = describe_processor(torch.device(slot.device))
+    return processor if slot.device.startswith("cuda") else f"{processor}, {slot.threads} threads"
 
 
 def _read_logged(out: Path, where: str) -> dict[str, float]:

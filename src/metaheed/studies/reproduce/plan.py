@@ -17,7 +17,7 @@ from metaheed.config import FreezeConfig, ReplayedConfig, ReproduceConfig, RunCo
 from metaheed.errors import ConfigError, RunError, unknown
 from metaheed.files.opening import LinkError, cannot_write, refuse_link
 from metaheed.files.trust import allow, require
-from metaheed.running.checkpoint import Progress
+from metaheed.running.checkpoint import RunProgress
 from metaheed.running.folder import RunFolder
 from metaheed.running.results import read_result
 from metaheed.studies.paper import ANALOGOUS, experiment_algorithms, experiment_cells
@@ -26,7 +26,7 @@ from metaheed.studies.recipes import Recipe, difference, of_cell, read_folder, w
 TOY, RECIPES = "toy", "recipes"
 
 
-class Place(NamedTuple):
+class Slot(NamedTuple):
     """Where one run at a time computes."""
 
     device: str
@@ -91,12 +91,12 @@ class Job(Protocol):
             RunError: something else is in its place.
         """
 
-    def next(self, standing: Standing, place: Place) -> Stage:
+    def next(self, standing: Standing, slot: Slot) -> Stage:
         """What is to be done where it stands so."""
 
 
 @dataclass(frozen=True)
-class Run:
+class RecipeRun:
     """A recipe trained from a seed, and judged."""
 
     name: str
@@ -127,15 +127,15 @@ class Run:
         config = folder.read_config()
         self._check_same(config)
         checkpoint, _ = folder.read_checkpoint()
-        progress = Progress() if checkpoint is None else checkpoint.progress
+        progress = RunProgress() if checkpoint is None else checkpoint.progress
         iterations = max(self.iterations, progress.iteration)
         # The config must say so, too: a run that is lowered to what it has done is finished by resuming it.
         trained = iterations == config.training.iterations and iterations <= progress.validated
         return Standing(progress.iteration, iterations, trained, trained and self._judged(config, progress), held)
 
-    def next(self, standing: Standing, place: Place) -> Stage:
+    def next(self, standing: Standing, slot: Slot) -> Stage:
         """See `Job`."""
-        path, common = str(self.folder.path), ["--device", place.device, *(["--trust"] if self.trust else [])]
+        path, common = str(self.folder.path), ["--device", slot.device, *(["--trust"] if self.trust else [])]
         if self.data_root is not None:
             common += ["--data-root", str(self.data_root)]
         iterations = ["--iterations", str(standing.iterations)]
@@ -143,7 +143,7 @@ class Run:
             return Stage("judging", ["evaluate", path, "--tasks", str(self.tasks), *common])
         if self.folder.config_file.exists():
             return Stage("training", ["train", "--resume", path, *iterations, *common])
-        own = ["--seed", str(self.seed), "--out", path, "--threads", str(place.threads)]
+        own = ["--seed", str(self.seed), "--out", path, "--threads", str(slot.threads)]
         return Stage("training", ["train", "--recipe", str(self.file), *own, *iterations, *common])
 
     def _check_same(self, config: RunConfig) -> None:
@@ -159,7 +159,7 @@ class Run:
                 "Choose another --out, or move it away"
             )
 
-    def _judged(self, config: RunConfig, progress: Progress) -> bool:
+    def _judged(self, config: RunConfig, progress: RunProgress) -> bool:
         if not self.folder.result_file.exists():
             return False
         try:
@@ -190,7 +190,7 @@ class ToyJob:
         there = all((self.folder / file).exists() for file in ("toy.json", "trajectories.png"))
         return Standing(int(there), 1, there, there)
 
-    def next(self, standing: Standing, place: Place) -> Stage:
+    def next(self, standing: Standing, slot: Slot) -> Stage:
         """See `Job`."""
         return Stage("drawing", ["toy", "--out", str(self.folder)])
 
@@ -222,7 +222,9 @@ def make_jobs(experiment: str, config: ReproduceConfig) -> list[Job]:
             run = f"{name}-seed{seed}"
             iterations = config.iterations or recipe.config.training.iterations
             file, folder = config.out / RECIPES / f"{name}.yaml", RunFolder(config.out / run)
-            jobs.append(Run(run, recipe, file, seed, folder, iterations, config.tasks, config.data_root, config.trust))
+            jobs.append(
+                RecipeRun(run, recipe, file, seed, folder, iterations, config.tasks, config.data_root, config.trust)
+            )
     return jobs
 
 

@@ -26,7 +26,7 @@ from metaheed.running.results import read_result
 from metaheed.studies import recipes
 from metaheed.studies.reproduce.crew import Crew, Failure, lock
 from metaheed.studies.reproduce.estimate import Estimate, estimate, spread_over
-from metaheed.studies.reproduce.plan import RECIPES, TOY, Job, Place, Run, Standing, make_jobs
+from metaheed.studies.reproduce.plan import RECIPES, TOY, Job, RecipeRun, Slot, Standing, make_jobs
 
 
 def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], None] = print) -> Path:
@@ -52,11 +52,11 @@ def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], Non
     absent = _absent_data(waiting)
     if absent:
         raise DataError(_explain(absent, experiment, config, "is needed and cannot be used; nothing was begun"))
-    places = make_places(config, len(waiting))
+    slots = make_slots(config, len(waiting))
     for job, _ in waiting:
-        if isinstance(job, Run):
+        if isinstance(job, RecipeRun):
             recipes.write(job.recipe, job.file)
-    say(f"{_count(standings)}; {_describe(places)}")
+    say(f"{_count(standings)}; {_describe(slots)}")
 
     def finished(job: Job) -> None:
         board.message(f"{job.name}: {_outcome(job)}")
@@ -66,7 +66,7 @@ def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], Non
         board = make_board(len(waiting))
         try:
             with signals_received() as received:
-                crew = Crew([job for job, _ in waiting], places, config.out, board, finished)
+                crew = Crew([job for job, _ in waiting], slots, config.out, board, finished)
                 failures = crew.work(received)
         finally:
             board.stop()
@@ -98,9 +98,9 @@ def dry_run(experiment: str, config: ReproduceConfig, say: Callable[[str], None]
     jobs = make_jobs(experiment, config)
     standings = [(job, job.look()) for job in jobs]
     waiting = [(job, standing) for job, standing in standings if not standing.done]
-    places = make_places(config, len(waiting))
+    slots = make_slots(config, len(waiting))
     began = time.monotonic()
-    estimates = estimate(waiting, places[0], config.out, tell)
+    estimates = estimate(waiting, slots[0], config.out, tell)
     taken = time.monotonic() - began
     absent = _absent_data(waiting)
     width = max(len(job.name) for job in jobs)
@@ -108,21 +108,21 @@ def dry_run(experiment: str, config: ReproduceConfig, say: Callable[[str], None]
         line = f"{job.name:{width}}  {standing!s:32}"
         if job.name in estimates:
             line += f"  {_duration(estimates[job.name])}"
-        if isinstance(job, Run) and not standing.done and job.recipe.config.episodes.data in absent:
+        if isinstance(job, RecipeRun) and not standing.done and job.recipe.config.episodes.data in absent:
             line += "  (its data set is not there)"
         say(line.rstrip())
-    say(f"\n{_count(standings)}; {_describe(places)}")
-    for line in _summary(estimates, len(places), taken):
+    say(f"\n{_count(standings)}; {_describe(slots)}")
+    for line in _summary(estimates, len(slots), taken):
         say(line)
-    kinds = Counter(job.recipe.provenance["kind"] for job in jobs if isinstance(job, Run))
+    kinds = Counter(job.recipe.provenance["kind"] for job in jobs if isinstance(job, RecipeRun))
     if kinds:
         say("Recipes: " + ", ".join(f"{number} runs {kind}" for kind, number in sorted(kinds.items())) + ".")
     if absent:
         say(_explain(absent, experiment, config, "is needed and cannot be used as it is"))
 
 
-def make_places(config: ReproduceConfig, waiting: int) -> list[Place]:
-    """Where so many jobs are worked on: --jobs places; else one a GPU, or as many as the cores allow.
+def make_slots(config: ReproduceConfig, waiting: int) -> list[Slot]:
+    """Where so many jobs are worked on: --jobs slots; else one a GPU, or as many as the cores allow.
 
     Raises:
         ConfigError: the device is not here.
@@ -136,14 +136,14 @@ def make_places(config: ReproduceConfig, waiting: int) -> list[Place]:
     most = len(devices) if devices[0].startswith("cuda") else cores // (config.threads or 1)
     jobs = config.jobs or max(1, min(most, waiting))
     threads = config.threads or max(1, cores // jobs)
-    return [Place(devices[k % len(devices)], threads) for k in range(jobs)]
+    return [Slot(devices[k % len(devices)], threads) for k in range(jobs)]
 
 
 def _absent_data(waiting: Sequence[tuple[Job, Standing]]) -> dict[str, DataError]:
     """Data set -> what is wrong with it, of those that are needed."""
     needed = {}
     for job, _ in waiting:
-        if isinstance(job, Run):
+        if isinstance(job, RecipeRun):
             e = job.recipe.config.episodes
             needed[e.data, e.image_size, e.split_seed] = job.data_root
     absent: dict[str, DataError] = {}
@@ -187,7 +187,7 @@ def _report(experiment: str, config: ReproduceConfig, say: Callable[[str], None]
 
 
 def _outcome(job: Job) -> str:
-    if not isinstance(job, Run):
+    if not isinstance(job, RecipeRun):
         return "done"
     try:
         result = read_result(job.folder.path)
@@ -210,10 +210,10 @@ def _count(standings: Sequence[tuple[Job, Standing]]) -> str:
     return f"{len(standings)} runs: " + ", ".join(f"{number} {kind}" for kind, number in kinds.items())
 
 
-def _describe(places: Sequence[Place]) -> str:
-    where = sorted({place.device for place in places})
-    threads = f", {places[0].threads} thread{'s' * (places[0].threads > 1)} each" if where == ["cpu"] else ""
-    return f"{len(places)} at a time on {', '.join(where)}{threads}"
+def _describe(slots: Sequence[Slot]) -> str:
+    where = sorted({slot.device for slot in slots})
+    threads = f", {slots[0].threads} thread{'s' * (slots[0].threads > 1)} each" if where == ["cpu"] else ""
+    return f"{len(slots)} at a time on {', '.join(where)}{threads}"
 
 
 _SOURCES = {
@@ -224,13 +224,13 @@ _SOURCES = {
 }
 
 
-def _summary(estimates: dict[str, Estimate], places: int, taken: float) -> list[str]:
+def _summary(estimates: dict[str, Estimate], slots: int, taken: float) -> list[str]:
     seconds = [e.seconds for e in estimates.values() if e.seconds is not None]
     if not seconds:
         return []
     unknown = len(estimates) - len(seconds)
     without = f", without the {unknown} whose time is not known" if unknown else ""
-    at_once = f"; {places} at a time {_length(spread_over(seconds, places))} at least" if places > 1 else ""
+    at_once = f"; {slots} at a time {_length(spread_over(seconds, slots))} at least" if slots > 1 else ""
     sources = Counter(e.source for e in estimates.values() if e.seconds is not None)
     parts = [f"{number} {_SOURCES[source]}" for source, number in sources.items()]
     measuring = f" Measuring took {taken:.0f} s." if sources["measured"] else ""

@@ -62,7 +62,7 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
         Interrupted: SIGINT or SIGTERM came; the trial at work can be gone on with.
     """
     out = config.training.out or Path("runs") / search_name(config)
-    config, settings = _anywhere(config, settings)
+    config, settings = _with_absolute_paths(config, settings)
     _check(config, settings, out)
     tell = reporters().message
     made = [path for path in (out, *out.parents) if not path.exists()]
@@ -109,11 +109,11 @@ def read_search(out: str | Path, storage: str | None = None, trust: bool = False
     if storage is not None:
         settings = replace(settings, storage=storage)
     elif settings.storage is not None:
-        settings = replace(settings, storage=_inside(out, settings.storage))
+        settings = replace(settings, storage=_require_database_inside(out, settings.storage))
     return replace(config, training=replace(config.training, out=out)), settings
 
 
-def _inside(out: Path, storage: str) -> str:
+def _require_database_inside(out: Path, storage: str) -> str:
     """The URL of a SQLite file in the study folder, from one that search.yaml names."""
     try:
         file = sqlite_file(storage)
@@ -135,7 +135,7 @@ def _inside(out: Path, storage: str) -> str:
     )
 
 
-def _anywhere(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, SearchConfig]:
+def _with_absolute_paths(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, SearchConfig]:
     """The same, named so that it can be gone on with from any folder; the study folder taken out."""
     training = TrainingConfig(**{f.name: getattr(config.training, f.name) for f in fields(TrainingConfig)})
     learner, root = config.learner.from_anywhere(), config.episodes.data_root

@@ -36,7 +36,7 @@ class SharedStudy:
     def __init__(self, config: RunConfig, settings: SearchConfig, out: Path, lock: Path | None) -> None:
         self.config, self.settings, self.out = config, settings, out
         self._lock = lock
-        self.record = _record(config, settings)
+        self.record = _study_record(config, settings)
         url = settings.storage or sqlite_url(out / "study.db")
         self.shown = shown_as(settings.storage, out)
         with self.alone():
@@ -241,7 +241,7 @@ def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
 def _refuse_other_search(out: Path, config: RunConfig, settings: SearchConfig) -> None:
     if (out / STUDY_FILE).exists():
         theirs, mine = (
-            {"study": search.study, **_record(of_trials, search)}
+            {"study": search.study, **_study_record(of_trials, search)}
             for of_trials, search in (read_settings(out), (config, settings))
         )
         refuse_difference(str(out), theirs, mine)
@@ -252,9 +252,9 @@ def count_finished(trials: list[FrozenTrial]) -> int:
     return sum(trial.state.is_finished() for trial in trials)
 
 
-def _record(config: RunConfig, settings: SearchConfig) -> dict[str, Any]:
+def _study_record(config: RunConfig, settings: SearchConfig) -> dict[str, Any]:
     """What must be alike in all workers of a study, as JSON gives it back."""
-    alike = {"config": of_trial(config)}
+    alike = {"config": trial_record(config)}
     for name, value in to_dict(settings).items():
         if name not in ("trials", "storage", "study"):
             alike[name] = value
@@ -262,7 +262,7 @@ def _record(config: RunConfig, settings: SearchConfig) -> dict[str, Any]:
     return record
 
 
-def of_trial(config: RunConfig) -> dict[str, Any]:
+def trial_record(config: RunConfig) -> dict[str, Any]:
     """What decides a trial, without what belongs to a machine."""
     values = to_dict(recipes.without_run(config))
     for group, names in recipes.OF_A_RUN.items():

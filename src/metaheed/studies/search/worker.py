@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from metaheed.errors import Interrupted, NonFiniteError, RunError
 from metaheed.files.opening import cannot_write, make_folder, open_in_place, try_lock
-from metaheed.running.checkpoint import Progress
+from metaheed.running.checkpoint import RunProgress
 from metaheed.running.folder import RunFolder
 from metaheed.running.process import pick_device
 from metaheed.running.reporter import Reporter
@@ -25,7 +25,7 @@ from metaheed.running.train import resume, train
 from metaheed.studies.search.database import FAILURES, reason, shown_as
 from metaheed.studies.search.draws import configured, used
 from metaheed.studies.search.results import write_results
-from metaheed.studies.search.study import SharedStudy, count_finished, of_trial, refuse_difference
+from metaheed.studies.search.study import SharedStudy, count_finished, refuse_difference, trial_record
 
 _BEATS = 8  # signs of life within --lost-after
 _POLL = 2.0  # seconds between two looks for work
@@ -153,8 +153,8 @@ class Worker:
         values = ", ".join(f"{name} {trial.params[name]:.4g}" for name in used(shared.config, shared.settings))
         self._tell(f"trial {number}: {values}")
         trial_id = shared.id_of(number)
-        with _Beat(shared, trial_id, self._presence.name, self._tell) as beat:
-            report = _Report(self._reporters(), trial, beat, self._said, shared.config.training.iterations)
+        with _Heartbeat(shared, trial_id, self._presence.name, self._tell) as beat:
+            report = _TrialReporter(self._reporters(), trial, beat, self._said, shared.config.training.iterations)
             try:
                 outcome = self._outcome(trial, folder, report)
                 beat.check()
@@ -183,7 +183,7 @@ class Worker:
         )
 
     def _outcome(
-        self, trial: Trial, folder: RunFolder, report: "_Report"
+        self, trial: Trial, folder: RunFolder, report: "_TrialReporter"
     ) -> tuple[TrialState, float | None, dict[str, Any], str]:
         """Train a trial: its state, its value, what else is recorded of it, and the line that says so."""
         about = {"host": platform.node()}
@@ -199,14 +199,14 @@ class Worker:
         said = f"validation accuracy {progress.best_accuracy:.2%} at iteration {progress.best_iteration}"
         return TrialState.COMPLETE, progress.best_accuracy, facts, said
 
-    def _trained(self, trial: Trial, folder: RunFolder, report: "_Report") -> Progress:
+    def _trained(self, trial: Trial, folder: RunFolder, report: "_TrialReporter") -> RunProgress:
         base = self._shared.config
         config = configured(base, trial.params)
         config = replace(config, training=replace(config.training, out=folder.path))
         self._await_lock(folder)
         if folder.config_file.exists():
             found = folder.read_config()
-            refuse_difference(str(folder.path), of_trial(found), of_trial(config))
+            refuse_difference(str(folder.path), trial_record(found), trial_record(config))
             recorded = found.training.device
             here = str(pick_device(recorded, fall_back=True)) == recorded
             device = None if here else base.training.device
@@ -245,10 +245,10 @@ class Worker:
         return f", about {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
 
 
-class _Report:
+class _TrialReporter:
     """Passes on how a trial's training goes, and stops it where it was taken over or is not worth going on with."""
 
-    def __init__(self, inner: Reporter, trial: Trial, beat: "_Beat", said: set[str], iterations: int) -> None:
+    def __init__(self, inner: Reporter, trial: Trial, beat: "_Heartbeat", said: set[str], iterations: int) -> None:
         self._inner, self._trial, self._beat, self._said, self._last = inner, trial, beat, said, iterations
         self._reported = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
         self.iteration = 0
@@ -279,7 +279,7 @@ class _Report:
         self._inner.stop()
 
 
-class _Beat:
+class _Heartbeat:
     """Signs of life of a trial at work, from a thread of its own."""
 
     def __init__(self, shared: SharedStudy, trial_id: int, worker: str, tell: Callable[[str], None]) -> None:
@@ -287,7 +287,7 @@ class _Beat:
         self._end, self._lost = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "_Beat":
+    def __enter__(self) -> "_Heartbeat":
         self._thread.start()
         return self
 
