@@ -14,9 +14,7 @@ from safetensors.torch import save as save_tensors
 
 from metaheed.config import RunConfig
 from metaheed.errors import RunError, shown
-from metaheed.files.opening import (
-    read_bounded,
-)
+from metaheed.files.opening import read_bounded
 from metaheed.files.parsing import from_json
 from metaheed.files.seals import FORMAT
 from metaheed.outer import OuterState

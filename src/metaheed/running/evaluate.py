@@ -18,14 +18,7 @@ from metaheed.errors import ConfigError, DataError, NonFiniteError
 from metaheed.files.seals import seal_values
 from metaheed.files.writing import check_writable, is_writable, write_whole
 from metaheed.learners import find_backbone, place_constants
-from metaheed.outer import (
-    Execution,
-    adapted_outcome,
-    build_execution,
-    initial_outcome,
-    pick_for_run,
-    workers_ended,
-)
+from metaheed.outer import Execution, adapted_outcome, build_execution, initial_outcome, pick_for_run, workers_ended
 from metaheed.running.checkpoint import Pixels, recorded_pixels
 from metaheed.running.folder import RunFolder
 from metaheed.running.load import load_weights

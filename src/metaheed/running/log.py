@@ -9,11 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from metaheed.errors import RunError
-from metaheed.files.opening import (
-    LINE_BYTES,
-    open_in_place,
-    open_to_read,
-)
+from metaheed.files.opening import LINE_BYTES, open_in_place, open_to_read
 from metaheed.files.parsing import from_json
 from metaheed.files.writing import _writing
 from metaheed.running.meddling import identity, meddling_error, reason

@@ -8,10 +8,7 @@ import torch
 
 from metaheed.config import AttendedConfig, ReplayedConfig, RunConfig
 from metaheed.data import Dataset, Episodes, load_dataset
-from metaheed.errors import (
-    ConfigError,
-    OutOfMemoryError,
-)
+from metaheed.errors import ConfigError, OutOfMemoryError
 from metaheed.learners import Learner, NetworkLearner, build_learner, place_constants
 from metaheed.outer import (
     OuterState,

@@ -10,10 +10,7 @@ import numpy as np
 from metaheed.config import RunConfig
 from metaheed.data import Dataset, Split
 from metaheed.data.images import make_split
-from metaheed.outer import (
-    build_steps,
-    workers_ended,
-)
+from metaheed.outer import build_steps, workers_ended
 from metaheed.running.process import (
     cpu_threads,
     float32_products,

@@ -1,7 +1,7 @@
 """Confidence intervals and tests of mean accuracies.
 
-SciPy is imported inside the functions that need it, so that importing metaheed stays quick; and of SciPy only `special`,
-because `scipy.stats`, whose `t` computes the same values, takes several times as long to import.
+SciPy is imported inside the functions that need it, so that importing metaheed stays quick. Only `scipy.special` is
+used, because `scipy.stats`, whose `t` computes the same values, takes several times as long to import.
 """
 
 import math

@@ -5,19 +5,12 @@ import time
 from typing import Any
 
 from metaheed.config import RunConfig
-from metaheed.errors import (
-    ConfigError,
-)
-from metaheed.outer import (
-    StepRecord,
-)
+from metaheed.errors import ConfigError
+from metaheed.outer import StepRecord
 from metaheed.running.checkpoint import RunProgress
 from metaheed.running.folder import RunFolder
 from metaheed.running.log import JsonLines
-from metaheed.running.process import (
-    describe_processor,
-    peak_memory,
-)
+from metaheed.running.process import describe_processor, peak_memory
 from metaheed.running.session import Session
 
 

@@ -13,21 +13,10 @@ import torch
 
 from metaheed.config import CHUNKED, ExecutionName, ReplayedConfig, RunConfig
 from metaheed.data import check_name
-from metaheed.errors import (
-    ConfigError,
-    Interrupted,
-    NonFiniteError,
-    RunError,
-)
+from metaheed.errors import ConfigError, Interrupted, NonFiniteError, RunError
 from metaheed.files.trust import allow
 from metaheed.learners import find_backbone
-from metaheed.outer import (
-    OuterState,
-    build_steps,
-    describe_execution,
-    pick_for_run,
-    workers_ended,
-)
+from metaheed.outer import OuterState, build_steps, describe_execution, pick_for_run, workers_ended
 from metaheed.running.checkpoint import Checkpoint, RunProgress, check_same_run, check_same_shapes
 from metaheed.running.folder import RunFolder
 from metaheed.running.process import (
