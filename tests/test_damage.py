@@ -187,7 +187,7 @@ class TestBits:
                 ):
                     assert status == 0
                 else:
-                    assert (status, "is of the run" in err, "-seed5" in err) == (1, True, True)
+                    assert (status, "belongs to the run" in err, "-seed5" in err) == (1, True, True)
                     assert err.count("\n") == 1
             shutil.rmtree(mixed)
 

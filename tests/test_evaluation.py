@@ -170,7 +170,7 @@ def test_compare_refuses_what_cannot_be_paired(copies: dict[tuple[str, int], Pat
 
     maml0, maml1, ta0 = copies["maml", 0], copies["maml", 1], copies["ta-maml", 0]
     assert "seeds 0 and 1" in refused(ta0, "--against", maml1)
-    assert "seeds [0] are set against seeds [0, 1]" in refused(ta0, "--against", maml0, maml1)
+    assert "seeds [0] are compared with seeds [0, 1]" in refused(ta0, "--against", maml0, maml1)
     assert "both have seed 0" in refused(ta0, maml0, "--against", maml1)
     assert "stands on both sides" in refused(maml0, "--against", maml0)
     assert "different algorithms (ta-maml, maml)" in refused(ta0, maml1, "--against", maml0, copies["ta-maml", 1])

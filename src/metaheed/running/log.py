@@ -1,4 +1,4 @@
-"""A run's logs: files of one JSON object a line, written on exactly where a checkpoint was made."""
+"""A run's logs: files with one JSON object on each line, which a resumed run continues exactly from its checkpoint."""
 
 import hashlib
 import itertools
@@ -16,7 +16,7 @@ from metaheed.running.meddling import identity, meddling_error, reason
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line, cut back to a known length when a run resumes."""
+    """An append-only file of one JSON object a line, truncated to the checkpoint's length when a run resumes."""
 
     def __init__(self, path: Path, length: int, sha256: str = "") -> None:
         self._path = path
@@ -28,7 +28,7 @@ class JsonLines:
             self._identity = identity(os.fstat(self._file.fileno()))
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line and hand it to the operating system."""
+        """Append a line and pass it to the operating system."""
         line = json.dumps(values, allow_nan=False).encode() + b"\n"
         with _writing(self._path):
             number = self._file.fileno()
@@ -40,13 +40,14 @@ class JsonLines:
         self._length += len(line)
 
     def sync(self, whole: bool = False) -> tuple[int, str]:
-        """Bring everything to the disk; the file's length, and the checksum of it all.
+        """Flush the file to the disk, and return its length and the checksum of its content.
 
         Args:
-            whole: read it all again; else only where its time says that it was written into.
+            whole: verify the whole content; by default only if the file's modification time says that another program
+                wrote to it.
 
         Raises:
-            RunError: another program removed, replaced or changed it.
+            RunError: another program removed, replaced or changed the file.
         """
         with _writing(self._path):
             os.fsync(self._file.fileno())
@@ -75,10 +76,11 @@ class JsonLines:
 
 
 def hash_beginning(path: Path, length: int, sha256: str) -> "hashlib._Hash":
-    """The running checksum of a log's first `length` bytes.
+    """The running SHA-256 of a log's first `length` bytes.
 
     Raises:
-        RunError: it has fewer, or others than those of that checksum (none: it is not known), or cannot be read.
+        RunError: the log cannot be read, is shorter, or its bytes do not have the checksum `sha256` (not checked if
+            that is empty).
     """
     running, left = hashlib.sha256(), length
     if length:
@@ -88,7 +90,7 @@ def hash_beginning(path: Path, length: int, sha256: str) -> "hashlib._Hash":
                     running.update(part)
                     left -= len(part)
         except FileNotFoundError:
-            pass  # said below
+            pass  # reported below, as a file without content
         except OSError as error:
             raise RunError(f"{path} cannot be read: {error.strerror}") from error
     remedy = "it has been altered. Put it back from a copy, or delete the run folder and train anew"
@@ -100,10 +102,11 @@ def hash_beginning(path: Path, length: int, sha256: str) -> "hashlib._Hash":
 
 
 def stream_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file, one after another; a last line without an end is still being written, and left out.
+    """The objects of a .jsonl file, one after another. A last line without a newline is still being written and is left
+    out.
 
     Raises:
-        RunError: it is missing or damaged.
+        RunError: the file is missing or damaged.
     """
     try:
         with open_to_read(Path(path)) as file:
@@ -115,7 +118,7 @@ def stream_lines(path: str | Path) -> Iterator[dict[str, Any]]:
                     return
                 value = from_json(line)
                 if not isinstance(value, dict):
-                    raise ValueError(f"line {number} is no object")
+                    raise ValueError(f"line {number} is not an object")
                 yield value
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {reason(error)}") from error

@@ -1,4 +1,4 @@
-"""What a run logs of its iterations: metrics, tasks, seconds, and TensorBoard's events."""
+"""What a run logs at each iteration: metrics.jsonl, tasks.jsonl, timing.jsonl and TensorBoard's events."""
 
 import math
 import time
@@ -15,7 +15,7 @@ from metaheed.running.session import Session
 
 
 def open_logs(folder: RunFolder, progress: RunProgress) -> tuple[JsonLines, JsonLines]:
-    """metrics.jsonl and tasks.jsonl, cut back to where the checkpoint was written."""
+    """metrics.jsonl and tasks.jsonl, truncated to their lengths when the checkpoint was written."""
     return (
         JsonLines(folder.metrics_file, progress.metrics_bytes, progress.metrics_sha256),
         JsonLines(folder.tasks_file, progress.tasks_bytes, progress.tasks_sha256),
@@ -25,6 +25,7 @@ def open_logs(folder: RunFolder, progress: RunProgress) -> tuple[JsonLines, Json
 def log_step(
     record: StepRecord, iteration: int, metrics: JsonLines, tasks: JsonLines, events: "TensorBoardEvents"
 ) -> tuple[float, float]:
+    """Log an outer step, and return the mean loss and accuracy of its query sets."""
     columns = {name: values.tolist() for name, values in record.info._asdict().items()}
     columns["weights"] = record.weights.tolist()
     means = {name: sum(values) / len(values) for name, values in columns.items()}
@@ -52,13 +53,13 @@ def log_step(
 
 
 def log_number(value: float) -> float | None:
-    """A number rounded to eight digits, and None for NaN, as logs hold it."""
-    # What a float32 holds, and no more; JSON has no NaN.
+    """A number as logs hold it: rounded to eight digits, and None for NaN."""
+    # A float32 holds no more digits, and JSON has no NaN.
     return None if math.isnan(value) else float(f"{value:.8g}")
 
 
 def check_tensorboard(config: RunConfig) -> None:
-    """Raise ConfigError where TensorBoard is asked for and not installed."""
+    """Raise ConfigError if TensorBoard is asked for and not installed."""
     if config.training.tensorboard:
         try:
             import torch.utils.tensorboard  # noqa: F401
@@ -67,32 +68,38 @@ def check_tensorboard(config: RunConfig) -> None:
 
 
 class TensorBoardEvents:
-    """TensorBoard's scalars, where they were asked for."""
+    """Writes scalars for TensorBoard if the run's config asks for it."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, iteration: int) -> None:
         self._writer: Any = None
         if config.training.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            # Events of iterations that a cut-off process did after its last checkpoint are purged.
+            # Purge events that an interrupted process wrote after its last checkpoint.
             self._writer = SummaryWriter(str(folder.events), purge_step=iteration + 1)
 
     def write(self, iteration: int, values: dict[str, float]) -> None:
+        """Write the scalars of an iteration."""
         if self._writer is not None:
             for name, value in values.items():
                 self._writer.add_scalar(name, value, iteration)
 
     def close(self) -> None:
+        """Close the file of events."""
         if self._writer is not None:
             self._writer.close()
 
 
 class IterationClock:
-    """timing.jsonl: seconds in iterations, those in validations and checkpoints left out, and memory."""
+    """Times the iterations and writes timing.jsonl; used as a context around them.
+
+    Validations and checkpoints are not counted.
+    """
 
     def __init__(self, session: Session, folder: RunFolder, iteration: int) -> None:
         file, training = folder.timing_file, session.config.training
-        # Lines of iterations that are done again stay: they were measured. A run from the start begins a new file.
+        # A resumed run keeps the lines of iterations that it repeats, because they are measurements all the same. A run
+        # from the start begins a new file.
         self._lines = JsonLines(file, file.stat().st_size if iteration and file.exists() else 0)
         self._written, self._seconds, self._began = iteration, 0.0, 0.0
         self._device = session.device
@@ -110,7 +117,7 @@ class IterationClock:
         self._seconds += time.perf_counter() - self._began
 
     def write(self, iteration: int) -> None:
-        """Say what the iterations since the last line took."""
+        """Write a line with the time and memory that the iterations since the last line took."""
         steps = iteration - self._written
         if steps:
             seconds = float(f"{self._seconds:.6g}")
@@ -119,4 +126,5 @@ class IterationClock:
         self._written, self._seconds = iteration, 0.0
 
     def close(self) -> None:
+        """Close timing.jsonl."""
         self._lines.close()

@@ -1,4 +1,4 @@
-"""The whole package in a few minutes: train MAML and TA-MAML on glyphs, judge them on the same tasks, compare."""
+"""A demo of a few minutes: train MAML and TA-MAML on glyphs, evaluate both on the same tasks, and compare them."""
 
 from dataclasses import replace
 from functools import partial
@@ -26,16 +26,16 @@ LABELS = {"maml": "MAML", "ta-maml": "TA-MAML"}
 
 
 def demo(out: str | Path, iterations: int, seed: int, tasks: int = 300) -> Path:
-    """Run the demo in `out`, continuing what is there.
+    """Run the demo in the folder `out`, and continue the runs that are there.
 
     Args:
-        out: folder of the runs maml/ and ta-maml/ and of figure.png.
-        iterations: outer steps of each.
-        seed: training seed.
-        tasks: test tasks to judge on.
+        out: folder for the runs maml/ and ta-maml/ and for figure.png.
+        iterations: outer steps of each run.
+        seed: training seed of both.
+        tasks: number of test tasks.
 
     Returns:
-        The figure.
+        The path of the figure.
 
     Raises:
         RunError: `out` holds a demo of other settings.
@@ -84,7 +84,7 @@ def demo(out: str | Path, iterations: int, seed: int, tasks: int = 300) -> Path:
 
 
 def demo_config(algorithm: str, out: Path, iterations: int, seed: int) -> RunConfig:
-    """The demo's setting: smaller tasks and fewer steps than the defaults, for the sake of minutes."""
+    """A run's config in the demo: smaller tasks and fewer steps than the defaults, so that it takes minutes."""
     config = default_config(algorithm)
     return replace(
         config,
@@ -99,14 +99,14 @@ def demo_config(algorithm: str, out: Path, iterations: int, seed: int) -> RunCon
             val_every=max(1, iterations // 8),
             val_tasks=60,
             checkpoint_every=25,
-            execution="vectorized",  # the faster one for tasks as small as these
+            execution="vectorized",  # the fastest for tasks as small as these
         ),
     )
 
 
 def _untrained(run: Path, seed: int, tasks: int) -> tuple[str, str]:
     learner, _ = load(run)
-    meta = learner.init(torch.Generator().manual_seed(seed))  # where the run began
+    meta = learner.init(torch.Generator().manual_seed(seed))  # the θ that the run began with
     config = RunFolder(run).read_config()
     episodes = Episodes(load_dataset("glyphs"), "test", *config.episodes.test_shape, FreezeConfig.episode_seed)
     before, after = (

@@ -1,4 +1,4 @@
-"""Recipes: a run's config as a file to train from."""
+"""Recipes: files to train from, which hold a run's config."""
 
 from metaheed.studies.recipes.recipe import (
     OF_A_RUN,
