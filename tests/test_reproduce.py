@@ -113,7 +113,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(write: Write, metaheed:
 
     # What is shorter than asked for is trained on, and judged again.
     status, out, _ = metaheed("reproduce", "table2", *COMMON, "--iterations", 5000, "--only", "ta-maml", "--dry-run")
-    assert re.search(r"attended-seed0 +goes on at 6 of 5,000 +\d", out)
+    assert re.search(r"attended-seed0 +to be resumed at 6 of 5,000 +\d", out)
     assert "plain" not in out
     assert "1 as fast as the runs here have gone" in out
     status, _, err = metaheed("reproduce", "table2", *COMMON, "--iterations", 9, "--only", "attended")
@@ -133,14 +133,14 @@ def test_stopped_by_a_signal_it_goes_on(write: Write, metaheed: Metaheed, in_fol
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert "stopped with 0 of 2 done; the same command goes on where it stood" in err
+    assert "stopped with 0 of 2 done; the same command continues" in err
     assert "failed" not in err
     assert "Traceback" not in err
     done = [iterations(run)[-1] for run in runs]
     assert not any(RunFolder(run).is_held() for run in runs)
     _, out, _ = metaheed("reproduce", "table2", *COMMON, "--iterations", 100_000, "--dry-run")
     for run, each in zip(runs, done, strict=True):
-        assert re.search(rf"{run.name} +goes on at {each:,} of 100,000", out), out
+        assert re.search(rf"{run.name} +to be resumed at {each:,} of 100,000", out), out
     status, _, err = metaheed("reproduce", "table2", *COMMON, "--iterations", done[1] + 2, "--only", "ta-maml")
     assert status == 0, err
     assert iterations(runs[1]) == [*range(1, done[1] + 3)]
@@ -163,7 +163,7 @@ def test_killed_it_goes_on_once_what_it_left_running_has_ended(
         second = begin("--iterations", 1)
         assert second.stderr is not None
         lines = iter(second.stderr.readline, "")
-        assert any("plain-seed0 is in the hands of another process: waiting for it" in line for line in lines)
+        assert any("plain-seed0 is being worked on by another process: waiting for it" in line for line in lines)
     finally:
         os.kill(left, signal.SIGKILL)
     _, err = second.communicate(timeout=60)
@@ -250,7 +250,7 @@ REFUSED = {
     ("reproduce", "table3"): "did you mean 'table2'",
     ("reproduce", "table2", "--only", "ta-mamal"): "unknown word in --only 'ta-mamal': did you mean 'ta-maml'?",
     ("reproduce", "table2", "--only", "omniglot"): "unknown word in --only 'omniglot'",
-    ("reproduce", "table1", "--only", "omniglot", "5way1shot"): "table1 has nothing that is all of it",
+    ("reproduce", "table1", "--only", "omniglot", "5way1shot"): "table1 has no run that fits all these words",
     ("reproduce", "table2", "--only", "toy"): "unknown word in --only 'toy'",
     ("reproduce", "table2", "--seeds", "1", "1"): "--seeds is (1, 1), but each must be named once",
     ("reproduce", "table2", "--seeds", "-1"): "--seeds is -1",

@@ -1,4 +1,4 @@
-"""The paper's tables and figures, run anew."""
+"""Reproducing the paper's tables and figures."""
 
 from metaheed.studies.reproduce.run import dry_run, make_slots, reproduce
 

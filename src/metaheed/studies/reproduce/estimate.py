@@ -1,7 +1,7 @@
-"""How long runs will take on this machine: from the times that runs here have logged, else measured.
+"""Estimating how long jobs will take on this machine, from times that runs here have logged or from a measurement.
 
-An outer step costs the same whatever the rates and the images, so one measurement serves all runs of a shape: learner,
-rule, tasks, image size, and where it computes. What was measured is kept in OUT/times.json.
+The time of an outer step does not depend on the rates or the content of the images. So one measurement serves all runs
+with the same learner, rule, task shape, image size and processor. Measurements are kept in OUT/times.json.
 """
 
 import contextlib
@@ -29,29 +29,29 @@ from metaheed.studies.paper import IMAGE_SHAPES
 from metaheed.studies.recipes import PAPERS_SEARCH, without_run
 from metaheed.studies.reproduce.plan import Job, RecipeRun, Slot, Standing
 
-_RECENT = 10  # lines of timing.jsonl
-_TOY = 30.0  # seconds, anywhere
+_RECENT = 10  # newest lines of timing.jsonl that are used
+_TOY = 30.0  # seconds that the toy takes on any machine, roughly
 
 
 class Estimate(NamedTuple):
-    """What a job will take."""
+    """The time that a job will take."""
 
     seconds: float | None
-    """None: it cannot be told."""
+    """None if it cannot be estimated."""
     source: str
-    """Where that comes from: logged, kept (measured by an earlier call), measured, usual; or why it cannot be told."""
+    """Its source: logged, kept (measured by an earlier call), measured or usual; or why it cannot be estimated."""
 
 
 def estimate(
     jobs: Sequence[tuple[Job, Standing]], slot: Slot, out: Path, tell: Callable[[str], None]
 ) -> dict[str, Estimate]:
-    """Name -> estimate, of every job that is not done.
+    """Name -> estimate, for every job that is not done.
 
     Args:
-        jobs: with how they stand.
-        place: where one of them computes.
-        out: the folder of the runs, and of times.json.
-        tell: told what is being measured.
+        jobs: jobs with their standings.
+        slot: the device and threads on which each of them computes.
+        out: the folder of the runs and of times.json.
+        tell: called with a line before each measurement.
     """
     where = _where(slot)
     logged, kept = _read_logged(out, where), _read_kept(out)
@@ -89,7 +89,7 @@ def estimate(
 
 
 def cost_key(config: RunConfig, shape: tuple[int, int, int], where: str) -> str:
-    """The same for configs whose iterations cost the same."""
+    """A key that is the same for configs whose iterations take the same time on a processor."""
     values = to_dict(without_run(config))
     del values["training"], values["episodes"]["data"]
     for group, names in PAPERS_SEARCH.items():
@@ -100,7 +100,7 @@ def cost_key(config: RunConfig, shape: tuple[int, int, int], where: str) -> str:
 
 
 def spread_over(seconds: Sequence[float], slots: int) -> float:
-    """When the last of these is done if they are begun in this order, as many at a time as there are slots."""
+    """Seconds until the last of these jobs ends if they start in this order, `slots` at a time."""
     ends = [0.0] * slots
     for duration in seconds:
         heapq.heappush(ends, heapq.heappop(ends) + duration)
@@ -129,7 +129,7 @@ def _where(slot: Slot) -> str:
 
 
 def _read_logged(out: Path, where: str) -> dict[str, float]:
-    """Key -> seconds an iteration, of the newest lines of runs that were made at such a place."""
+    """Key -> seconds for an iteration, from the newest lines of runs that were trained on such a processor."""
     found: dict[str, list[tuple[int, float]]] = {}
     for file in sorted(out.glob("*/timing.jsonl")):
         try:
@@ -139,7 +139,7 @@ def _read_logged(out: Path, where: str) -> dict[str, float]:
             taken = [(int(line["iterations"]), float(line["seconds"])) for line in lines[-_RECENT:]]
             shape = IMAGE_SHAPES.get(config.episodes.data) or _logged_shape(folder)
         except (RunError, KeyError, TypeError, ValueError):
-            continue  # a run that is damaged tells no times; what is wrong with it is said when its turn comes
+            continue  # a damaged run gives no times; it is reported when its turn comes
         if taken and shape is not None:
             found.setdefault(cost_key(config, shape, where), []).extend(taken)
     return {key: sum(s for _, s in taken) / sum(n for n, _ in taken) for key, taken in found.items()}

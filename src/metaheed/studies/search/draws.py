@@ -23,7 +23,7 @@ def search_name(config: RunConfig) -> str:
 
 
 def configured(config: RunConfig, values: dict[str, float]) -> RunConfig:
-    """The config with the given values in those fields that its learner, rule and outer step have; others are ignored."""
+    """The config with the given values in the fields that its learner, rule and outer step have, without the others."""
     parts = {group: getattr(config, group) for group in GROUPS}
     own = {group: {n: v for n, v in values.items() if hasattr(part, n)} for group, part in parts.items()}
     return replace(config, **{group: replace(part, **own[group]) for group, part in parts.items()})

@@ -17,9 +17,9 @@ drawn from its number, so they are the same whichever worker draws them.
 2. It trains the trial in its run folder, from the newest checkpoint if there is one, and reports each validation.
 3. It records the trial's value, which is its best mean accuracy over the frozen validation tasks, or that it failed.
 
-A worker is dead if the lock on its file is free, which other processes of its machine can see, or if it gave no sign of
-life for --lost-after seconds by the observer's own clock. If one trial is left to add, two workers may each add one. The
-surplus trial has a number of --trials or more, and is only trained if --trials is raised.
+A worker is dead if the lock on its file is free, which other processes of its machine can see, or if it gave no sign
+of life for --lost-after seconds by the observer's own clock. If one trial is left to add, two workers may each add one.
+The second one then has a number that is not below --trials, and is only trained if --trials is raised.
 """
 
 import contextlib
