@@ -18,9 +18,9 @@ import torch
 from metaheed.config import ReproduceConfig, default_config
 from metaheed.errors import ConfigError
 from metaheed.running.folder import RunFolder
+from metaheed.running.log import stream_lines
 from metaheed.running.progress import BoardLines
 from metaheed.studies import recipes
-from metaheed.studies.figures import read_lines
 from metaheed.studies.paper import TABLES
 from metaheed.studies.recipes import Recipe
 from metaheed.studies.reproduce import make_slots
@@ -67,7 +67,7 @@ def begin(*arguments: object) -> subprocess.Popen[str]:
 def iterations(run: Path) -> list[int]:
     """Those that the log has, validations left out."""
     file = run / "metrics.jsonl"
-    return [line["iteration"] for line in read_lines(file) if "loss" in line] if file.exists() else []
+    return [line["iteration"] for line in stream_lines(file) if "loss" in line] if file.exists() else []
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

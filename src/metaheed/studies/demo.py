@@ -11,7 +11,8 @@ from rich.table import Table
 from metaheed.config import EvaluationConfig, FreezeConfig, MAMLConfig, RunConfig, default_config
 from metaheed.data import Episodes, load_dataset
 from metaheed.errors import RunError
-from metaheed.files.opening import LinkError, cannot_write, refuse_link
+from metaheed.files.opening import refuse_link
+from metaheed.files.writing import _writing
 from metaheed.outer import adapted_outcome, initial_outcome, map_looped
 from metaheed.running.compare import compare
 from metaheed.running.evaluate import evaluate, evaluate_run
@@ -46,10 +47,8 @@ def demo(out: str | Path, iterations: int, seed: int, tasks: int = 300) -> Path:
         config = demo_config(algorithm, out / algorithm, iterations, seed)
         console.print(f"[bold]{label}[/]: {iterations} iterations of 5-way 1-shot tasks on glyphs")
         folder = RunFolder(out / algorithm)
-        try:
+        with _writing(folder.path):
             refuse_link(folder.path, out)
-        except LinkError as error:
-            raise RunError(cannot_write(error, folder.path)) from error
         if folder.config_file.exists():
             found = folder.read_config()
             recorded = replace(found.training, threads=None, device="auto", out=config.training.out)

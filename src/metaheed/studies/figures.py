@@ -3,7 +3,6 @@
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,12 +30,12 @@ def training_figure(runs: Mapping[str, str | Path], out: str | Path) -> None:
     left, right = figure.subplots(1, 2)
     for (label, path), colour in zip(runs.items(), COLOURS * (1 + len(runs) // len(COLOURS)), strict=False):
         folder = RunFolder(path)
-        validations = [line for line in read_lines(folder.metrics_file) if "validation_accuracy" in line]
+        validations = [line for line in stream_lines(folder.metrics_file) if "validation_accuracy" in line]
         iterations = [line["iteration"] for line in validations]
         left.plot(
             iterations, [100 * v["validation_accuracy"] for v in validations], "o-", color=colour, label=label, ms=4
         )
-        weights = np.array([line["weights"] for line in read_lines(folder.tasks_file)])
+        weights = np.array([line["weights"] for line in stream_lines(folder.tasks_file)])
         steps = 1 + np.arange(len(weights))
         if np.ptp(weights, axis=1).max() == 0:
             right.axhline(weights[0, 0], color=colour, ls="--", lw=1, label=f"{label}: 1/B for every task")
@@ -176,15 +175,6 @@ def _save(figure: Figure, out: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=130, format="png")
     write_whole(out, buffer.getvalue())
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file.
-
-    Raises:
-        RunError: the file is missing or damaged.
-    """
-    return [*stream_lines(path)]
 
 
 def _smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -103,7 +103,7 @@ def text(recipe: Recipe, file: str) -> str:
         recipe: what it holds.
         file: its name, which the comment in it repeats.
     """
-    values: dict[str, Any] = {"provenance": recipe.provenance, "config": _settings(recipe.config)}
+    values: dict[str, Any] = {"provenance": recipe.provenance, "config": recipe_settings(recipe.config)}
     return f"{_comment(recipe, file)}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
 
 
@@ -244,7 +244,8 @@ def without_run(config: RunConfig) -> RunConfig:
     return replace(config, **plain)
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def recipe_settings(config: RunConfig) -> dict[str, Any]:
+    """Group -> field -> value of a config, without the fields that belong to a run."""
     values = to_dict(config)
     for group, names in OF_A_RUN.items():
         for name in names:

@@ -15,8 +15,9 @@ from typing import NamedTuple, Protocol
 
 from metaheed.config import FreezeConfig, ReplayedConfig, ReproduceConfig, RunConfig
 from metaheed.errors import ConfigError, RunError, unknown
-from metaheed.files.opening import LinkError, cannot_write, refuse_link
+from metaheed.files.opening import refuse_link
 from metaheed.files.trust import allow, require
+from metaheed.files.writing import _writing
 from metaheed.running.checkpoint import RunProgress
 from metaheed.running.folder import RunFolder
 from metaheed.running.results import read_result
@@ -230,10 +231,8 @@ def make_jobs(experiment: str, config: ReproduceConfig) -> list[Job]:
 
 def _refuse_links(out: Path, names: Sequence[str]) -> None:
     for name in names:
-        try:
+        with _writing(out):
             refuse_link(out / name)
-        except LinkError as error:
-            raise RunError(cannot_write(error, out)) from error
 
 
 def _choose(experiment: str, config: ReproduceConfig) -> tuple[dict[str, Recipe], bool]:

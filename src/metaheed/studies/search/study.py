@@ -20,7 +20,7 @@ from metaheed.errors import RunError, brief, shown
 from metaheed.files.opening import YAML_BYTES, LinkError, cannot_write, make_folder, read_bounded, refuse_link
 from metaheed.files.parsing import from_yaml
 from metaheed.files.seals import seal_text, unseal_text
-from metaheed.files.writing import write_whole
+from metaheed.files.writing import _writing, write_whole
 from metaheed.running.folder import STUDY_FILE, RunFolder
 from metaheed.studies import recipes
 from metaheed.studies.search.database import connect, exclusive, shown_as, sqlite_file, sqlite_url
@@ -174,10 +174,8 @@ class SharedStudy:
             RunError: there is a link in its place.
         """
         path = self.out / "trials" / f"{number:03d}"
-        try:
+        with _writing(path):
             refuse_link(path / "checkpoints", self.out)
-        except LinkError as error:
-            raise RunError(cannot_write(error, path)) from error
         return RunFolder(path)
 
     def write_settings(self) -> None:
@@ -217,11 +215,9 @@ def _make(out: Path) -> None:
 
 def refuse_links_to_database(file: Path) -> None:
     """Raise RunError if a study folder's own database, or a file that SQLite keeps beside it, is a link."""
-    try:
+    with _writing(file):
         for suffix in ("", "-journal", "-wal", "-shm"):
             refuse_link(file.with_name(file.name + suffix))
-    except LinkError as error:
-        raise RunError(cannot_write(error, file)) from error
 
 
 def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
@@ -266,11 +262,7 @@ def _study_record(config: RunConfig, settings: SearchConfig) -> dict[str, Any]:
 
 def trial_record(config: RunConfig) -> dict[str, Any]:
     """The settings that decide a trial, without those that belong to a machine."""
-    values = to_dict(recipes.without_run(config))
-    for group, names in recipes.OF_A_RUN.items():
-        for name in names:
-            values[group].pop(name, None)
-    return {**values, "seed": config.training.seed}
+    return {**recipes.recipe_settings(config), "seed": config.training.seed}
 
 
 def refuse_difference(what: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
