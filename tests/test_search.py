@@ -550,7 +550,7 @@ def test_a_network_of_ours_on_worker_processes(metaheed: Run, tmp_path: Path) ->
         ),
         (["search", "maml", "--fast-lr-range", "0", "0.01"], "must be two finite numbers above 0"),
         (["search", "maml", "--halving-factor", "1"], "--halving-factor is 1, but it must be at least 2"),
-        (["search", "maml", "--pruner", "halving", "--iterations", "500"], "nothing can be judged before the end"),
+        (["search", "maml", "--pruner", "halving", "--iterations", "500"], "there is no validation before the end"),
         (["search", "maml", "--data", "omniglot"], "omniglot needs --data-root"),
         (["search", "maml", "--ways", "161"], "161 ways, but split 'val' of glyphs has 160 classes"),
         (["search", "maml", "--backbone", "conv4-31"], "unknown backbone 'conv4-31'"),

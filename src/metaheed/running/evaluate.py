@@ -123,9 +123,8 @@ def evaluate_run(
     folder = RunFolder(path)
     path, data_root = folder.path, None if data_root is None else Path(data_root)
     run = folder.read_config(trust)
-    find_backbone(
-        run.learner.backbone, run.learner.backbone_path
-    )  # refuse a missing network before anything is made or read
+    # Refuse a missing network before anything is made or read.
+    find_backbone(run.learner.backbone, run.learner.backbone_path)
     frozen = None if config.episodes is None else read_episodes(config.episodes)
     setting = _setting(config, run, frozen)
     trained_on = run.episodes.data

@@ -302,8 +302,8 @@ class RunFolder:
         if notices:
             # The previous checkpoint is of another iteration. Training falls back to it and says so; reading does not.
             raise RunError(
-                f"{notices[0].partition('; falling')[0]}{damaged}: 'metaheed train --resume {self.path}' goes on from "
-                "the one before and writes it anew"
+                f"{notices[0].partition('; falling')[0]}{damaged}: 'metaheed train --resume {self.path}' continues "
+                "from the one before and rewrites it"
             )
         shape = {"image_shape": list(checkpoint.image_shape), "pixels": checkpoint.pixels, "run": checkpoint.run}
         if which == "last":
@@ -403,7 +403,7 @@ class RunFolder:
             if moved is None:  # an old version sorted names before it brought them to one Unicode form
                 raise RunError(
                     f"{self.path} was begun with the same classes in another order, so that its tasks would be others "
-                    "now: train anew, or go on with the version of this program that it was begun with"
+                    "now: train a new run, or continue with the version of this program that the run was begun with"
                 )
             raise RunError(
                 f"{self.path} was begun with other classes: {shown(moved)} was in {where[0].get(moved, 'none')} and is "

@@ -170,10 +170,7 @@ def available_memory(device: torch.device) -> int | None:
     if not left:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # Windows
             left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit in (
-        "memory.max",
-        "memory/memory.limit_in_bytes",
-    ):  # the limit of a container, under cgroup versions 2 and 1
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's limit: cgroup versions 2 and 1
         with contextlib.suppress(OSError, ValueError):  # there is no limit, or it reads "max"
             left.append(int((Path("/sys/fs/cgroup") / limit).read_text()))
     return min(left, default=None)

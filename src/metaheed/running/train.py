@@ -102,9 +102,7 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
                 _run(folder, config, reporter or Silent())
             except (Interrupted, NonFiniteError):
                 raise
-            except (
-                Exception
-            ):  # a run that has not begun must leave no folder, because that would refuse the next attempt
+            except Exception:  # a run that has not begun leaves no folder, which would refuse the next attempt
                 logs = (folder.metrics_file, folder.tasks_file)
                 begun = folder.last.exists() or not folder.is_ours()
                 if not begun and not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
@@ -266,9 +264,8 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
     def save() -> None:
         nonlocal progress
         folder.check_unaltered()
-        whole = _finished(
-            progress, session.config
-        )  # a later checkpoint would find a change; after the last one nothing would
+        # A change that is missed here is found at the next checkpoint; after the last one it would not be.
+        whole = _finished(progress, session.config)
         (m_bytes, m_sha256), (t_bytes, t_sha256) = metrics.sync(whole), tasks.sync(whole)
         progress = progress._replace(
             metrics_bytes=m_bytes, tasks_bytes=t_bytes, metrics_sha256=m_sha256, tasks_sha256=t_sha256

@@ -69,7 +69,7 @@ class Stage(NamedTuple):
     """What a job needs next."""
 
     what: str
-    """training, judging, or drawing."""
+    """training, evaluation, or drawing."""
     arguments: Sequence[str]
     """Arguments of metaheed's command line."""
 
@@ -141,7 +141,7 @@ class RecipeRun:
             common += ["--data-root", str(self.data_root)]
         iterations = ["--iterations", str(standing.iterations)]
         if standing.trained:
-            return Stage("judging", ["evaluate", path, "--tasks", str(self.tasks), *common])
+            return Stage("evaluation", ["evaluate", path, "--tasks", str(self.tasks), *common])
         if self.folder.config_file.exists():
             return Stage("training", ["train", "--resume", path, *iterations, *common])
         own = ["--seed", str(self.seed), "--out", path, "--threads", str(slot.threads)]

@@ -129,9 +129,8 @@ def _searched(config: RunConfig, settings: SearchConfig) -> list[str]:
 def _importances(shared: SharedStudy, whole: list[FrozenTrial]) -> dict[str, float]:
     """Setting -> its share in what distinguishes the best fifth of the trials (PED-ANOVA, Watanabe et al. 2023)."""
     names = _searched(shared.config, shared.settings)
-    study = optuna.create_study(
-        direction="maximize"
-    )  # a new study, because the one in the database may have more trials than --trials
+    # A study in memory, because the one in the database may have more trials than --trials.
+    study = optuna.create_study(direction="maximize")
     study.add_trials(whole)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_BEST_SHARE)
     found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=names)

@@ -166,7 +166,7 @@ def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
     if settings.pruner == "halving" and max(training.val_every, first_rung(config, settings)) >= training.iterations:
         raise ConfigError(
             f"--pruner halving: with --val-every {training.val_every} and the first rung after "
-            f"{first_rung(config, settings)} iterations nothing can be judged before the end of a trial at "
+            f"{first_rung(config, settings)} iterations there is no validation before the end of a trial at "
             f"{training.iterations}: lower --val-every or --halving-start"
         )
     sqlite_url(out / "study.db")  # refuse a folder whose name cannot be written in a URL

@@ -34,7 +34,7 @@ _POLL = 2.0  # seconds between two attempts to claim a trial
 def how_to_go_on(out: Path, storage: str | None) -> str:
     """How to resume the study, for messages. A database that is not the folder's own must be named again."""
     named = "" if storage is None else f" --storage {shlex.quote(shown_as(storage, out))}"
-    return f"the same command goes on, and so does: metaheed search --resume {shlex.quote(str(out))}{named}"
+    return f"resume with the same command, or with: metaheed search --resume {shlex.quote(str(out))}{named}"
 
 
 class Presence:
