@@ -19,7 +19,7 @@ from metaheed.config import CHUNKED, RunConfig, default_config, from_dict, to_di
 from metaheed.files.seals import seal_text, unseal_text
 from metaheed.learners import MAML, Learner
 from metaheed.outer import map_looped, map_together
-from metaheed.running.process import float32_products, memory_explained, suggest_chunk
+from metaheed.running.process import float32_products, suggest_chunk, translate_memory_errors
 from metaheed.types import Episode, Params
 from tests.conftest import Run
 from tests.networks import Tiny
@@ -185,9 +185,9 @@ def test_every_execution_has_its_remedy(execution: Any, remedy: str) -> None:
     config = replace(config, training=replace(config.training, execution=execution, threads=4))
     text = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried …"
     cpu, learner = torch.device("cpu"), MAML(Tiny(5, (1, 28, 28)))
-    with pytest.raises(OutOfMemoryError, match=remedy), memory_explained(config, cpu, 16, learner):
+    with pytest.raises(OutOfMemoryError, match=remedy), translate_memory_errors(config, cpu, 16, learner):
         raise RuntimeError(text)
-    with pytest.raises(RuntimeError, match=r"^other$"), memory_explained(config, cpu, 16, learner):
+    with pytest.raises(RuntimeError, match=r"^other$"), translate_memory_errors(config, cpu, 16, learner):
         raise RuntimeError("other")
 
 

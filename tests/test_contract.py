@@ -44,7 +44,7 @@ from metaheed.outer import (
     weighted_sum,
 )
 from metaheed.rules.equity import equity
-from metaheed.running.checkpoint import Checkpoint, Progress
+from metaheed.running.checkpoint import Checkpoint, RunProgress
 from metaheed.running.folder import RunFolder
 from metaheed.types import Episode, Params, TaskInfo
 from tests.conftest import make_batch, task
@@ -661,7 +661,7 @@ def test_a_checkpoint_changes_no_bit(
     read: OuterState | None = None
     for t in range(3):
         if t == 2:
-            folder.write_checkpoint(Checkpoint(Progress(iteration=2), state, state.meta, SHAPE))
+            folder.write_checkpoint(Checkpoint(RunProgress(iteration=2), state, state.meta, SHAPE))
             checkpoint, notices = folder.read_checkpoint()
             assert checkpoint is not None
             assert not notices

@@ -30,7 +30,7 @@ from metaheed.files import seals
 from metaheed.learners import MAML
 from metaheed.outer import TaskAttention
 from metaheed.running.folder import RunFolder
-from metaheed.running.process import Signals, StopRequested, check_batch_fits, is_out_of_memory, memory_explained
+from metaheed.running.process import Signals, StopRequested, check_batch_fits, is_out_of_memory, translate_memory_errors
 from metaheed.running.reporter import Reporter
 from metaheed.running.train import resume, train
 from metaheed.studies.report.reading import read_run
@@ -187,7 +187,7 @@ class TestBits:
                 ):
                     assert status == 0
                 else:
-                    assert (status, "is of the run" in err, "-seed5" in err) == (1, True, True)
+                    assert (status, "belongs to the run" in err, "-seed5" in err) == (1, True, True)
                     assert err.count("\n") == 1
             shutil.rmtree(mixed)
 
@@ -361,16 +361,16 @@ class TestMemory:
         config, cpu = small(tmp_path), torch.device("cpu")
         # Two tasks of four images of 100 float32, their rows, and a gradient of 40 bytes.
         need = 2 * (4 * 100 * 4 + 4 * 8 + 40)
-        monkeypatch.setattr(metaheed.running.process, "memory_of", lambda device: need)
+        monkeypatch.setattr(metaheed.running.process, "available_memory", lambda device: need)
         check_batch_fits(config, cpu, (1, 10, 10), 40)
-        monkeypatch.setattr(metaheed.running.process, "memory_of", lambda device: need - 1)
+        monkeypatch.setattr(metaheed.running.process, "available_memory", lambda device: need - 1)
         with pytest.raises(ConfigError, match="--meta-batch-size is 2"):
             check_batch_fits(config, cpu, (1, 10, 10), 40)
-        monkeypatch.setattr(metaheed.running.process, "memory_of", lambda device: None)
+        monkeypatch.setattr(metaheed.running.process, "available_memory", lambda device: None)
         check_batch_fits(config, cpu, (1, 10, 10), 40)
 
     def test_what_this_machine_has(self) -> None:
-        left = metaheed.running.process.memory_of(torch.device("cpu"))
+        left = metaheed.running.process.available_memory(torch.device("cpu"))
         assert left is None or left > 2**27
 
     @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ class TestMemory:
     ) -> None:
         assert is_out_of_memory(error)
         config = small(tmp_path)
-        explained = memory_explained(config, torch.device("cpu"), 2, None)  # type: ignore[arg-type]
+        explained = translate_memory_errors(config, torch.device("cpu"), 2, None)  # type: ignore[arg-type]
         with pytest.raises(OutOfMemoryError, match=r"does not hold .*: .*(set|try) "), explained:
             raise error
 

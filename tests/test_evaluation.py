@@ -3,6 +3,7 @@
 import ctypes
 import json
 import shutil
+import statistics
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from metaheed.learners import MAML
 from metaheed.outer import evaluate_adapted, map_looped
 from metaheed.running.compare import ONE_SEED, compare
 from metaheed.running.evaluate import evaluate
-from metaheed.running.statistics import interval, t_interval, t_quantile
+from metaheed.running.statistics import interval, t_interval
 from tests.conftest import Begin, Run
 from tests.networks import Tiny
 from tests.test_training import SMALL
@@ -168,7 +169,7 @@ def test_compare_refuses_what_cannot_be_paired(copies: dict[tuple[str, int], Pat
 
     maml0, maml1, ta0 = copies["maml", 0], copies["maml", 1], copies["ta-maml", 0]
     assert "seeds 0 and 1" in refused(ta0, "--against", maml1)
-    assert "seeds [0] are set against seeds [0, 1]" in refused(ta0, "--against", maml0, maml1)
+    assert "seeds [0] are compared with seeds [0, 1]" in refused(ta0, "--against", maml0, maml1)
     assert "both have seed 0" in refused(ta0, maml0, "--against", maml1)
     assert "stands on both sides" in refused(maml0, "--against", maml0)
     assert "different algorithms (ta-maml, maml)" in refused(ta0, maml1, "--against", maml0, copies["ta-maml", 1])
@@ -199,8 +200,10 @@ def test_interval_by_hand() -> None:
     ("freedom", "quantile"),  # printed tables, two-sided 95%
     [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (5, 2.57058), (9, 2.26216), (10, 2.22814), (30, 2.04227)],
 )
-def test_student_quantiles(freedom: int, quantile: float) -> None:
-    assert t_quantile(0.975, freedom) == pytest.approx(quantile, rel=1e-5)
+def test_t_interval_against_printed_tables(freedom: int, quantile: float) -> None:
+    values = [*range(freedom + 1)]
+    error = statistics.stdev(values) / len(values) ** 0.5
+    assert t_interval(values)[1] / error == pytest.approx(quantile, rel=1e-5)
 
 
 def test_t_interval_by_hand() -> None:

@@ -18,15 +18,15 @@ import torch
 from metaheed.config import ReproduceConfig, default_config
 from metaheed.errors import ConfigError
 from metaheed.running.folder import RunFolder
+from metaheed.running.log import stream_lines
 from metaheed.running.progress import BoardLines
 from metaheed.studies import recipes
-from metaheed.studies.figures import read_lines
 from metaheed.studies.paper import TABLES
 from metaheed.studies.recipes import Recipe
-from metaheed.studies.reproduce import make_places
+from metaheed.studies.reproduce import make_slots
 from metaheed.studies.reproduce.crew import Follower, Log, lock
 from metaheed.studies.reproduce.estimate import cost_key, spread_over
-from metaheed.studies.reproduce.plan import Place, Run, ToyJob, make_jobs
+from metaheed.studies.reproduce.plan import RecipeRun, Slot, ToyJob, make_jobs
 from tests.conftest import ROOT, Begin
 from tests.conftest import Run as Metaheed
 from tests.report.making import make_run
@@ -67,7 +67,7 @@ WARM: dict[str, Any] = {"before": "from tests.warm import begin_stages_warm\nbeg
 def iterations(run: Path) -> list[int]:
     """Those that the log has, validations left out."""
     file = run / "metrics.jsonl"
-    return [line["iteration"] for line in read_lines(file) if "loss" in line] if file.exists() else []
+    return [line["iteration"] for line in stream_lines(file) if "loss" in line] if file.exists() else []
 
 
 def test_what_is_missing_is_run_and_what_is_there_is_not(
@@ -109,7 +109,7 @@ def test_what_is_missing_is_run_and_what_is_there_is_not(
     # What is shorter than asked for is trained on, and judged again; now by commands as the system begins them.
     monkeypatch.setattr("metaheed.studies.reproduce.crew.subprocess", subprocess)
     status, out, _ = metaheed("reproduce", "table2", *COMMON, "--iterations", 5000, "--only", "ta-maml", "--dry-run")
-    assert re.search(r"attended-seed0 +goes on at 6 of 5,000 +\d", out)
+    assert re.search(r"attended-seed0 +to be resumed at 6 of 5,000 +\d", out)
     assert "plain" not in out
     assert "1 as fast as the runs here have gone" in out
     status, _, err = metaheed("reproduce", "table2", *COMMON, "--iterations", 9, "--only", "attended")
@@ -129,14 +129,14 @@ def test_stopped_by_a_signal_it_goes_on(write: Write, metaheed: Metaheed, begin:
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, err
-    assert "stopped with 0 of 2 done; the same command goes on where it stood" in err
+    assert "stopped with 0 of 2 done; the same command continues" in err
     assert "failed" not in err
     assert "Traceback" not in err
     done = [iterations(run)[-1] for run in runs]
     assert not any(RunFolder(run).is_held() for run in runs)
     _, out, _ = metaheed("reproduce", "table2", *COMMON, "--iterations", 100_000, "--dry-run")
     for run, each in zip(runs, done, strict=True):
-        assert re.search(rf"{run.name} +goes on at {each:,} of 100,000", out), out
+        assert re.search(rf"{run.name} +to be resumed at {each:,} of 100,000", out), out
     status, _, err = metaheed("reproduce", "table2", *COMMON, "--iterations", done[1] + 2, "--only", "ta-maml")
     assert status == 0, err
     assert iterations(runs[1]) == [*range(1, done[1] + 3)]
@@ -157,7 +157,7 @@ def test_killed_it_goes_on_once_what_it_left_running_has_ended(
         _, out, _ = metaheed("reproduce", "table2", *COMMON, "--iterations", 100_000, "--dry-run")
         assert re.search(r"plain-seed0 +being trained elsewhere, at [\d,]+ of 100,000", out)
         second = begin(*table2("--iterations", 1), **WARM)
-        wait_for(lambda: "plain-seed0 is in the hands of another process: waiting for it" in second.err, second)
+        wait_for(lambda: "plain-seed0 is being worked on by another process: waiting for it" in second.err, second)
         assert second.poll() is None
     finally:
         os.kill(left, signal.SIGKILL)
@@ -245,7 +245,7 @@ REFUSED = {
     ("reproduce", "table3"): "did you mean 'table2'",
     ("reproduce", "table2", "--only", "ta-mamal"): "unknown word in --only 'ta-mamal': did you mean 'ta-maml'?",
     ("reproduce", "table2", "--only", "omniglot"): "unknown word in --only 'omniglot'",
-    ("reproduce", "table1", "--only", "omniglot", "5way1shot"): "table1 has nothing that is all of it",
+    ("reproduce", "table1", "--only", "omniglot", "5way1shot"): "table1 has no run that fits all these words",
     ("reproduce", "table2", "--only", "toy"): "unknown word in --only 'toy'",
     ("reproduce", "table2", "--seeds", "1", "1"): "--seeds is (1, 1), but each must be named once",
     ("reproduce", "table2", "--seeds", "-1"): "--seeds is -1",
@@ -311,9 +311,9 @@ def test_what_is_chosen() -> None:
 
 
 def test_the_toy_is_done_when_its_files_are_there(tmp_path: Path) -> None:
-    job, place = ToyJob(tmp_path), Place("cpu", 1)
+    job, slot = ToyJob(tmp_path), Slot("cpu", 1)
     assert not job.look().done
-    assert list(job.next(job.look(), place).arguments) == ["toy", "--out", str(tmp_path)]
+    assert list(job.next(job.look(), slot).arguments) == ["toy", "--out", str(tmp_path)]
     for file in ("toy.json", "trajectories.png"):
         (tmp_path / file).touch()
     assert job.look().done
@@ -323,8 +323,8 @@ def test_commands_carry_where_to_compute(write: Write, in_folder: Path) -> None:
     write("plain")
     config = ReproduceConfig(recipes=Path("recipes"), data_root=Path("d"), out=Path("o"), iterations=7, seeds=(4,))
     (job,) = make_jobs("table2", config)
-    assert isinstance(job, Run)
-    stage = job.next(job.look(), Place("cuda:1", 3))
+    assert isinstance(job, RecipeRun)
+    stage = job.next(job.look(), Slot("cuda:1", 3))
     assert stage.what == "training"
     text = " ".join(stage.arguments)
     assert text == (
@@ -333,20 +333,20 @@ def test_commands_carry_where_to_compute(write: Write, in_folder: Path) -> None:
     )
 
 
-def test_places(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    places = make_places
-    assert places(ReproduceConfig(), 20) == [Place("cpu", 1)] * 8
-    assert places(ReproduceConfig(), 3) == [Place("cpu", 2)] * 3
-    assert places(ReproduceConfig(threads=4), 20) == [Place("cpu", 4)] * 2
-    assert places(ReproduceConfig(jobs=3), 20) == [Place("cpu", 2)] * 3
+    slots = make_slots
+    assert slots(ReproduceConfig(), 20) == [Slot("cpu", 1)] * 8
+    assert slots(ReproduceConfig(), 3) == [Slot("cpu", 2)] * 3
+    assert slots(ReproduceConfig(threads=4), 20) == [Slot("cpu", 4)] * 2
+    assert slots(ReproduceConfig(jobs=3), 20) == [Slot("cpu", 2)] * 3
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [p.device for p in places(ReproduceConfig(), 20)] == ["cuda:0", "cuda:1"]
-    assert [p.device for p in places(ReproduceConfig(jobs=3), 20)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert [p.device for p in places(ReproduceConfig(device="cuda:1"), 20)] == ["cuda:1"]
-    assert [p.device for p in places(ReproduceConfig(device="cpu"), 1)] == ["cpu"]
+    assert [p.device for p in slots(ReproduceConfig(), 20)] == ["cuda:0", "cuda:1"]
+    assert [p.device for p in slots(ReproduceConfig(jobs=3), 20)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert [p.device for p in slots(ReproduceConfig(device="cuda:1"), 20)] == ["cuda:1"]
+    assert [p.device for p in slots(ReproduceConfig(device="cpu"), 1)] == ["cpu"]
 
 
 def test_a_log_that_is_cut_back_is_followed(tmp_path: Path) -> None:

@@ -430,7 +430,7 @@ def test_importances_are_of_what_can_differ(metaheed: Run, tmp_path: Path, monke
     fixed = ["--fast-lr-range", 0.1, 0.1, "--meta-lr-range", 0.001, 0.001]
     arguments = ["search", "ta-maml", *SMALL, "--iterations", 1, "--trials", 2, "--out", tmp_path / "one"]
     _, out, err = metaheed(*arguments, *fixed)
-    assert "importances.png needs two settings that are searched at least" in out + err
+    assert "importances.png needs at least two settings that are searched" in out + err
     assert not (tmp_path / "one" / "importances.png").exists()
     still = ["--fast-lr-range", 0.1, 0.1, "--meta-lr-range", 1e-12, 1e-11]
     _, out, err = metaheed(*arguments[:-1], tmp_path / "level", *still)
@@ -518,7 +518,7 @@ def test_successive_halving_stops_trials_early(metaheed: Run, tmp_path: Path) ->
     assert {int(row["iterations"]) for row in stopped} <= {2, 4, 8}
     spent = sum(int(row["iterations"]) for row in rows(out))
     assert f"6 trials, {len(stopped)} stopped early, {spent} iterations in all" in text
-    assert f"importances.png needs 10 whole trials, and there are {len(whole)}" in text
+    assert f"importances.png needs 10 complete trials, and there are {len(whole)}" in text
     assert "stopped after iteration" in err
     assert str(recipes.read(out / "best.yaml").provenance["trial"]) in {row["trial"] for row in whole}
 
@@ -571,14 +571,14 @@ def test_a_network_of_ours_on_worker_processes(metaheed: Run, tmp_path: Path) ->
         ),
         (["search", "maml", "--fast-lr-range", "0", "0.01"], "must be two finite numbers above 0"),
         (["search", "maml", "--halving-factor", "1"], "--halving-factor is 1, but it must be at least 2"),
-        (["search", "maml", "--pruner", "halving", "--iterations", "500"], "nothing can be judged before the end"),
+        (["search", "maml", "--pruner", "halving", "--iterations", "500"], "there is no validation before the end"),
         (["search", "maml", "--data", "omniglot"], "omniglot needs --data-root"),
         (["search", "maml", "--ways", "161"], "161 ways, but split 'val' of glyphs has 160 classes"),
         (["search", "maml", "--backbone", "conv4-31"], "unknown backbone 'conv4-31'"),
         (["search", "maml", *SMALL, "--backbone", "tests.networks:RandomEachTime"], "gave the same task the losses"),
         (["search", "maml", "--device", "cuda:99"], "--device is 'cuda:99'"),
         (["search", "maml", "--storage", "nonsense"], "--storage is 'nonsense', but it must be a database's URL"),
-        (["search", "maml", "--storage", "sqlite://"], "is kept in memory and lost: name a file"),
+        (["search", "maml", "--storage", "sqlite://"], "would be kept in memory and lost: name a file"),
         (["search", "maml", "--storage", "sqlite:///no/where.db"], "is not a folder"),
         (["search", "maml", "--storage", "acme://u:secret@host/db"], "acme is no database that SQLAlchemy knows"),
         (["search", "maml", "--storage", "mssql+pymssql://u:secret@host/db"], "pip install pymssql"),

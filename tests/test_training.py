@@ -337,7 +337,7 @@ def test_a_checkpoint_of_another_architecture(whole: dict[str, Path], metaheed: 
     edit(run / "config.yaml", "tests.networks:Tiny", "conv4-32")
     for arguments in (("train", "--resume", run, "--iterations", 12), ("evaluate", run)):
         status, _, err = metaheed(*arguments)
-        assert (status, "is of another architecture: '1.bias'" in err) == (1, True)
+        assert (status, "has another architecture: '1.bias'" in err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_a_checkpoint_of_other_settings(
     edit(run / "config.yaml", old, new)
     before = content(run)
     status, _, err = metaheed("train", "--resume", run, "--iterations", 12)
-    assert (status, f"is of another architecture: '{offender}'" in err) == (1, True), err
+    assert (status, f"has another architecture: '{offender}'" in err) == (1, True), err
     assert content(run) == before
 
 

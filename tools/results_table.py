@@ -20,8 +20,8 @@ from benchmarks.table import LABELS, fastest_peer, spread
 from metaheed.config import ALGORITHMS
 from metaheed.running.compare import compare
 from metaheed.running.folder import RunFolder
+from metaheed.running.log import stream_lines
 from metaheed.running.results import read_result
-from metaheed.studies.figures import read_lines
 from metaheed.studies.report.arms import (
     Arm,
     Comparison,
@@ -232,7 +232,7 @@ def curves(study: Path) -> str:
     """
     rows = []
     for path in sorted(p.parent for p in study.glob("*/result.json")):
-        lines = read_lines(RunFolder(path).metrics_file)
+        lines = [*stream_lines(RunFolder(path).metrics_file)]
         values = [100 * line["validation_accuracy"] for line in lines if "validation_accuracy" in line]
         late = values[len(values) // 2 :]
         squares = [(b - a) ** 2 for a, b in itertools.pairwise(late)]
@@ -258,7 +258,7 @@ def progress(study: Path) -> str:
         for run in arm.runs:
             columns += [f"{arm.label}, training loss since the row above", "validation"]
             losses: list[float] = []
-            for line in read_lines(RunFolder(run.path).metrics_file):
+            for line in stream_lines(RunFolder(run.path).metrics_file):
                 if "validation_accuracy" in line:
                     cells[line["iteration"]] += [
                         f"{statistics.fmean(losses):.3f}",

@@ -20,7 +20,7 @@ from metaheed.engine.executions.processes import AVAILABLE, Workers
 from metaheed.errors import ConfigError, WorkerError
 from metaheed.learners import MAML, Conv4, Learner, MetaLSTM
 from metaheed.outer import evaluate_adapted, task_gradient, vectorized
-from metaheed.running.process import memory_explained
+from metaheed.running.process import translate_memory_errors
 from metaheed.types import Episode, Params
 from tests.conftest import ROOT, make_batch
 
@@ -218,17 +218,20 @@ def test_a_killed_worker_may_have_had_too_little_memory_and_another_death_is_sai
         r"^a worker process was killed \(signal 9\), which most often means that memory ran out; if so: "
         r"set --execution vectorized --chunk-size 2\. Checkpoints, if any, are kept$"
     )
-    with pytest.raises(WorkerError, match=remedy) as caught, memory_explained(config, cpu, 4, learner_and_meta()[0]):
+    with (
+        pytest.raises(WorkerError, match=remedy) as caught,
+        translate_memory_errors(config, cpu, 4, learner_and_meta()[0]),
+    ):
         raise WorkerError(-9)
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     with (
         pytest.raises(WorkerError, match=r"was killed \(signal 11\): use"),
-        memory_explained(config, cpu, 4, learner_and_meta()[0]),
+        translate_memory_errors(config, cpu, 4, learner_and_meta()[0]),
     ):
         raise WorkerError(-11)
     with (
         pytest.raises(WorkerError, match=r"ended unexpectedly \(status 1\): use"),
-        memory_explained(config, cpu, 4, learner_and_meta()[0]),
+        translate_memory_errors(config, cpu, 4, learner_and_meta()[0]),
     ):
         raise WorkerError(1)
 

@@ -177,7 +177,7 @@ def test_band_by_hand() -> None:
         ("", "is empty"),
         ('{"iteration": 1}\n', "weights"),
         ("{}}\n", "cannot be read"),
-        ("[]\n", "is no object"),
+        ("[]\n", "is not an object"),
         (json.dumps(batch(1, [1, 2], [0.5, 0.5], grad_norm=[1])) + "\n", "different lengths"),
         (json.dumps(batch(1, [1, 2], [0.5, 0.5])) + "\n" + json.dumps(batch(2, [1], [1])) + "\n", "of 2 and of 1"),
         (json.dumps({**batch(1, [1, 2], [0.5, 0.5]), "weights": ["a", 0.5]}) + "\n", "damaged"),

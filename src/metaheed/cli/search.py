@@ -60,7 +60,7 @@ def parse_search(arguments: list[str]) -> Search:
             raise ConfigError(f"{name} is searched: bound it by {name}-range LOW HIGH; the same number twice fixes it")
     named = arguments[1:2]
     if named == ["custom"]:
-        custom: Search = parse_custom(arguments, f"{_SEARCH}. Here: {{}}.", Search, _in_search)
+        custom: Search = parse_custom(arguments, f"{_SEARCH}. Here: {{}}.", Search, _default_search)
         return custom
     if named and not named[0].startswith("-") and named[0] not in ALGORITHMS:
         raise unknown("algorithm", named[0], [*ALGORITHMS, "custom"])
@@ -70,19 +70,19 @@ def parse_search(arguments: list[str]) -> Search:
             f"search {named[0]}",
             ["search", *arguments[2:]],
             f"{ALGORITHMS[named[0]][2]} {_SEARCH}",
-            default=_in_search(default_config(named[0], *find_setting(arguments))),
+            default=_default_search(default_config(named[0], *find_setting(arguments))),
         )
         return of_one
     setting = find_setting(arguments)
     kinds = tyro.extras.subcommand_type_from_defaults(
-        {name: _in_search(default_config(name, *setting)) for name in ALGORITHMS},
+        {name: _default_search(default_config(name, *setting)) for name in ALGORITHMS},
         {name: description for name, (_, _, description) in ALGORITHMS.items()},
     )
     parsed: Search = parse_command(kinds, "search", arguments, _SEARCH)
     return parsed
 
 
-def _in_search(config: RunConfig) -> Search:
+def _default_search(config: RunConfig) -> Search:
     return Search(search=SearchConfig(), run=replace(config, training=TrialConfig()))
 
 

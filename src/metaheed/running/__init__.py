@@ -1,1 +1,1 @@
-"""Runs: training, judging and comparing them, and the folders that hold them."""
+"""Training, evaluating and comparing runs, and the folders that hold them."""

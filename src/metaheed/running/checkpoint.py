@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is packed into a file and checked when it is read."""
+"""What a checkpoint holds, how it is packed into a .safetensors file, and how it is checked when it is read."""
 
 import hashlib
 import json
@@ -14,44 +14,42 @@ from safetensors.torch import save as save_tensors
 
 from metaheed.config import RunConfig
 from metaheed.errors import RunError, shown
-from metaheed.files.opening import (
-    read_bounded,
-)
+from metaheed.files.opening import read_bounded
 from metaheed.files.parsing import from_json
 from metaheed.files.seals import FORMAT
 from metaheed.outer import OuterState
 from metaheed.running.meddling import reason
 from metaheed.types import Params
 
-_FORMATS = (1, FORMAT)  # the first one's checksum covers tensors only, and it says nothing of the logs
+_FORMATS = (1, FORMAT)  # in format 1 the checksum covers only the tensors, and the logs have none
 
 
-_LARGEST_IMAGE = 2**24  # numbers; beyond it a checkpoint's word is not believed
+_LARGEST_IMAGE = 2**24  # numbers; a checkpoint that claims larger images is refused
 
 
-class Progress(NamedTuple):
-    """Where a run stands: what a checkpoint holds beside tensors."""
+class RunProgress(NamedTuple):
+    """How far a run has come: what a checkpoint holds beside its tensors."""
 
     iteration: int = 0
-    """Outer steps done."""
+    """Number of outer steps done."""
     validated: int = 0
-    """The iteration of the newest validation; 0: none."""
+    """Iteration of the newest validation; 0 before the first."""
     best_iteration: int = 0
-    """The iteration of the best validation; 0: none."""
+    """Iteration of the best validation; 0 before the first."""
     best_accuracy: float = -1.0
-    """Its mean accuracy."""
+    """Mean accuracy of the best validation; -1 before the first."""
     metrics_bytes: int = 0
-    """Length of metrics.jsonl at this point."""
+    """Length of metrics.jsonl when the checkpoint was written."""
     tasks_bytes: int = 0
-    """Length of tasks.jsonl at this point."""
+    """Length of tasks.jsonl when the checkpoint was written."""
     metrics_sha256: str = ""
-    """Checksum of metrics.jsonl up to here; empty: written by a version that did not record it."""
+    """Checksum of those bytes of metrics.jsonl; empty if an old version, which had none, wrote the checkpoint."""
     tasks_sha256: str = ""
-    """The same of tasks.jsonl."""
+    """Checksum of those bytes of tasks.jsonl; empty as above."""
 
 
 class Pixels(NamedTuple):
-    """How pixels are scaled, channel by channel: /255, minus mean, over std."""
+    """How pixels are standardised, channel by channel: (value / 255 - mean) / std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -61,59 +59,71 @@ class Pixels(NamedTuple):
 class Checkpoint:
     """The whole state of a run."""
 
-    progress: Progress
+    progress: RunProgress
     state: OuterState
     best: Params
     """θ at the best validation; empty before the first."""
     image_shape: tuple[int, int, int]
     pixels: Pixels | None = None
-    """How images were scaled; none: written by a version that did not record it."""
+    """How images were standardised; None if an old version, which did not record it, wrote the checkpoint."""
     run: str = ""
-    """`RunConfig.run_name` of the run that it is of; empty: written by a version that did not record it."""
+    """`RunConfig.run_name` of the run; empty if an old version, which did not record it, wrote the checkpoint."""
 
 
-def check_is_of(config: RunConfig, run: Any, what: str) -> None:
-    """Raise RunError where a checkpoint says that it is of another run than the config's: files of two were mixed."""
+def check_same_run(config: RunConfig, run: Any, what: str) -> None:
+    """Raise RunError if a checkpoint belongs to another run than the config, that is, if files of two runs were mixed.
+
+    Args:
+        config: the config in the run folder.
+        run: the run's name that the checkpoint records; nothing is checked if it is empty.
+        what: what the checkpoint is called in the message.
+    """
     if run and run != config.run_name:
         raise RunError(
-            f"{what} is of the run {shown(run)}, and its config.yaml of {shown(config.run_name)}: put back the "
+            f"{what} belongs to the run {shown(run)}, but its config.yaml to {shown(config.run_name)}: put back the "
             "file that belongs there"
         )
 
 
-def check_fits(configured: Params, found: Params, what: str) -> None:
+def check_same_shapes(configured: Params, found: Params, what: str) -> None:
     """Raise RunError unless `found` has the names and shapes of `configured`."""
     expected, there = ({name: tuple(p.shape) for name, p in tree.items()} for tree in (configured, found))
     for name in sorted({**expected, **there}):
         if expected.get(name) != there.get(name):
             raise RunError(
-                f"{what} is of another architecture: {shown(name)} is {there.get(name, 'absent')} there and "
+                f"{what} has another architecture: {shown(name)} is {there.get(name, 'absent')} there and "
                 f"{expected.get(name, 'absent')} as configured. Use the checkpoint's own config.yaml"
             )
 
 
-def _packed(tensors: Params, about: dict[str, Any]) -> bytes:
-    # Copies: θ and the best θ may be the same tensors, which the format refuses to write twice.
+def pack_tensors(tensors: Params, about: dict[str, Any]) -> bytes:
+    """The content of a .safetensors file that holds the tensors and, as metadata, what is said about them."""
+    # Copied because θ and the best θ may be the same tensors, which the format refuses to write twice.
     tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()}
-    # The file sorts its tensors; their order decides the order of sums, and so bits, and must come back as it was.
+    # The format sorts tensors by name. Their order decides the order of sums, and so the last bits of a result. It is
+    # recorded here and restored by `read_tensors`.
     about = {"format": FORMAT, **about, "names": list(tensors)}
     about["sha256"] = _digest(tensors, about)
-    # One metadata entry: the order of several in the file is random from process to process.
+    # One metadata entry, because the order in which the library writes several differs from process to process.
     return save_tensors(tensors, {"metaheed": json.dumps(about)})
 
 
-def unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
-    """The tensors in a file and what it says of itself; RunError where it is damaged."""
+def read_tensors(path: Path) -> tuple[Params, dict[str, Any]]:
+    """The tensors of a file written from `pack_tensors`, and its metadata.
+
+    Raises:
+        RunError: the file cannot be read, is no checkpoint, or is damaged.
+    """
     try:
-        # Read at once: the library's own reader opens the file twice, and a training run may replace it in between.
+        # Read at once, because the library's own reader opens the file twice, and training may replace it in between.
         content = read_bounded(path)
         found = load_tensors(content)
-        # The bytes' reader gives no metadata: the format's header is its length in 8 bytes, then JSON.
-        about = about_itself(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        # The library's reader of bytes gives no metadata. The header begins with its length in 8 bytes; JSON follows.
+        about = parse_metadata(content[8 : 8 + int.from_bytes(content[:8], "little")])
         names = about.get("names", [])
         if sorted(names) != sorted(found):
             raise ValueError("its list of tensors does not match its content")
-        # Copied into memory of PyTorch's own alignment: vector kernels round differently at another one.
+        # Copied into memory that PyTorch aligned, because vector kernels round differently at another alignment.
         tensors = {name: found[name].clone() for name in names}
     except (OSError, SafetensorError, KeyError, ValueError, AttributeError, TypeError) as error:
         raise RunError(f"{path} is not a checkpoint: {reason(error)}") from error
@@ -126,15 +136,15 @@ def unpacked(path: Path) -> tuple[Params, dict[str, Any]]:
     return tensors, about
 
 
-def about_itself(header: bytes) -> dict[str, Any]:
-    """What a checkpoint says of itself, from the header of its format.
+def parse_metadata(header: bytes) -> dict[str, Any]:
+    """The metadata of a checkpoint, from the JSON header of its file.
 
     Raises:
-        KeyError, ValueError, AttributeError, TypeError: it is none.
+        KeyError, ValueError, AttributeError, TypeError: the header is not that of a checkpoint.
     """
     about = from_json(from_json(header).get("__metadata__", {})["metaheed"])
     if not isinstance(about, dict):
-        raise ValueError("it says nothing of itself")
+        raise ValueError("it has no metadata")
     return about
 
 
@@ -149,36 +159,41 @@ def _digest(tensors: Params, about: dict[str, Any] | None) -> str:
     return digest.hexdigest()
 
 
-def _checkpoint(tensors: Params, about: dict[str, Any]) -> Checkpoint:
+def build_checkpoint(tensors: Params, about: dict[str, Any]) -> Checkpoint:
+    """The checkpoint that a file's tensors and metadata stand for.
+
+    Raises:
+        KeyError, ValueError: a field or a group of tensors is missing, unknown, or out of its bounds.
+    """
     groups: dict[str, Params] = {"meta": {}, "optimizer": {}, "rule": {}, "best": {}}
     for name, leaf in tensors.items():
         group, _, rest = name.partition(".")
         groups[group][rest] = leaf
-    fields = [field for field in Progress._fields if about["format"] == FORMAT or not field.endswith("_sha256")]
+    fields = [field for field in RunProgress._fields if about["format"] == FORMAT or not field.endswith("_sha256")]
     for field in fields:
-        if Progress.__annotations__[field] is int:
+        if RunProgress.__annotations__[field] is int:
             whole_number(about, field)
-    progress = Progress(**{field: about[field] for field in fields})
+    progress = RunProgress(**{field: about[field] for field in fields})
     if not isinstance(progress.best_accuracy, float | int):
-        raise ValueError("its best_accuracy is no number")
+        raise ValueError("its best_accuracy is not a number")
     best = groups.pop("best")
     of = str(about.get("run", ""))
-    return Checkpoint(progress, OuterState(**groups), best, _image_shape(about), recorded_pixels(about), of)
+    return Checkpoint(progress, OuterState(**groups), best, recorded_image_shape(about), recorded_pixels(about), of)
 
 
 def whole_number(about: dict[str, Any], field: str) -> int:
-    """A field that must be a whole number of at least 0; ValueError where it is not."""
+    """A field of the metadata that must be a whole number of at least 0; ValueError if it is not."""
     value = about.get(field)
     if not isinstance(value, int) or not 0 <= value < 2**63:
-        raise ValueError(f"it says {str(value)[:40]} of its {field}, which must be a whole number of at least 0")
+        raise ValueError(f"its {field} is {str(value)[:40]}, which must be a whole number of at least 0")
     return value
 
 
-def _image_shape(about: dict[str, Any]) -> tuple[int, int, int]:
-    """(channels, height, width) of the images trained on, from what a checkpoint says of itself.
+def recorded_image_shape(about: dict[str, Any]) -> tuple[int, int, int]:
+    """(channels, height, width) of the images trained on, from a checkpoint's metadata.
 
     Raises:
-        ValueError: it says nothing of them, or what cannot be.
+        ValueError: the metadata lacks the shape, or it is not one of an image.
     """
     shape = about.get("image_shape")
     if (
@@ -193,10 +208,10 @@ def _image_shape(about: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def recorded_pixels(about: dict[str, Any]) -> Pixels | None:
-    """How images were scaled, from what a checkpoint says of itself; none: it does not.
+    """How images were standardised, from a checkpoint's metadata; None if it is not recorded.
 
     Raises:
-        ValueError: it says what cannot be.
+        ValueError: what is recorded is not a mean and a deviation for each channel.
     """
     found = about.get("pixels")
     if found is None:

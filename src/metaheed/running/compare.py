@@ -1,4 +1,4 @@
-"""Paired comparison of runs on the same frozen tasks, over one or several training seeds."""
+"""Paired comparison of evaluated runs on the same frozen tasks, over one or several training seeds."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,28 +7,30 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from metaheed.errors import RunError
-from metaheed.running.results import _OWN, Asked, read_result
+from metaheed.running.results import OWN_SHAPE, TaskShape, read_result
 from metaheed.running.statistics import interval, t_interval, t_test
 
 
 class Difference(NamedTuple):
-    """A paired difference of accuracies: runs minus the runs they are set against."""
+    """Accuracy of some runs minus the accuracy of the runs that they are compared with, task by task."""
 
     mean: float
+    """Mean difference over seeds and tasks."""
     half_width: float
+    """Half-width of its 95% interval."""
     covers: str
-    """What the interval speaks of."""
+    """Over what the interval generalises: test tasks only, or training seeds."""
     per_seed: dict[int, float]
     """Seed -> mean difference over the tasks."""
     accuracy: float
-    """Mean over seeds and tasks of the runs."""
+    """Mean accuracy of the runs over seeds and tasks."""
     accuracy_against: float
-    """The same of the runs they are set against."""
+    """Mean accuracy of the runs that they are compared with."""
     tasks_half_width: float
-    """Half-width of the 95% interval over test tasks, these training runs taken as given: 1.96·s/√n over the per-task
-    differences, averaged over seeds. It says nothing about other training runs."""
+    """Half-width of the 95% interval over test tasks for these training runs: 1.96·s/√n over the per-task differences,
+    which are averaged over seeds first. It says nothing about other training runs."""
     p_value: float | None
-    """Two-sided, of the paired t-test with the seed as the unit; none: one seed, which cannot tell."""
+    """Two-sided p-value of the paired t-test over seeds; None if there is one seed."""
 
 
 ONE_SEED = "covers test tasks only, one training seed"
@@ -38,18 +40,18 @@ def compare(
     runs: str | Path | Sequence[str | Path],
     against: str | Path | Sequence[str | Path],
     data: str | None = None,
-    shape: Asked = _OWN,
+    shape: TaskShape = OWN_SHAPE,
 ) -> Difference:
-    """Paired differences on the same frozen tasks.
+    """Compare the accuracies of two algorithms on the same frozen tasks.
 
-    With one seed a side: 1.96·s/√n over the per-task differences, which says nothing about another training run. With
-    several: the seed is the unit, a t-interval over the per-seed mean differences.
+    With one seed a side, the interval is 1.96·s/√n over the per-task differences and says nothing about other training
+    runs. With several seeds, it is a t-interval over the mean difference of each seed.
 
     Args:
-        runs: one algorithm's, one a seed; a single one may be given as it is.
-        against: another's, of the same seeds.
-        data: compare on this data set, on which all were evaluated; none: on the one they were trained on.
-        shape: compare on tasks of this shape, on which all were evaluated.
+        runs: folders of one algorithm's runs, one for each seed; a single one may be given as it is.
+        against: folders of another algorithm's runs, with the same seeds.
+        data: compare the evaluations on this data set; by default on the one that the runs were trained on.
+        shape: compare the evaluations on tasks of these (ways, shots, queries); by default on the runs' own.
 
     Raises:
         RunError: a run has not been evaluated, the tasks differ, the seeds of the two sides do not match, or the runs
@@ -63,7 +65,9 @@ def compare(
                 f"the two runs have seeds {seed} and {other_seed}, so their training tasks differ: compare equal seeds"
             )
     elif set(left) != set(right):
-        raise RunError(f"seeds {sorted(left)} are set against seeds {sorted(right)}: give the same seeds on both sides")
+        raise RunError(
+            f"seeds {sorted(left)} are compared with seeds {sorted(right)}: give the same seeds on both sides"
+        )
     origins = {r.get("trained_on", r.get("data")): p for side in (left, right) for p, r in side.values()}
     if len(origins) > 1:
         (a, b), (of_a, of_b) = list(origins.values())[:2], list(origins)[:2]
@@ -83,12 +87,12 @@ def compare(
         names = {r["algorithm"]: p for p, r in side.values()}
         if len(names) > 1:
             raise RunError(
-                f"{' and '.join(map(str, names.values()))} are of different algorithms ({', '.join(names)}): "
-                "give one algorithm a side"
+                f"{' and '.join(map(str, names.values()))} were trained by different algorithms ({', '.join(names)}): "
+                "give runs of one algorithm on each side"
             )
     same = {p.resolve() for p, _ in left.values()} & {p.resolve() for p, _ in right.values()}
     if same:
-        raise RunError(f"{min(same)} stands on both sides: a run cannot be set against itself")
+        raise RunError(f"{min(same)} stands on both sides: a run cannot be compared with itself")
     differences = {
         seed: np.array(left[seed][1]["accuracies"]) - np.array(right[seed][1]["accuracies"]) for seed in sorted(left)
     }
@@ -112,7 +116,8 @@ def compare(
     )
 
 
-def _by_seed(paths: Sequence[str | Path], data: str | None, shape: Asked) -> dict[int, tuple[Path, dict[str, Any]]]:
+def _by_seed(paths: Sequence[str | Path], data: str | None, shape: TaskShape) -> dict[int, tuple[Path, dict[str, Any]]]:
+    """Seed -> (run folder, its result)."""
     found: dict[int, tuple[Path, dict[str, Any]]] = {}
     for path in map(Path, paths):
         result = read_result(path, data, shape)

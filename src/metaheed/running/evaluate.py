@@ -1,4 +1,4 @@
-"""Judging a trained run on frozen tasks, and comparing runs on the same ones."""
+"""Evaluating a trained run on frozen tasks and writing its result.json."""
 
 import json
 from collections.abc import Callable
@@ -31,21 +31,21 @@ from metaheed.running.folder import RunFolder
 from metaheed.running.load import load_weights
 from metaheed.running.process import (
     cpu_threads,
-    failures_explained,
     float32_products,
-    memory_explained,
     pick_device,
-    starts_explained,
+    translate_memory_errors,
+    translate_network_errors,
+    translate_start_errors,
 )
 from metaheed.running.results import result_file
 from metaheed.running.statistics import interval
 from metaheed.types import Params
 
-_AT_ONCE = 10  # tasks a batch in evaluation: bounds memory, and how long an interruption waits
+_AT_ONCE = 10  # tasks in a batch; bounds the memory and the time until an interruption takes effect
 
 
 class Outcomes(NamedTuple):
-    """(n,) float64 each, one entry a task."""
+    """Query loss and accuracy of n tasks; each (n,) float64."""
 
     losses: np.ndarray
     accuracies: np.ndarray
@@ -58,17 +58,17 @@ def evaluate(
     tasks: int,
     on_tasks: Callable[[int], None] | None = None,
 ) -> Outcomes:
-    """Query loss and accuracy of the first `tasks` tasks; no graph is kept, so memory does not grow with their number.
+    """Query loss and accuracy of the first `tasks` frozen tasks. Memory does not grow with their number.
 
     Args:
-        execution: of `evaluate_adapted` or `evaluate_initial`.
+        execution: runs `evaluate_adapted` or `evaluate_initial` on a batch of tasks.
         meta: θ.
         episodes: the frozen tasks.
-        tasks: how many.
-        on_tasks: called with the number done after each few; may raise to stop.
+        tasks: number of tasks.
+        on_tasks: called after each batch with the number of tasks done; it may raise an exception to stop.
 
     Raises:
-        NonFiniteError: a loss is not finite, so that its accuracy would mean nothing.
+        NonFiniteError: a loss is not finite, so its accuracy would mean nothing.
     """
     losses, accuracies = np.zeros(tasks), np.zeros(tasks)
     for first in range(0, tasks, _AT_ONCE):
@@ -84,7 +84,7 @@ def evaluate(
     return Outcomes(losses, accuracies)
 
 
-@starts_explained()
+@translate_start_errors()
 def evaluate_run(
     path: str | Path,
     config: EvaluationConfig | None = None,
@@ -98,27 +98,29 @@ def evaluate_run(
     out: str | Path | None = None,
     notice: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Judge a run and write its result.json; or, so that this one stays that of the run's own test setting,
-    result-on-DATA.json, result-5way5shot15query.json, result-val.json.
+    """Evaluate a run and write the result into its folder.
 
-    Where the folder cannot be written, as on a read-only disk or another user's, the result is not kept.
+    The result on the run's own test setting is result.json. Other settings have files of their own:
+    result-on-DATA.json, result-5way5shot15query.json, result-val.json. If the folder cannot be written (a read-only
+    disk, another user's folder), the result is returned but not kept.
 
     Args:
         path: the run folder.
-        config: which tasks and which checkpoint; the defaults if None.
-        data_root: where the data lies now; none: where it lay in training.
-        device: none: the run's own, if it is here.
+        config: the tasks to evaluate on, and the checkpoint to evaluate; the defaults if None.
+        data_root: folder of the data sets; by default the one used in training.
+        device: by default the one used in training if this machine has it, else the CPU.
         on_tasks: see `evaluate`.
-        execution: how the tasks are run; none: as in training, on a device of another kind as that suits it.
-        chunk_size: this many at once, under the executions vectorized (taken where only this is given) and im2col.
-        threads: of the CPU; none: as in training.
-        trust: let the code of a network run that the run folder names, is not one of ours, and was not allowed before.
+        execution: how a batch of tasks is computed; by default as in training, or "auto" on another kind of device.
+        chunk_size: number of tasks computed at once by the executions vectorized and im2col. If only this is given, the
+            execution is vectorized.
+        threads: number of CPU threads; by default as in training.
+        trust: allow the code of the network that the run folder names, if it is not metaheed's and not allowed yet.
         out: the file to write instead of one in the run folder.
-        notice: told where the result is not kept.
+        notice: called with a message if the result is not kept.
 
     Returns:
-        What the result file holds: accuracy and its half-width, per-task accuracies, the tasks' hash, what was judged
-        and, on another data set than the training's, how its images were made to fit.
+        The content of the result file: accuracy and its half-width, the accuracy of each task, the hash of the tasks,
+        what was evaluated and, on another data set than that of training, how its images were converted.
 
     Raises:
         RunError, DataError, ConfigError: the run, its data or the setting cannot be used.
@@ -129,14 +131,15 @@ def evaluate_run(
     folder = RunFolder(path)
     path, data_root = folder.path, None if data_root is None else Path(data_root)
     run = folder.read_config(trust)
-    find_backbone(run.learner.backbone, run.learner.backbone_path)  # refused before anything is made or read
+    # Refuse a missing network before anything is made or read.
+    find_backbone(run.learner.backbone, run.learner.backbone_path)
     frozen = None if config.episodes is None else read_episodes(config.episodes)
     setting = _setting(config, run, frozen)
     trained_on = run.episodes.data
     shape = setting.ways, setting.shots, setting.queries
     file = Path(out) if out is not None else result_file(folder, run, setting.data, shape, setting.split)
     if out is not None and folder.needs(file):
-        raise ConfigError(f"--out is {out}, which is a file of the run itself: name another")
+        raise ConfigError(f"--out is {out}, which is a file of the run itself: name another file")
     kept = True
     if out is None and not is_writable(file):
         kept = False
@@ -149,15 +152,15 @@ def evaluate_run(
     where = pick_device(device or run.training.device, fall_back=device is None)
     meta = {name: p.to(where) for name, p in meta.items()}
     place_constants(learner, where)
-    run = replace(run, training=_judging(run, execution, chunk_size, threads, where))
+    run = replace(run, training=_resolve_training(run, execution, chunk_size, threads, where))
     episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
     folder.check_classes(episodes.dataset, setting.split)
     with (
         closing_workers(),
         cpu_threads(run.training),
         float32_products(run.training.tf32),
-        memory_explained(run, where, min(_AT_ONCE, setting.tasks), learner),
-        failures_explained(run, where, learner, meta, lambda: episodes.batch(0, 1), judging=True),
+        translate_memory_errors(run, where, min(_AT_ONCE, setting.tasks), learner),
+        translate_network_errors(run, where, learner, meta, lambda: episodes.batch(0, 1), judging=True),
     ):
         adapted, initial = (
             evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)
@@ -189,10 +192,10 @@ def evaluate_run(
     return result
 
 
-def _judging(
+def _resolve_training(
     run: RunConfig, execution: ExecutionName | None, chunk_size: int | None, threads: int | None, where: torch.device
 ) -> TrainingConfig:
-    """How the run's own settings run tasks there."""
+    """The run's training config with the execution, chunk size and threads to evaluate with on a device."""
     training = run.training
     if chunk_size is not None:
         return replace(
@@ -207,7 +210,7 @@ def _judging(
 
 
 class _Setting(NamedTuple):
-    """What is judged on."""
+    """The tasks that a run is evaluated on."""
 
     data: str
     split: str
@@ -244,7 +247,7 @@ def _episodes(
     data_root: Path | None,
     where: torch.device,
 ) -> tuple[Episodes, str | None]:
-    """The tasks, with images that the run's network takes, and how they were made such; none: they are."""
+    """The tasks with images as the run's network takes them, and how these were converted, if they were."""
     elsewhere = setting.data != run.episodes.data
     channels, height, width = about["image_shape"]
     shape = channels, height, width
@@ -261,7 +264,7 @@ def _episodes(
             return Episodes(dataset.to(where), *setting[1:5], seed=setting.episode_seed), None
         else:
             raise DataError(f"{path} was trained on images {list(shape)}, but these are {dataset.image_shape}")
-    assert frozen.images is not None  # read, filled or drawn
+    assert frozen.images is not None  # they came with the file or were filled in above
     images, conversion = convert(frozen.images, shape)
     if conversion is not None and not elsewhere:
         raise DataError(f"{path} was trained on images {list(shape)}, but these are {frozen.image_shape}")
@@ -269,7 +272,7 @@ def _episodes(
 
 
 def _pixels(path: Path, frozen: FrozenTasks, run: RunConfig, about: dict[str, Any], data_root: Path | None) -> Pixels:
-    """How the run's network is used to see pixels scaled, whatever data they are of."""
+    """How pixels were standardised when the run was trained; the images of any data set are standardised so."""
     recorded = recorded_pixels(about)
     if recorded is not None:
         return recorded

@@ -1,20 +1,20 @@
-"""A run folder: what is in it, how it is written so that nothing half-written is ever taken for whole, and read back.
+"""A run folder: what is in it, how its files are read, and how they are written so that each is whole or absent.
 
-    config.yaml                    everything that decided the run; written first
-    metrics.jsonl                  a line an iteration (loss, accuracy), and one a validation
-    tasks.jsonl                    a line an iteration: attention's inputs and the weight of every task
-    timing.jsonl                   a line between two checkpoints: iterations, seconds, peak memory
-    checkpoints/last.safetensors   the whole state, for exact resume; previous.safetensors is the one before
+    config.yaml                    everything that decides the run; written first
+    metrics.jsonl                  a line for each iteration (loss, accuracy) and for each validation
+    tasks.jsonl                    a line for each iteration: attention's inputs and the weight of every task
+    timing.jsonl                   a line for each checkpoint: iterations since the last, seconds, peak memory
+    checkpoints/last.safetensors   the whole state, for an exact resume; previous.safetensors is the one before
     checkpoints/best.safetensors   θ at the best validation accuracy, under the backbone's own names
-    start.safetensors              the weights that it started from, where those were given (--init-from)
-    replayed.safetensors           the weights of another run, where the rule replays them
-    classes.json                   the classes of each split, where they were split by a seed or a user's lists
-    result.json                    the evaluation on test tasks of the run's own test setting (result-val.json: on
+    start.safetensors              the weights that the run started from, if they were given (--init-from)
+    replayed.safetensors           the task weights of another run, if the rule replays them
+    classes.json                   the classes of each split, for a folder of the user's own
+    result.json                    the evaluation on test tasks of the run's own setting (result-val.json: on
                                    validation tasks; result-on-DATA.json: on another data set;
-                                   result-5way5shot15query.json: at other ways, shots or queries)
-    run.lock                       held by the process that trains
+                                   result-5way5shot15query.json: with other ways, shots or queries)
+    run.lock                       locked by the process that trains
 
-Files hold iterations and never the clock, timing.jsonl excepted, so that the same run leaves the same bytes.
+No file but timing.jsonl holds times, so that the same run leaves the same bytes.
 """
 
 import contextlib
@@ -53,20 +53,20 @@ from metaheed.files.trust import allow
 from metaheed.files.writing import _writing, add_name, write_whole
 from metaheed.running.checkpoint import (
     Checkpoint,
-    _checkpoint,
-    _image_shape,
-    _packed,
-    about_itself,
+    build_checkpoint,
+    pack_tensors,
+    parse_metadata,
+    read_tensors,
+    recorded_image_shape,
     recorded_pixels,
-    unpacked,
     whole_number,
 )
-from metaheed.running.log import _begin, stream_lines
-from metaheed.running.meddling import Known, identity, meddled
+from metaheed.running.log import hash_beginning, stream_lines
+from metaheed.running.meddling import KnownFile, identity, meddling_error
 from metaheed.types import Params
 
 STUDY_FILE = "search.yaml"
-"""In a folder that `metaheed search` keeps, whose run folders are trials."""
+"""Name of the file by which a study folder of `metaheed search` is known."""
 
 
 class RunFolder:
@@ -85,23 +85,27 @@ class RunFolder:
         self.lock_file = path / "run.lock"
         self.events = path / "tensorboard"
         self._last_is_damaged = False
-        self._known: dict[Path, Known] = {}
-        """What this process wrote or read there, and finds again unless another program was at it."""
+        self._known: dict[Path, KnownFile] = {}
+        """Files as this process last wrote or read them, to detect that another program changed them."""
         self.checkpoints = path / "checkpoints"
         self.last = self.checkpoints / "last.safetensors"
         self.previous = self.checkpoints / "previous.safetensors"
         self.best = self.checkpoints / "best.safetensors"
 
     def result(self, split: str, data: str | None = None, shape: tuple[int, int, int] | None = None) -> Path:
-        """The file of the evaluation on the tasks of a split; of another data set, and at (ways, shots, queries) other
-        than the run's own, where these are named.
+        """The result file of the evaluation on the tasks of a split.
+
+        Args:
+            split: "test" or another split.
+            data: the data set, if it is not the run's own.
+            shape: (ways, shots, queries), if they are not the run's own.
         """
         on = "" if data is None else "-on-" + re.sub(r"[^\w.-]+", "_", data)
         at = "" if shape is None else "-{}way{}shot{}query".format(*shape)
         return self.path / f"result{on}{at}{'' if split == 'test' else f'-{split}'}.json"
 
     def needs(self, path: Path) -> bool:
-        """Whether a file is one that the run consists of, so that no other may take its place; results are none."""
+        """Whether a path is one of the files that the run consists of; results are not among them."""
         own = [place for place in vars(self).values() if isinstance(place, Path) and place != self.result_file]
         return (
             path.resolve() in {place.resolve() for place in own} or self.checkpoints.resolve() in path.resolve().parents
@@ -114,11 +118,11 @@ class RunFolder:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for this process, creating it; the operating system frees it when the process ends, however.
+        """Lock the folder for this process, creating it if need be. The system frees the lock when the process ends.
 
         Raises:
-            RunError: another living process holds it, it cannot be written, or a link lies in it where a file of ours
-                would.
+            RunError: another living process holds the lock, the folder cannot be written, or a link is in the place of
+                one of the run's files.
         """
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -135,21 +139,21 @@ class RunFolder:
                 file.truncate(0)
                 file.write(f"process {os.getpid()}\n")
                 file.flush()
-            self._known = {self.lock_file: Known(identity(os.fstat(file.fileno())), None)}
-            # The file stays when the lock goes: were it deleted, two processes could lock two files of that name.
+            self._known = {self.lock_file: KnownFile(identity(os.fstat(file.fileno())), None)}
+            # The file stays: if it were deleted here, two processes could lock two files of the same name.
             yield
 
     def _refuse_links(self) -> None:
-        """Raise OSError where a link lies in the place of one of the run's files: before any work is lost."""
+        """Raise OSError if a link is in the place of one of the run's files, before any work is lost."""
         for path in vars(self).values():
             if isinstance(path, Path) and path != self.path:
                 refuse_link(path)
 
     def is_held(self) -> bool:
-        """Whether a living process holds the folder at this moment.
+        """Whether a living process holds the lock of the folder.
 
         Raises:
-            RunError: it cannot be written, so that nobody can tell.
+            RunError: the lock file cannot be opened, so it cannot be known.
         """
         try:
             with open_in_place(self.lock_file, "r+") as file:
@@ -163,10 +167,10 @@ class RunFolder:
         """The run's config.
 
         Args:
-            trust: the user lets the code of its network run, if that is not one of ours.
+            trust: allow the code of the run's network, if it is not metaheed's.
 
         Raises:
-            RunError: the folder holds no run, or its config.yaml is not one.
+            RunError: the folder holds no run, or its config.yaml is damaged or no config.
         """
         try:
             text = read_bounded(self.config_file, YAML_BYTES)
@@ -193,29 +197,30 @@ class RunFolder:
         self._remember(self.config_file, content)
 
     def check_unaltered(self) -> None:
-        """Raise RunError where another program removed or changed a file since this process, which holds the folder,
-        wrote it, or began to watch it.
+        """Raise RunError if another program removed or changed a file since this process wrote it or began to watch it.
+
+        Only the process that holds the folder's lock may call this.
         """
         for path, known in self._known.items():
             try:
                 if identity(path.stat()) == known.identity:
                     continue
-                if known.sha256 is None:  # only which file it is matters
+                if known.sha256 is None:  # only the identity of the file matters
                     same = identity(path.stat())[:2] == known.identity[:2]
                 else:
                     same = hashlib.sha256(read_bounded(path)).hexdigest() == known.sha256
             except OSError as error:
-                raise meddled(path, "removed" if isinstance(error, FileNotFoundError) else str(error)) from error
+                raise meddling_error(path, "removed" if isinstance(error, FileNotFoundError) else str(error)) from error
             if not same:
-                raise meddled(path, "changed or replaced")
+                raise meddling_error(path, "changed or replaced")
 
     def watch_config(self) -> None:
-        """From now on config.yaml is to stay as it is."""
+        """Let `check_unaltered` refuse changes of config.yaml from now on."""
         with _writing(self.config_file):
             self._remember(self.config_file, read_bounded(self.config_file, YAML_BYTES))
 
     def is_ours(self) -> bool:
-        """Whether the folder here is still the one that this process holds, not one made in its place since."""
+        """Whether the folder is still the one that this process locked, and not another in its place."""
         known = self._known.get(self.lock_file)
         try:
             return known is not None and known.identity[:2] == identity(self.lock_file.stat())[:2]
@@ -224,10 +229,10 @@ class RunFolder:
 
     def _remember(self, path: Path, content: bytes) -> None:
         with _writing(path):
-            self._known[path] = Known(identity(path.stat()), hashlib.sha256(content).hexdigest())
+            self._known[path] = KnownFile(identity(path.stat()), hashlib.sha256(content).hexdigest())
 
     def write_checkpoint(self, checkpoint: Checkpoint) -> None:
-        """Make this the last checkpoint and the last one the previous; write best.safetensors where it is due."""
+        """Write the last checkpoint and best.safetensors; what was the last becomes previous.safetensors."""
         groups = {**checkpoint.state._asdict(), "best": checkpoint.best}
         tensors = {f"{group}.{name}": leaf for group, tree in groups.items() for name, leaf in tree.items()}
         about = {**checkpoint.progress._asdict(), "image_shape": checkpoint.image_shape, "pixels": checkpoint.pixels}
@@ -235,9 +240,9 @@ class RunFolder:
         with _writing(self.path):
             make_folder(self.checkpoints, self.path)
             part = self.last.with_suffix(".part")
-            content = _packed(tensors, about)
+            content = pack_tensors(tensors, about)
             write_synced(part, content)
-            # A damaged last one, found when the run was resumed, must not replace the whole one before it.
+            # If the last one was found damaged on resuming, it must not replace the whole one before it.
             if self.last.exists() and not self._last_is_damaged:
                 add_name(self.last, self.previous)
             put_in_place(part, self.last)
@@ -246,7 +251,7 @@ class RunFolder:
         self.write_best(checkpoint)
 
     def write_best(self, checkpoint: Checkpoint) -> None:
-        """Bring best.safetensors to what the checkpoint says."""
+        """Write best.safetensors from a checkpoint, if it has been validated."""
         if checkpoint.best:
             about = {
                 "iteration": checkpoint.progress.best_iteration,
@@ -255,21 +260,21 @@ class RunFolder:
                 "pixels": checkpoint.pixels,
                 "run": checkpoint.run,
             }
-            content = _packed(checkpoint.best, about)
+            content = pack_tensors(checkpoint.best, about)
             write_whole(self.best, content)
             self._remember(self.best, content)
 
     def read_checkpoint(self) -> tuple[Checkpoint | None, list[str]]:
-        """The newest whole checkpoint, and a notice for each damaged one passed over. None: there is no whole one."""
+        """The newest whole checkpoint, or None if there is none, and a notice for each damaged one passed over."""
         notices: list[str] = []
         for path in (self.last, self.previous):
             if not path.exists():
                 continue
             try:
-                tensors, about = unpacked(path)
-                return _checkpoint(tensors, about), notices
+                tensors, about = read_tensors(path)
+                return build_checkpoint(tensors, about), notices
             except (RunError, KeyError, TypeError, ValueError) as error:
-                reason = f"it says nothing of its {error}" if isinstance(error, KeyError) else error
+                reason = f"it lacks {error}" if isinstance(error, KeyError) else error
                 notices.append(f"checkpoint {path} is damaged ({reason}); falling back to the one before")
                 self._last_is_damaged |= path == self.last
         return None, notices
@@ -278,14 +283,14 @@ class RunFolder:
         """θ at the "best" or "last" checkpoint, with iteration, image_shape and pixels.
 
         Raises:
-            RunError: there is none yet, or none that is whole.
+            RunError: no such checkpoint has been written, or it is damaged.
         """
         damaged = ""
         if which == "best" and self.best.exists():
             try:
-                tensors, about = unpacked(self.best)
+                tensors, about = read_tensors(self.best)
                 whole_number(about, "iteration")
-                _image_shape(about)
+                recorded_image_shape(about)
                 recorded_pixels(about)
                 return tensors, about
             except (RunError, ValueError) as error:
@@ -295,10 +300,10 @@ class RunFolder:
             reason = "; ".join(notices) + damaged or "none has been written yet: train it first"
             raise RunError(f"{self.path} has no checkpoint to read ({reason})")
         if notices:
-            # The one before is of another iteration: it is gone on with in training, where that is said.
+            # The previous checkpoint is of another iteration. Training falls back to it and says so; reading does not.
             raise RunError(
-                f"{notices[0].partition('; falling')[0]}{damaged}: 'metaheed train --resume {self.path}' goes on from "
-                "the one before and writes it anew"
+                f"{notices[0].partition('; falling')[0]}{damaged}: 'metaheed train --resume {self.path}' continues "
+                "from the one before and rewrites it"
             )
         shape = {"image_shape": list(checkpoint.image_shape), "pixels": checkpoint.pixels, "run": checkpoint.run}
         if which == "last":
@@ -311,10 +316,10 @@ class RunFolder:
         return checkpoint.best, {"iteration": checkpoint.progress.best_iteration, **shape}
 
     def read_weights_log(self) -> Tensor:
-        """The weights that every iteration gave its tasks, (iterations, B) float64.
+        """The logged task weights of every iteration, (iterations, B) float64.
 
         Raises:
-            RunError: tasks.jsonl is missing or damaged, or not what the newest checkpoint was written after.
+            RunError: tasks.jsonl is missing or damaged, or does not begin with what the newest checkpoint records.
         """
         self.check_logs()
         try:
@@ -328,19 +333,19 @@ class RunFolder:
             ) from error
 
     def write_replayed(self, weights: Tensor) -> None:
-        """Keep the weights that this run replays, (iterations, B)."""
-        write_whole(self.replayed_file, _packed({"weights": weights}, {}))
+        """Keep the task weights that this run replays, (iterations, B)."""
+        write_whole(self.replayed_file, pack_tensors({"weights": weights}, {}))
 
     def read_replayed(self) -> Tensor | None:
-        """What `write_replayed` kept; none: nothing.
+        """The task weights that `write_replayed` kept, (iterations, B); None if there are none.
 
         Raises:
-            RunError: it is damaged.
+            RunError: the file is damaged.
         """
         if not self.replayed_file.exists():
             return None
         try:
-            return unpacked(self.replayed_file)[0]["weights"]
+            return read_tensors(self.replayed_file)[0]["weights"]
         except (RunError, KeyError) as error:
             raise RunError(
                 f"{self.replayed_file} cannot be read ({error}): it holds the weights to be replayed. Put it back, or "
@@ -348,43 +353,43 @@ class RunFolder:
             ) from error
 
     def check_logs(self) -> None:
-        """Raise RunError unless the logs begin with what the newest checkpoint was written after, where it says so.
+        """Raise RunError unless the logs begin with the bytes whose checksums the newest checkpoint records.
 
-        Of the checkpoint no tensors are read, so that a report of many runs stays quick.
+        The checkpoint's tensors are not read, so that a report on many runs stays quick.
         """
         for checkpoint in (self.last, self.previous):
             try:
                 with open_to_read(checkpoint) as file:
                     length = int.from_bytes(file.read(8), "little")
-                    about = about_itself(file.read(min(length, JSON_BYTES)))
+                    about = parse_metadata(file.read(min(length, JSON_BYTES)))
                 logs = [
                     (log, whole_number(about, f"{log.stem}_bytes"), about.get(f"{log.stem}_sha256"))
                     for log in (self.metrics_file, self.tasks_file)
                 ]
             except (OSError, KeyError, ValueError, AttributeError, TypeError):
-                continue  # as in `read_checkpoint`, where it is said
+                continue  # a damaged checkpoint, which `read_checkpoint` reports
             for log, length, sha256 in logs:
                 if isinstance(sha256, str) and sha256:
-                    _begin(log, length, sha256)
+                    hash_beginning(log, length, sha256)
             return
 
     def write_start(self, weights: Params) -> None:
         """Keep the weights that this run starts from."""
-        write_whole(self.start_file, _packed(weights, {}))
+        write_whole(self.start_file, pack_tensors(weights, {}))
 
     def read_start(self) -> Params | None:
-        """What `write_start` kept; none: nothing.
+        """The weights that `write_start` kept; None if there are none.
 
         Raises:
-            RunError: it is damaged.
+            RunError: the file is damaged.
         """
-        return unpacked(self.start_file)[0] if self.start_file.exists() else None
+        return read_tensors(self.start_file)[0] if self.start_file.exists() else None
 
     def record_classes(self, dataset: Dataset) -> None:
-        """Keep which classes of a folder of one's own are trained on and which not.
+        """Record the classes of each split of a folder of the user's own, or check them against those recorded.
 
         Raises:
-            RunError: the run was begun with others, or they cannot be written.
+            RunError: the run was begun with other classes, or they cannot be written.
         """
         if dataset.name != "folder":
             return
@@ -395,10 +400,10 @@ class RunFolder:
         elif then != now:
             where = [{name: split for split, names in side.items() for name in names} for side in (then, now)]
             moved = next((n for n in sorted({*where[0], *where[1]}) if where[0].get(n) != where[1].get(n)), None)
-            if moved is None:  # names of another Unicode form were once sorted as they came
+            if moved is None:  # an old version sorted names before it brought them to one Unicode form
                 raise RunError(
                     f"{self.path} was begun with the same classes in another order, so that its tasks would be others "
-                    "now: train anew, or go on with the version of this program that it was begun with"
+                    "now: train a new run, or continue with the version of this program that the run was begun with"
                 )
             raise RunError(
                 f"{self.path} was begun with other classes: {shown(moved)} was in {where[0].get(moved, 'none')} and is "
@@ -406,7 +411,7 @@ class RunFolder:
             )
 
     def check_classes(self, dataset: Dataset, split: str) -> None:
-        """Raise RunError if classes that the run was trained on are in a split that it is to be judged on."""
+        """Raise RunError if a split to be evaluated on has classes that the run was trained on."""
         then = self._read_classes() if dataset.name == "folder" else None
         now = map(composed, dataset.splits[split].classes)
         known = sorted({*then["train"]} & {*now}) if then is not None else []
@@ -429,7 +434,7 @@ class RunFolder:
             ) from error
 
     def remove_leftovers(self) -> None:
-        """Delete what an interrupted write left beside its target."""
+        """Delete the .part files that interrupted writes left."""
         with _writing(self.path):
             refuse_link(self.checkpoints)
             for file in (

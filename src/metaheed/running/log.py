@@ -1,4 +1,4 @@
-"""A run's logs: files of one JSON object a line, written on exactly where a checkpoint was made."""
+"""A run's logs: files with one JSON object on each line, which a resumed run continues exactly from its checkpoint."""
 
 import hashlib
 import itertools
@@ -9,22 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from metaheed.errors import RunError
-from metaheed.files.opening import (
-    LINE_BYTES,
-    open_in_place,
-    open_to_read,
-)
+from metaheed.files.opening import LINE_BYTES, open_in_place, open_to_read
 from metaheed.files.parsing import from_json
 from metaheed.files.writing import _writing
-from metaheed.running.meddling import identity, meddled, reason
+from metaheed.running.meddling import identity, meddling_error, reason
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line, cut back to a known length when a run resumes."""
+    """An append-only file of one JSON object a line, truncated to the checkpoint's length when a run resumes."""
 
     def __init__(self, path: Path, length: int, sha256: str = "") -> None:
         self._path = path
-        self._digest = _begin(path, length, sha256)
+        self._digest = hash_beginning(path, length, sha256)
         with _writing(path):
             self._file = open_in_place(path, "ab")
             self._file.truncate(length)
@@ -32,7 +28,7 @@ class JsonLines:
             self._identity = identity(os.fstat(self._file.fileno()))
 
     def write(self, values: dict[str, Any]) -> None:
-        """Append a line and hand it to the operating system."""
+        """Append a line and pass it to the operating system."""
         line = json.dumps(values, allow_nan=False).encode() + b"\n"
         with _writing(self._path):
             number = self._file.fileno()
@@ -44,13 +40,14 @@ class JsonLines:
         self._length += len(line)
 
     def sync(self, whole: bool = False) -> tuple[int, str]:
-        """Bring everything to the disk; the file's length, and the checksum of it all.
+        """Flush the file to the disk, and return its length and the checksum of its content.
 
         Args:
-            whole: read it all again; else only where its time says that it was written into.
+            whole: verify the whole content; by default only if the file's modification time says that another program
+                wrote to it.
 
         Raises:
-            RunError: another program removed, replaced or changed it.
+            RunError: another program removed, replaced or changed the file.
         """
         with _writing(self._path):
             os.fsync(self._file.fileno())
@@ -58,17 +55,17 @@ class JsonLines:
         try:
             there = identity(self._path.stat())
         except OSError as error:
-            raise meddled(self._path, "removed") from error
+            raise meddling_error(self._path, "removed") from error
         if there[:2] != here[:2]:
-            raise meddled(self._path, "replaced")
+            raise meddling_error(self._path, "replaced")
         if here[2] != self._length:
-            raise meddled(self._path, f"changed: it has {here[2]} bytes, where this run wrote {self._length}")
+            raise meddling_error(self._path, f"changed: it has {here[2]} bytes, where this run wrote {self._length}")
         found = self._digest.hexdigest()
         if whole or self._touched or here != self._identity:
             try:
-                _begin(self._path, self._length, found)
+                hash_beginning(self._path, self._length, found)
             except RunError as error:
-                raise meddled(self._path, "changed") from error
+                raise meddling_error(self._path, "changed") from error
             self._touched, self._identity = False, here
         return self._length, found
 
@@ -78,11 +75,12 @@ class JsonLines:
             self._file.close()
 
 
-def _begin(path: Path, length: int, sha256: str) -> "hashlib._Hash":
-    """The running checksum of a log's first `length` bytes.
+def hash_beginning(path: Path, length: int, sha256: str) -> "hashlib._Hash":
+    """The running SHA-256 of a log's first `length` bytes.
 
     Raises:
-        RunError: it has fewer, or others than those of that checksum (none: it is not known), or cannot be read.
+        RunError: the log cannot be read, is shorter, or its bytes do not have the checksum `sha256` (not checked if
+            that is empty).
     """
     running, left = hashlib.sha256(), length
     if length:
@@ -92,7 +90,7 @@ def _begin(path: Path, length: int, sha256: str) -> "hashlib._Hash":
                     running.update(part)
                     left -= len(part)
         except FileNotFoundError:
-            pass  # said below
+            pass  # reported below, as a file without content
         except OSError as error:
             raise RunError(f"{path} cannot be read: {error.strerror}") from error
     remedy = "it has been altered. Put it back from a copy, or delete the run folder and train anew"
@@ -104,10 +102,11 @@ def _begin(path: Path, length: int, sha256: str) -> "hashlib._Hash":
 
 
 def stream_lines(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file, one after another; a last line without an end is still being written, and left out.
+    """The objects of a .jsonl file, one after another. A last line without a newline is still being written and is left
+    out.
 
     Raises:
-        RunError: it is missing or damaged.
+        RunError: the file is missing or damaged.
     """
     try:
         with open_to_read(Path(path)) as file:
@@ -119,7 +118,7 @@ def stream_lines(path: str | Path) -> Iterator[dict[str, Any]]:
                     return
                 value = from_json(line)
                 if not isinstance(value, dict):
-                    raise ValueError(f"line {number} is no object")
+                    raise ValueError(f"line {number} is not an object")
                 yield value
     except (OSError, ValueError) as error:
         raise RunError(f"{path} cannot be read: {reason(error)}") from error

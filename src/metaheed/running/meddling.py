@@ -1,4 +1,4 @@
-"""Noticing that another program changed or removed a file of a run that this process works on."""
+"""Detecting that another program changed or removed a file of the run that this process trains."""
 
 import os
 from pathlib import Path
@@ -7,21 +7,22 @@ from typing import NamedTuple
 from metaheed.errors import RunError, brief
 
 
-class Known(NamedTuple):
-    """A file as this process left or found it."""
+class KnownFile(NamedTuple):
+    """A file as this process last wrote or read it."""
 
     identity: tuple[int, int, int, int]
+    """See `identity`."""
     sha256: str | None
-    """Of its content; none: that does not matter."""
+    """Checksum of its content; None if only the file's identity matters."""
 
 
 def identity(status: os.stat_result) -> tuple[int, int, int, int]:
-    """Which file it is (2 numbers), its length, and when it was written into last."""
+    """Device and inode of a file, its length, and the time when it was last modified."""
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def meddled(path: Path, how: str) -> RunError:
-    """The error that another program removed or changed a file."""
+def meddling_error(path: Path, how: str) -> RunError:
+    """The error that says that another program removed or changed a file."""
     return RunError(
         f"{path} was {how} by another program while the run trained, so training ended without writing a checkpoint. "
         "Put it back and resume from the checkpoint before, or choose another --out and train anew"
@@ -29,5 +30,5 @@ def meddled(path: Path, how: str) -> RunError:
 
 
 def reason(error: Exception) -> str:
-    """What the system says of an error, or the error itself, shortened."""
+    """The operating system's words for an error, or the error's own, shortened."""
     return brief(getattr(error, "strerror", None) or str(error), 300)

@@ -1,4 +1,7 @@
-"""The process that a run has to itself: device, threads, precision, memory. Importing the library touches nothing."""
+"""Settings of the process that a run computes in: device, threads, precision, signals and memory.
+
+Importing the module changes none of them.
+"""
 
 import contextlib
 import ctypes
@@ -24,14 +27,14 @@ from metaheed.types import Episode, Params
 
 
 def pick_device(name: str, fall_back: bool = False) -> torch.device:
-    """The device behind cpu, cuda, cuda:N or auto.
+    """The device that cpu, cuda, cuda:N or auto stands for.
 
     Args:
-        name: as given by the user.
-        fall_back: use the CPU where the device is not here, instead of raising.
+        name: the value of --device.
+        fall_back: return the CPU if this machine does not have the device, instead of raising.
 
     Raises:
-        ConfigError: not a device of this machine.
+        ConfigError: the name is none of these, or this machine does not have the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -53,7 +56,10 @@ def pick_device(name: str, fall_back: bool = False) -> torch.device:
 
 @contextlib.contextmanager
 def cpu_threads(config: TrainingConfig) -> Iterator[None]:
-    """PyTorch's own threads for a run: as configured, or one where each task has its core; put back at the end."""
+    """Set PyTorch's number of threads for a run and restore it at the end.
+
+    It is one where the execution gives each task a core of its own, else as configured.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1 if config.execution in ("threaded", "processes") else config.threads or before)
     try:
@@ -64,14 +70,14 @@ def cpu_threads(config: TrainingConfig) -> Iterator[None]:
 
 @contextlib.contextmanager
 def float32_products(tf32: bool) -> Iterator[None]:
-    """How CUDA multiplies float32: exactly as such (PyTorch's own choice for convolutions is TF32), or as TF32.
+    """Let CUDA compute float32 products in full precision or as TF32 (PyTorch's default for convolutions).
 
-    PyTorch's switches are put back at the end.
+    PyTorch's switches are restored at the end.
     """
     matmul: Any = torch.backends.cuda.matmul
     cudnn: Any = torch.backends.cudnn
-    # The older switches set PyTorch 2.9's newer ones with them, but not the other way round: so these are used, and the
-    # newer ones put back where they were. The older cannot even be read where a user has set the newer.
+    # Setting the older switches also sets those that PyTorch 2.9 added, but not the other way round. So the older ones
+    # are set, and both are restored. If the user has set a newer one, reading the older one raises RuntimeError.
     old = [(matmul, "allow_tf32"), (cudnn, "allow_tf32")]
     new = [(part, "fp32_precision") for part in (matmul, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None))]
     before: list[tuple[Any, str, Any]] = []
@@ -88,23 +94,23 @@ def float32_products(tf32: bool) -> Iterator[None]:
 
 
 class StopRequested(BaseException):
-    """A signal came where it may end what is being computed; no error, so that nothing takes it for one."""
+    """A signal came while it may interrupt the computation. No Exception, so that no handler of errors catches it."""
 
 
 class Signals(list[int]):
-    """The signals that came."""
+    """The numbers of the signals that have come."""
 
     def __init__(self) -> None:
         super().__init__()
         self.raises = False
-        """Whether one that comes now raises StopRequested."""
+        """Whether a signal that comes now raises StopRequested at once."""
 
     @contextlib.contextmanager
     def interrupting(self) -> Iterator[None]:
-        """Around what changes nothing before its end, however long it takes: a signal is not waited with.
+        """A block in which a signal takes effect at once. It must change nothing before its end, however long it takes.
 
         Raises:
-            StopRequested: one comes, or has come.
+            StopRequested: a signal comes in the block, or has come before.
         """
         try:
             self.raises = True
@@ -117,9 +123,9 @@ class Signals(list[int]):
 
 @contextlib.contextmanager
 def signals_received() -> Iterator[Signals]:
-    """Collect SIGINT, SIGTERM and SIGHUP instead of dying of them; a second one interrupts at once.
+    """Collect SIGINT, SIGTERM and SIGHUP instead of being ended by them; a second signal raises KeyboardInterrupt.
 
-    A SIGHUP that is ignored, as under nohup, stays so.
+    SIGHUP stays ignored if it was, as under nohup.
     """
     received = Signals()
     if threading.current_thread() is not threading.main_thread():
@@ -145,15 +151,15 @@ def signals_received() -> Iterator[Signals]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch, NumPy or a library below them raised this for want of memory on a device or the host."""
+    """Whether PyTorch, NumPy or a library below them raised the error because memory ran out."""
     signs = ("out of memory", "can't allocate memory", "ALLOC_FAILED")
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 
-def memory_of(device: torch.device) -> int | None:
-    """Bytes that a device has, or that the host and its swap have left for this process; none: nobody says."""
+def available_memory(device: torch.device) -> int | None:
+    """Bytes of memory that a CUDA device has, or that are left on the host with its swap; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     left: list[int] = []
@@ -164,8 +170,8 @@ def memory_of(device: torch.device) -> int | None:
     if not left:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # Windows
             left.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container, by its two kinds
-        with contextlib.suppress(OSError, ValueError):  # there is none, or "max"
+    for limit in ("memory.max", "memory/memory.limit_in_bytes"):  # a container's limit: cgroup versions 2 and 1
+        with contextlib.suppress(OSError, ValueError):  # there is no limit, or it reads "max"
             left.append(int((Path("/sys/fs/cgroup") / limit).read_text()))
     return min(left, default=None)
 
@@ -173,62 +179,65 @@ def memory_of(device: torch.device) -> int | None:
 def check_batch_fits(
     config: RunConfig, device: torch.device, image_shape: tuple[int, int, int], parameters: int
 ) -> None:
-    """Refuse a meta-batch that surely does not fit, before any of it is made.
+    """Refuse a meta-batch that cannot fit into memory, before any of it is allocated.
 
-    Counted is what is there at once whatever the execution: the batch's images and their rows and, but for a rule that
-    takes one task at a time, a gradient for each task. What a task's own computation takes is not.
+    What every execution holds at once is counted: the batch's images, their rows in the data set and, unless the rule
+    takes one task at a time, a gradient for each task. The memory that computing a task takes is not counted.
 
     Args:
-        config: the run's.
-        device: where it computes.
-        image_shape: channels, height, width.
-        parameters: bytes of θ.
+        config: the run's config.
+        device: the device that the run computes on.
+        image_shape: (channels, height, width).
+        parameters: size of θ in bytes.
 
     Raises:
-        ConfigError: with what to set.
+        ConfigError: it does not fit; the message says what to set.
     """
     N, K, Q = config.episodes.train_shape
     B, images = config.outer.meta_batch_size, N * (K + Q)
     gradient = 0 if config.rule.updates(B) > 1 else parameters  # one task's gradient at a time is the network's own
-    index, pixel = 8, 4  # bytes of an image's row in the data set, and of a number as float32
+    index, pixel = 8, 4  # bytes of an image's row number in the data set, and of a float32
     on_host, on_device = images * index, images * math.prod(image_shape) * pixel + gradient
     need = {device: on_device, torch.device("cpu"): on_host}
     if device.type == "cpu":
         need = {device: on_host + on_device}
     for where, task in need.items():
-        there = memory_of(where)
+        there = available_memory(where)
         if there is not None and B * task > there:
             raise ConfigError(
                 f"--meta-batch-size is {B}: {images} images of {'×'.join(map(str, image_shape))} a task and its "
                 f"gradient take at least {B * task / 2**30:,.1f} GiB in all, but {where} has {there / 2**30:,.1f} GiB: "
                 "set a smaller --meta-batch-size, or fewer --ways, --shots or --queries"
             )
-    there, accuracy_and_loss = memory_of(torch.device("cpu")), 16
+    there, accuracy_and_loss = available_memory(torch.device("cpu")), 16
     if there is not None and config.training.val_tasks * accuracy_and_loss > there:
         raise ConfigError(
-            f"--val-tasks is {config.training.val_tasks}: what they give does not fit into {there / 2**30:,.1f} GiB of "
+            f"--val-tasks is {config.training.val_tasks}: their results do not fit into {there / 2**30:,.1f} GiB of "
             "memory: set fewer"
         )
 
 
 @contextlib.contextmanager
-def memory_explained(
+def translate_memory_errors(
     config: RunConfig,
     device: torch.device,
     tasks: int,
     learner: Learner,
     task_bytes: Callable[[], int | None] = lambda: None,
 ) -> Iterator[None]:
-    """Turn a want of memory into OutOfMemoryError: what was computed at once, and what to set.
+    """Turn errors of exhausted memory into OutOfMemoryError, which says what was computed at once and what to set.
 
-    A killed worker's WorkerError is given the same remedy, for that is how Linux ends a process when memory runs out.
+    The WorkerError of a killed worker gets the same remedy, because Linux kills a process when memory runs out.
 
     Args:
-        config: the run's, its execution chosen.
-        device: where it computes.
-        tasks: of the batch.
-        learner: the run's.
-        task_bytes: what one task needs, where that has been measured.
+        config: the run's config, with the execution resolved.
+        device: the device that it computes on.
+        tasks: number of tasks in a batch.
+        learner: the run's learner.
+        task_bytes: returns the memory that one task needs, or None if it has not been measured.
+
+    Raises:
+        OutOfMemoryError, WorkerError: in place of the error in the block.
     """
     try:
         yield
@@ -239,7 +248,7 @@ def memory_explained(
         at_once = tasks_at_once(config.training, device, tasks, learner)
         available = None
         if device.type == "cuda":
-            # What this process holds counts: the next one will have it.
+            # What this process holds is counted as available, because it will be free for the next one.
             available = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         size = f" ({available / 2**30:.1f} GiB)" if available is not None else ""
         remedy = _less_memory(config, at_once, suggest_chunk(at_once, available, task_bytes()))
@@ -254,18 +263,21 @@ def memory_explained(
 
 
 @contextlib.contextmanager
-def failures_explained(
+def translate_network_errors(
     config: RunConfig, device: torch.device, learner: Learner, meta: Params, task: Callable[[], Episode], judging: bool
 ) -> Iterator[None]:
-    """Turn what a user's own network raises into ConfigError, with what helps; what the system lacks passes.
+    """Turn the errors of a user's own network into ConfigError with a remedy. Errors of memory and threads pass.
 
     Args:
-        config: the run's, its execution chosen.
-        device: where it computes.
-        learner: the run's.
-        meta: θ, on the device.
-        task: gives a batch of one task, for trying what helps.
-        judging: tasks are judged; otherwise their gradients are computed.
+        config: the run's config, with the execution resolved.
+        device: the device that it computes on.
+        learner: the run's learner.
+        meta: θ on the device.
+        task: returns a batch of one task, on which remedies are tried.
+        judging: whether the block evaluates tasks; otherwise it computes their gradients.
+
+    Raises:
+        ConfigError: in place of the network's error.
     """
     try:
         yield
@@ -281,13 +293,13 @@ def failures_explained(
 
 
 def cannot_start(error: RuntimeError) -> bool:
-    """Whether Python or PyTorch raised this because the system starts no further thread."""
+    """Whether Python or PyTorch raised the error because the system starts no further thread."""
     return any(sign in str(error) for sign in ("can't start new thread", "Resource temporarily unavailable"))
 
 
 @contextlib.contextmanager
-def starts_explained() -> Iterator[None]:
-    """Turn a thread that cannot be started into StartError."""
+def translate_start_errors() -> Iterator[None]:
+    """Turn the error of a thread that cannot be started into StartError."""
     try:
         yield
     except RuntimeError as error:
@@ -297,8 +309,10 @@ def starts_explained() -> Iterator[None]:
 
 
 def suggest_chunk(at_once: int, available: int | None, task_bytes: int | None) -> int:
-    """How many tasks to compute at once where `at_once` were too many: what fits in nine tenths of the bytes available,
-    where both are known and say that these did not fit, else half; at least 1.
+    """How many tasks to compute at once after `at_once` were too many; at least 1.
+
+    If the available bytes and the bytes of a task are known and give a smaller number, as many as fit into nine tenths
+    of the memory; else half of `at_once`.
     """
     fitting = int(0.9 * available / task_bytes) if available is not None and task_bytes else at_once
     return max(1, fitting if fitting < at_once else at_once // 2)
@@ -313,7 +327,7 @@ def _less_memory(config: RunConfig, at_once: int, chunk: int) -> str:
     if at_once > 1:
         return f"set --execution vectorized --chunk-size {chunk}"
     learner, advice = config.learner, []
-    if not getattr(learner, "recompute", True):  # a learner that can compute its inner steps twice instead
+    if not getattr(learner, "recompute", True):  # the learner can recompute its inner steps instead of storing them
         advice.append("--recompute")
     if not getattr(learner, "first_order", True):
         advice.append("--first-order")
@@ -323,10 +337,10 @@ def _less_memory(config: RunConfig, at_once: int, chunk: int) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep the memory that tensors free, for the next step's tensors.
+    """Let glibc keep the memory that tensors free, so that the tensors of the next step reuse it.
 
-    By default it gives large blocks back to the system and faults them in afresh at the next allocation, which costs a
-    second-order step on a CPU a quarter to a third of its time. Elsewhere than on glibc this does nothing.
+    By default glibc returns large blocks to the system, and every new allocation causes page faults, which take a
+    quarter to a third of the time of a second-order step on a CPU. Without glibc this does nothing.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -335,12 +349,12 @@ def keep_freed_memory() -> None:
         trim_threshold, mmap_threshold, arena_max = -1, -3, -8
         mallopt(mmap_threshold, 1 << 30)
         mallopt(trim_threshold, 2**31 - 1)
-        # One arena for all threads: the others hold blocks of at most 64 MB, and give them back.
+        # One arena for all threads, because the others hold blocks of at most 64 MB and return them.
         mallopt(arena_max, 1)
 
 
 def make_deterministic() -> None:
-    """Same bits every time on CUDA too: deterministic kernels, no choice of algorithm by timing."""
+    """Make CUDA give the same bits every time: deterministic kernels, and no choice of algorithms by timing."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     # PyTorch's compiler reads this variable when it is imported, by a network that is compiled. Telling it in PyTorch's
@@ -350,15 +364,15 @@ def make_deterministic() -> None:
         torch.use_deterministic_algorithms(True, warn_only=True)
     else:
         torch.set_deterministic_debug_mode("warn")
-    # The mode also fills every new tensor against reads of uninitialised memory, which costs time and finds only bugs.
+    # By default the mode also fills new tensors, which costs time and only helps to find reads of uninitialised memory.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined,unused-ignore]
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most memory held so far, in bytes; none: this system does not say.
+    """The largest amount of memory held so far, in bytes; None if the system does not tell.
 
-    On CUDA the device's, by PyTorch's count. Else resident memory of this process and of its workers: the sum of each
-    one's peak, so that what they share is counted in each.
+    On CUDA it is the device memory that PyTorch allocated. On a CPU it is the sum of the peaks of resident memory of
+    this process and its workers, in which shared memory is counted once for each.
     """
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
@@ -372,7 +386,7 @@ def peak_memory(device: torch.device) -> int | None:
         return own * (1 if platform.system() == "Darwin" else 1024)
     total = _peak_resident("self")
     for thread in processes.iterdir():
-        with contextlib.suppress(OSError):  # a thread, or a worker of it, that has just ended
+        with contextlib.suppress(OSError):  # a thread or one of its workers has just ended
             total += sum(map(_peak_resident, (thread / "children").read_text().split()))
     return total
 
@@ -385,7 +399,7 @@ def _peak_resident(process: str) -> int:
 
 
 def describe_processor(device: torch.device) -> str:
-    """The name of what computes there: of the GPU, or of the CPU as far as the system tells."""
+    """The name of the GPU, or of the CPU as far as the system tells it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:

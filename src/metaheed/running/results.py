@@ -1,4 +1,4 @@
-"""The file of an evaluation, read and checked."""
+"""Reading and checking the result file of an evaluation."""
 
 import math
 from pathlib import Path
@@ -11,11 +11,11 @@ from metaheed.files.parsing import from_json
 from metaheed.files.seals import unseal_values
 from metaheed.running.folder import RunFolder
 
-Asked = tuple[int | None, int | None, int | None]
-"""(ways, shots, queries) of a result; none: the run's own test setting."""
+TaskShape = tuple[int | None, int | None, int | None]
+"""(ways, shots, queries) of an evaluation; None stands for the run's own number."""
 
 
-_OWN: Asked = (None, None, None)
+OWN_SHAPE: TaskShape = (None, None, None)
 
 
 _RESULT_FIELDS: dict[str, type] = {
@@ -24,31 +24,31 @@ _RESULT_FIELDS: dict[str, type] = {
 }
 
 
-_ALSO: dict[str, type] = {
+_FURTHER_FIELDS: dict[str, type] = {
     **{"data": str, "split": str, "ways": int, "shots": int, "iteration": int, "half_width_95": float}
 }
 
 
-_ROUNDED = 1e-5  # what a mean of accuracies that are rounded to a millionth may be off, and more
+_ROUNDED = 1e-5  # a bound on the error of a mean of accuracies that are rounded to a millionth
 
 
 def result_file(folder: RunFolder, run: RunConfig, data: str, shape: tuple[int, int, int], split: str = "test") -> Path:
-    """The file of an evaluation; its name says where data set, setting and split differ from the run's own."""
+    """The result file of an evaluation; its name says where data set, shape and split differ from the run's own."""
     own = run.episodes
     return folder.result(split, None if data == own.data else data, None if shape == own.test_shape else shape)
 
 
-def read_result(path: str | Path, data: str | None = None, shape: Asked = _OWN) -> dict[str, Any]:
-    """A run's result.json, or that of its evaluation on another data set, or on tasks of another shape.
+def read_result(path: str | Path, data: str | None = None, shape: TaskShape = OWN_SHAPE) -> dict[str, Any]:
+    """The content of a run's result.json, or of its evaluation on another data set or on tasks of another shape.
 
-    What `compare` and `report` rest on is checked here, for both.
+    What `compare` and `report` rely on is checked here.
 
     Raises:
-        RunError: it is missing or damaged, or its numbers contradict each other.
+        RunError: the file is missing or damaged, or its numbers contradict each other.
     """
     folder = RunFolder(path)
     file, again = folder.result_file, f"metaheed evaluate {path}"
-    if data is not None or shape != _OWN:
+    if data is not None or shape != OWN_SHAPE:
         run = folder.read_config()
         own = run.episodes
         ways, shots, queries = (o if a is None else a for a, o in zip(shape, own.test_shape, strict=True))
@@ -73,7 +73,7 @@ def read_result(path: str | Path, data: str | None = None, shape: Asked = _OWN) 
 
 def _check_result(result: dict[str, Any]) -> None:
     """Raise ValueError unless a result is one that evaluation can have written."""
-    for name, kind in {**_RESULT_FIELDS, **_ALSO}.items():
+    for name, kind in {**_RESULT_FIELDS, **_FURTHER_FIELDS}.items():
         value = result.get(name)
         if (
             not isinstance(value, kind)
@@ -85,12 +85,14 @@ def _check_result(result: dict[str, Any]) -> None:
         raise ValueError(f"its trained_on is {shown(result['trained_on'])}")
     accuracies, tasks = result["accuracies"], result["tasks"]
     if len(accuracies) != tasks or tasks < 2:
-        raise ValueError(f"it has {tasks} tasks, but {len(accuracies)} accuracies; two at least are judged")
+        raise ValueError(
+            f"it has {tasks} tasks and {len(accuracies)} accuracies; one for each of two tasks is the least"
+        )
     for accuracy in accuracies:
         if not isinstance(accuracy, float | int) or isinstance(accuracy, bool) or not 0 <= accuracy <= 1:
             raise ValueError(f"one of its accuracies is {shown(accuracy)}, and not a number from 0 to 1")
     found, mean = result["accuracy"], math.fsum(accuracies) / tasks
-    if not abs(found - mean) <= _ROUNDED:  # of NaN, too
+    if not abs(found - mean) <= _ROUNDED:  # written so that NaN fails as well
         raise ValueError(f"its accuracy is {shown(found)}, but its tasks' mean is {mean:.6f}")
-    if not 0 <= result["half_width_95"] <= 1:  # of two tasks, one right and one wrong, it is 0.98
+    if not 0 <= result["half_width_95"] <= 1:  # the largest is 0.98: two tasks with accuracies 0 and 1
         raise ValueError(f"its half_width_95 is {shown(result['half_width_95'])}")

@@ -1,4 +1,4 @@
-"""What one process needs to work on a run: data, learner, rule and tools, built and tried out."""
+"""What one process needs to work on a run: data, learner, rule and tools, built from the config and checked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -8,10 +8,7 @@ import torch
 
 from metaheed.config import AttendedConfig, ReplayedConfig, RunConfig
 from metaheed.data import Dataset, Episodes, load_dataset
-from metaheed.errors import (
-    ConfigError,
-    OutOfMemoryError,
-)
+from metaheed.errors import ConfigError, OutOfMemoryError
 from metaheed.learners import Learner, NetworkLearner, build_learner, place_constants
 from metaheed.outer import (
     OuterState,
@@ -27,16 +24,16 @@ from metaheed.outer import (
     initial_gradient,
     task_gradient,
 )
-from metaheed.running.checkpoint import Checkpoint, Pixels, Progress
+from metaheed.running.checkpoint import Checkpoint, Pixels, RunProgress
 from metaheed.running.evaluate import evaluate
 from metaheed.running.folder import RunFolder
 from metaheed.running.load import build_judged_learner
 from metaheed.running.process import (
     check_batch_fits,
-    failures_explained,
     is_out_of_memory,
-    memory_explained,
     pick_device,
+    translate_memory_errors,
+    translate_network_errors,
 )
 from metaheed.running.reporter import Reporter
 from metaheed.running.starting import read_weights, start_from
@@ -44,12 +41,12 @@ from metaheed.running.statistics import interval
 from metaheed.types import Episode, Params
 
 VALIDATION_SEED = 0
-"""The frozen validation tasks are the same for every run and seed."""
+"""Seed of the frozen validation tasks, which are the same for every run."""
 
 
 @dataclass
 class Session:
-    """One process's work on a run."""
+    """Everything that a process computes a run with."""
 
     config: RunConfig
     learner: Learner
@@ -57,12 +54,13 @@ class Session:
     tools: Tools
     streams: Streams
     validation: Callable[[Params, Callable[[int], None]], tuple[float, float, float]]
+    """(θ, called with the number of tasks done) -> (accuracy, half-width of its interval, loss)."""
     dataset: Dataset
     device: torch.device
     drawn: Params
-    """θ as the seed draws it."""
+    """θ as drawn from the seed."""
     task_bytes: int | None = None
-    """Memory that one task's gradient takes, where it was measured."""
+    """Bytes of memory that one task's gradient takes; None if not measured."""
 
     @property
     def pixels(self) -> Pixels:
@@ -71,7 +69,7 @@ class Session:
 
 
 def prepare(config: RunConfig, folder: RunFolder, reporter: Reporter) -> tuple[Session, Checkpoint]:
-    """Data, network and rule, tried out; and the state before the first iteration."""
+    """Build and check a run's data, network and rule; returns them with the checkpoint before the first iteration."""
     data = config.episodes
     dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
     dataset = on_device(dataset, pick_device(config.training.device))
@@ -79,17 +77,23 @@ def prepare(config: RunConfig, folder: RunFolder, reporter: Reporter) -> tuple[S
     session = set_up(config, dataset, folder)
     if session.dataset.origin:
         reporter.message(f"data: {session.dataset.origin}")
-    fresh = _fresh(session, _given_start(config, session, folder, reporter))
-    with memory_explained(config, session.device, 1, session.learner):
-        _try_out(session, fresh.state.meta, reporter.message)
-    return session, fresh
+    initial = initial_checkpoint(session, _read_or_keep_start(config, session, folder, reporter))
+    with translate_memory_errors(config, session.device, 1, session.learner):
+        _try_out(session, initial.state.meta, reporter.message)
+    return session, initial
 
 
 def set_up(config: RunConfig, dataset: Dataset, folder: RunFolder | None) -> Session:
-    """Everything that a run computes with, built from its config and its data."""
+    """Build everything that a run computes with from its config and its data.
+
+    Args:
+        config: the run's config.
+        dataset: its data, on its device.
+        folder: the run folder, which keeps the weights to be replayed; None if the run has none.
+    """
     device = pick_device(config.training.device)
-    # All episodes before the network, so that tasks the data cannot give are refused as such, test tasks included:
-    # rather now than after a long training.
+    # All episodes are built before the network, test tasks included, so that a data set with too few classes or images
+    # is refused now and not after a long training.
     shape, seed = config.episodes.train_shape, config.training.seed
     training, probe = (Episodes(dataset, "train", *shape, seed, stream=name) for name in ("train", "probe"))
     streams = Streams(training, probe, config.outer.meta_batch_size)
@@ -120,7 +124,7 @@ def set_up(config: RunConfig, dataset: Dataset, folder: RunFolder | None) -> Ses
         outcomes = evaluate(outcome, meta, frozen, config.training.val_tasks, on_tasks)
         return *interval(outcomes.accuracies), float(outcomes.losses.mean())
 
-    # δ has a generator of its own, so that θ's start is the same under every rule.
+    # δ is drawn with a generator of its own, so that θ starts the same under every rule.
     logged = None
     if folder is not None and isinstance(config.rule, ReplayedConfig):
         logged = _logged_weights(folder, config)
@@ -129,7 +133,7 @@ def set_up(config: RunConfig, dataset: Dataset, folder: RunFolder | None) -> Ses
 
 
 def on_device(dataset: Dataset, device: torch.device) -> Dataset:
-    """The data set with its images on the device; OutOfMemoryError where they do not fit."""
+    """The data set with its images on the device; OutOfMemoryError if they do not fit."""
     try:
         return dataset.to(device)
     except RuntimeError as error:
@@ -138,12 +142,12 @@ def on_device(dataset: Dataset, device: torch.device) -> Dataset:
         size = sum(split.images.numel() for split in dataset.splits.values()) / 2**30
         raise OutOfMemoryError(
             f"the images of {dataset.name} take {size:.1f} GiB, which the memory of {device} does not hold: "
-            "set --device cpu, or another one"
+            "set --device cpu, or another device"
         ) from error
 
 
 def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
-    """The weights to replay: this run's copy of them, made at its start; or, where that is too short, the source's."""
+    """The task weights to replay, (iterations, B): this run's copy, or the other run's log if the copy is too short."""
     needed, B = config.training.iterations, config.outer.meta_batch_size
     copied = folder.read_replayed()
     if copied is not None and copied.shape[1] == B and len(copied) >= needed:
@@ -176,11 +180,11 @@ def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
 
 
 def _try_out(session: Session, meta: Params, notice: Callable[[str], None]) -> None:
-    """A few gradients of two tasks: refuses a network that cannot be differentiated twice, whose derivatives are wrong,
-    or that does not give the same task the same result every time.
+    """Compute a few gradients to find out whether training can use the network.
 
     Raises:
-        ConfigError: says what the network does, and the remedy.
+        ConfigError: the network cannot be differentiated twice, has wrong derivatives, or does not give the same result
+            for the same task every time.
     """
     training, learner = session.config.training, session.learner
     meta = {name: p.to(session.device) for name, p in meta.items()}
@@ -194,21 +198,21 @@ def _try_out(session: Session, meta: Params, notice: Callable[[str], None]) -> N
         before = torch.cuda.memory_allocated(session.device)
 
     own_network = isinstance(learner, NetworkLearner) and not learner.backbone.is_ours
-    with failures_explained(session.config, session.device, learner, meta, lambda: task, judging=False):
+    with translate_network_errors(session.config, session.device, learner, meta, lambda: task, judging=False):
         if isinstance(learner, NetworkLearner):
             learner.backbone.examine(learner.initial(meta), task.support_x[0])
         _, info = execution(meta, task)
         if own_network:
-            execution(meta, other)  # what it leaves behind must not change the next task's result
+            execution(meta, other)  # state that it keeps must not change the next task's result
         _, again = execution(meta, task)
     if on_cuda:
         session.task_bytes = torch.cuda.max_memory_allocated(session.device) - before
-    # Kernels of a GPU may round differently from call to call; a loss that is not finite is found by the loop.
+    # A GPU's kernels may round differently from call to call. A loss that is not finite is reported by the loop.
     if not torch.allclose(info.query_loss, again.query_loss, rtol=1e-6, equal_nan=True):
         raise ConfigError(
             f"backbone {backbone!r} gave the same task the losses {float(info.query_loss)} and "
-            f"{float(again.query_loss)}: adaptation must be one and the same function every time, so remove what is "
-            "random in it (functional dropout, say) or changes with each call"
+            f"{float(again.query_loss)}: adaptation must be the same function every time, so remove what is "
+            "random in it (such as functional dropout) or changes with each call"
         )
     if own_network and training.check_gradient:
         try:
@@ -220,8 +224,8 @@ def _try_out(session: Session, meta: Params, notice: Callable[[str], None]) -> N
             notice(f"backbone {backbone!r}: {unknown}")
 
 
-def _given_start(config: RunConfig, session: Session, folder: RunFolder, reporter: Reporter) -> Params | None:
-    """θ of the weights that a run was told to start from, kept in its folder; none: it starts from drawn ones."""
+def _read_or_keep_start(config: RunConfig, session: Session, folder: RunFolder, reporter: Reporter) -> Params | None:
+    """θ from the weights that the run is to start from, kept in its folder; None if it starts from drawn ones."""
     if config.learner.init_from is None:
         return None
     kept = folder.read_start()
@@ -232,11 +236,13 @@ def _given_start(config: RunConfig, session: Session, folder: RunFolder, reporte
     return kept
 
 
-def _fresh(session: Session, meta: Params | None = None) -> Checkpoint:
+def initial_checkpoint(session: Session, meta: Params | None = None) -> Checkpoint:
+    """The checkpoint before the first iteration, with the given θ or, by default, the drawn one."""
     meta = session.drawn if meta is None else meta
     state = OuterState(meta, session.tools.optimizer.init(meta), session.rule.init(meta))
-    return Checkpoint(Progress(), state, {}, session.dataset.image_shape, session.pixels, session.config.run_name)
+    return Checkpoint(RunProgress(), state, {}, session.dataset.image_shape, session.pixels, session.config.run_name)
 
 
-def _to(state: OuterState, device: torch.device) -> OuterState:
+def move_state(state: OuterState, device: torch.device) -> OuterState:
+    """The state with all its tensors on the device."""
     return OuterState(*({name: leaf.to(device) for name, leaf in tree.items()} for tree in state))

@@ -1,4 +1,4 @@
-"""How long a run's steps and its judging take on this machine."""
+"""Measuring how long a run's outer steps and its evaluation take on this machine."""
 
 import itertools
 import time
@@ -12,63 +12,60 @@ import torch.func
 from metaheed.config import RunConfig
 from metaheed.data import Dataset, Split
 from metaheed.data.images import make_split
-from metaheed.outer import (
-    build_steps,
-    closing_workers,
-)
+from metaheed.outer import build_steps, closing_workers
 from metaheed.running.process import (
     cpu_threads,
     float32_products,
-    memory_explained,
     pick_device,
-    starts_explained,
+    translate_memory_errors,
+    translate_start_errors,
 )
-from metaheed.running.session import Session, _fresh, _to, on_device, set_up
-from metaheed.running.train import picked
+from metaheed.running.session import Session, initial_checkpoint, move_state, on_device, set_up
+from metaheed.running.train import resolve_execution
 
 
 class Speed(NamedTuple):
-    """How long work takes, in seconds."""
+    """Times in seconds."""
 
     iteration: float
-    """An outer step."""
+    """Time of an outer step."""
     task: float
-    """Adapting to a frozen task and judging it."""
+    """Time to adapt to a frozen task and evaluate it."""
 
 
-_ENOUGH = 0.5  # seconds of steps that are timed
+_ENOUGH = 0.5  # seconds; steps are timed until they have taken this long
 
 
-_BLOCK = 10  # steps at once, where they are made in blocks
+_BLOCK = 10  # steps in a block, where the execution makes several at once
 
 
-_FEW = 4  # tasks judged
+_FEW = 4  # tasks that are evaluated
 
 
-@starts_explained()
+@translate_start_errors()
 def measure_speed(config: RunConfig, image_shape: tuple[int, int, int]) -> Speed:
-    """What a run's outer steps and its judging take on this machine, on images of noise; nothing is read or written.
+    """Measure a run's outer steps and its evaluation on images of noise. No file is read or written.
 
-    A first step that takes longer than half a second is the measure, what it sets up included; else it is left out, and
-    steps are made after it until they have taken as long.
+    If the first step takes longer than half a second, its time is the result, set-up included. Otherwise it is not
+    counted, and further steps are timed until they have taken half a second together.
 
     Raises:
         ConfigError: the setting, the network or the device cannot be used, or the rule replays another run.
         OutOfMemoryError: the tasks computed at once do not fit.
-        NonFiniteError: on noise the first steps are not finite.
+        NonFiniteError: the losses or gradients of the first steps on noise are not finite.
     """
     device = pick_device(config.training.device)
-    execution = picked(config.training.execution, device, config)
+    execution = resolve_execution(config.training.execution, device, config)
     training = replace(config.training, device=str(device), execution=execution, val_tasks=_FEW)
     config = replace(config, training=training)
     with closing_workers(), cpu_threads(training), float32_products(training.tf32):
         session = set_up(config, on_device(_noise(config, image_shape), device), None)
-        with memory_explained(config, device, config.outer.meta_batch_size, session.learner):
+        with translate_memory_errors(config, device, config.outer.meta_batch_size, session.learner):
             return Speed(_time_steps(session), _time_judging(session))
 
 
 def _noise(config: RunConfig, image_shape: tuple[int, int, int]) -> Dataset:
-    """Random images, of as many classes as the config's tasks need."""
+    """A data set of random images with as many classes as the config's tasks need."""
     generator = np.random.default_rng(0)
 
     def split(name: str, ways: int, shots: int, queries: int) -> Split:
@@ -84,7 +81,7 @@ def _noise(config: RunConfig, image_shape: tuple[int, int, int]) -> Dataset:
 def _time_steps(session: Session) -> float:
     training, device = session.config.training, session.device
     torch.func.grad(torch.sin)(torch.zeros(()))  # what PyTorch imports at its first gradient is no part of a step
-    state = _to(_fresh(session).state, device)
+    state = move_state(initial_checkpoint(session).state, device)
     steps = build_steps(training, device, session.rule, session.tools, session.streams, state, lambda _: None)
     done, counted, taken = 0, 0, 0.0
     try:
@@ -93,7 +90,7 @@ def _time_steps(session: Session) -> float:
             made = len(list(steps.advance(done, min(_BLOCK, steps.block), lambda: False)))
             seconds = time.perf_counter() - began
             done += made
-            # The first call sets up what the others use; on a device the second one captures the step.
+            # The first call sets up what later ones use; on CUDA the second one captures the step.
             if (call < 2) if device.type == "cuda" else (call == 0 and seconds < _ENOUGH):
                 continue
             counted, taken = counted + made, taken + seconds
@@ -105,7 +102,7 @@ def _time_steps(session: Session) -> float:
 
 
 def _time_judging(session: Session) -> float:
-    meta = _to(_fresh(session).state, session.device).meta
+    meta = move_state(initial_checkpoint(session).state, session.device).meta
     began = time.perf_counter()
     session.validation(meta, lambda _: None)
     return (time.perf_counter() - began) / _FEW

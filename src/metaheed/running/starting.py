@@ -1,6 +1,6 @@
-"""Where a run starts from when it is told: the weights of a file or of another run, instead of drawn ones.
+"""Starting a run from the weights of a file or of another run (--init-from) instead of randomly drawn ones.
 
-Only tensors are read, so that nothing in a file or folder of a stranger's can run.
+Only tensors are read, so no code in a stranger's file or folder can run.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def read_weights(path: str | Path) -> Params:
     """The tensors of a .safetensors file, or θ of a run's best checkpoint.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the path is neither.
         RunError: the run has no checkpoint that can be read.
     """
     path = Path(path)
@@ -41,19 +41,20 @@ def read_weights(path: str | Path) -> Params:
 
 
 def start_from(found: Params, learner: Learner, drawn: Params, what: str, notice: Callable[[str], None]) -> Params:
-    """θ that starts from the weights found: all of it, where they are a θ of the same learner; else its network's.
+    """θ with the weights found in a file.
 
-    A head that is missing, or has another number of classes, keeps what was drawn.
+    If they are a θ of the same learner, all of it is taken; otherwise the weights of the network. A head that the file
+    lacks, or that has another number of classes there, keeps its drawn values.
 
     Args:
-        found: parameters by name; of a whole model, whose encoder has a prefix, say, or of another learner's θ.
-        learner: the run's.
-        drawn: its θ as it would start otherwise.
-        what: what the weights were read from.
-        notice: told what was taken and what was not.
+        found: parameters by name. They may be those of a larger model, in which the network's names have a prefix.
+        learner: the run's learner.
+        drawn: the θ that the run would start from otherwise.
+        what: what the weights were read from, for messages.
+        notice: called with a line that says what was taken.
 
     Raises:
-        ConfigError: they are not the weights of this network, of two such networks, or not finite.
+        ConfigError: the weights do not fit this network, hold it twice, or are not finite.
     """
     if all(name in found and found[name].shape == p.shape for name, p in drawn.items()):
         taken = {name: found[name] for name in drawn}
@@ -87,7 +88,7 @@ def start_from(found: Params, learner: Learner, drawn: Params, what: str, notice
 
 
 def _best_prefix(found: Params, wanted: Params, what: str) -> Params:
-    """The tensors below the prefix ("initial.", "module.", "encoder.", …) under which most of the names are wanted."""
+    """The tensors below the prefix ("initial.", "module.", "encoder.", …) under which most of the wanted ones are."""
     prefixes = ["", *sorted({name[: at + 1] for name in found for at, c in enumerate(name) if c == "."})]
 
     def below(prefix: str) -> Params:
@@ -98,7 +99,7 @@ def _best_prefix(found: Params, wanted: Params, what: str) -> Params:
 
     best = max(map(fitting, prefixes))
     equal = [prefix for prefix in prefixes if fitting(prefix) == best]
-    # θ of ours that has more than the start (rates, say) has it under names of the same kind.
+    # A θ of metaheed may hold further tensors (learned rates) under prefixes with the same names: the start is meant.
     chosen = next((prefix for prefix in equal if prefix in ("", "initial.")), equal[0])
     trees = [below(prefix) for prefix in (chosen, *equal)]
     differ = [p for p, tree in zip(equal, trees[1:], strict=True) if any(not _alike(tree, trees[0], n) for n in wanted)]

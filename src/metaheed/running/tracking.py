@@ -1,24 +1,19 @@
-"""What a run logs of its iterations: metrics, tasks, seconds, and what reporters are told of them."""
+"""What a run logs at each iteration, metrics.jsonl, tasks.jsonl and timing.jsonl, and what reporters are told of it."""
 
 import math
 import time
 
-from metaheed.outer import (
-    StepRecord,
-)
-from metaheed.running.checkpoint import Progress
+from metaheed.outer import StepRecord
+from metaheed.running.checkpoint import RunProgress
 from metaheed.running.folder import RunFolder
 from metaheed.running.log import JsonLines
-from metaheed.running.process import (
-    describe_processor,
-    peak_memory,
-)
+from metaheed.running.process import describe_processor, peak_memory
 from metaheed.running.reporter import Reporter
 from metaheed.running.session import Session
 
 
-def open_logs(folder: RunFolder, progress: Progress) -> tuple[JsonLines, JsonLines]:
-    """metrics.jsonl and tasks.jsonl, cut back to where the checkpoint was written."""
+def open_logs(folder: RunFolder, progress: RunProgress) -> tuple[JsonLines, JsonLines]:
+    """metrics.jsonl and tasks.jsonl, truncated to their lengths when the checkpoint was written."""
     return (
         JsonLines(folder.metrics_file, progress.metrics_bytes, progress.metrics_sha256),
         JsonLines(folder.tasks_file, progress.tasks_bytes, progress.tasks_sha256),
@@ -28,7 +23,7 @@ def open_logs(folder: RunFolder, progress: Progress) -> tuple[JsonLines, JsonLin
 def log_step(
     record: StepRecord, iteration: int, metrics: JsonLines, tasks: JsonLines, reporter: Reporter
 ) -> tuple[float, float]:
-    """Log an outer step and tell the reporter its numbers; the means over its tasks of query loss and accuracy."""
+    """Log an outer step and tell the reporter its numbers; return the mean loss and accuracy of its query sets."""
     columns = {name: values.tolist() for name, values in record.info._asdict().items()}
     columns["weights"] = record.weights.tolist()
     means = {name: sum(values) / len(values) for name, values in columns.items()}
@@ -36,12 +31,12 @@ def log_step(
     metrics.write(
         {
             "iteration": iteration,
-            "loss": short(loss),
-            "accuracy": short(accuracy),
-            "initial_loss": short(means["initial_loss"]),
+            "loss": log_number(loss),
+            "accuracy": log_number(accuracy),
+            "initial_loss": log_number(means["initial_loss"]),
         }
     )
-    tasks.write({"iteration": iteration, **{name: [short(v) for v in values] for name, values in columns.items()}})
+    tasks.write({"iteration": iteration, **{name: [log_number(v) for v in values] for name, values in columns.items()}})
     weights = columns["weights"]
     reporter.log(
         iteration,
@@ -55,18 +50,22 @@ def log_step(
     return loss, accuracy
 
 
-def short(value: float) -> float | None:
-    """A number rounded to eight digits, and None for NaN, as logs hold it."""
-    # What a float32 holds, and no more; JSON has no NaN.
+def log_number(value: float) -> float | None:
+    """A number as logs hold it: rounded to eight digits, and None for NaN."""
+    # A float32 holds no more digits, and JSON has no NaN.
     return None if math.isnan(value) else float(f"{value:.8g}")
 
 
-class Clock:
-    """timing.jsonl: seconds in iterations, those in validations and checkpoints left out, and memory."""
+class IterationClock:
+    """Times the iterations and writes timing.jsonl; used as a context around them.
+
+    Validations and checkpoints are not counted.
+    """
 
     def __init__(self, session: Session, folder: RunFolder, iteration: int) -> None:
         file, training = folder.timing_file, session.config.training
-        # Lines of iterations that are done again stay: they were measured. A run from the start begins a new file.
+        # A resumed run keeps the lines of iterations that it repeats, because they are measurements all the same. A run
+        # from the start begins a new file.
         self._lines = JsonLines(file, file.stat().st_size if iteration and file.exists() else 0)
         self._written, self._seconds, self._began = iteration, 0.0, 0.0
         self._device = session.device
@@ -84,7 +83,7 @@ class Clock:
         self._seconds += time.perf_counter() - self._began
 
     def write(self, iteration: int) -> None:
-        """Say what the iterations since the last line took."""
+        """Write a line with the time and memory that the iterations since the last line took."""
         steps = iteration - self._written
         if steps:
             seconds = float(f"{self._seconds:.6g}")
@@ -93,5 +92,5 @@ class Clock:
         self._written, self._seconds = iteration, 0.0
 
     def close(self) -> None:
-        """Close the file."""
+        """Close timing.jsonl."""
         self._lines.close()

@@ -1,7 +1,7 @@
-"""The training loop: rule step, log, validation, checkpoint; resumable at any iteration, bit for bit.
+"""The training loop: outer step, log, validation, checkpoint. A run can be resumed at any iteration, bit for bit.
 
-Nothing here is random: θ and δ are drawn from the seed, and batch t of each stream is a function of the seed and t. So
-the state of a run is its tensors and its iteration, and a run that was cut off continues as if it never had been.
+θ and δ are drawn from the seed, and batch t of each stream is a function of the seed and t. So the state of a run is
+its tensors and its iteration, and an interrupted run continues as if it had not been interrupted.
 """
 
 import contextlib
@@ -13,60 +13,50 @@ import torch
 
 from metaheed.config import CHUNKED, ExecutionName, ReplayedConfig, RunConfig
 from metaheed.data import check_name
-from metaheed.errors import (
-    ConfigError,
-    Interrupted,
-    NonFiniteError,
-    RunError,
-)
+from metaheed.errors import ConfigError, Interrupted, NonFiniteError, RunError
 from metaheed.files.trust import allow
 from metaheed.learners import find_backbone
-from metaheed.outer import (
-    OuterState,
-    build_steps,
-    closing_workers,
-    describe_execution,
-    pick_for_run,
-)
-from metaheed.running.checkpoint import Checkpoint, Progress, check_fits, check_is_of
+from metaheed.outer import OuterState, build_steps, closing_workers, describe_execution, pick_for_run
+from metaheed.running.checkpoint import Checkpoint, RunProgress, check_same_run, check_same_shapes
 from metaheed.running.folder import RunFolder
 from metaheed.running.process import (
     Signals,
     StopRequested,
     cpu_threads,
     float32_products,
-    memory_explained,
     pick_device,
     signals_received,
-    starts_explained,
+    translate_memory_errors,
+    translate_start_errors,
 )
 from metaheed.running.reporter import Reporter, Several
-from metaheed.running.session import Session, _to, prepare
+from metaheed.running.session import Session, move_state, prepare
 from metaheed.running.trackers import TensorBoard, check_tensorboard
-from metaheed.running.tracking import Clock, log_step, open_logs, short
+from metaheed.running.tracking import IterationClock, log_number, log_step, open_logs
 
 
 def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = False) -> Path:
     """Train a new run.
 
-    What can be known to be wrong is refused before the folder is made; if data or network turn out unusable before the
-    first iteration, the folder is removed again.
+    Settings are checked before the folder is made. If data or network turn out to be unusable before the first
+    iteration, the folder is removed again.
 
     Args:
-        config: of the run.
-        reporter: told how it goes.
-        trust: let the code of a network run that a recipe names and is not one of ours. What the caller names himself
-            is his word already.
+        config: the run's config.
+        reporter: receives the progress; by default nothing is reported.
+        trust: allow the code of the network that a recipe names, if it is not metaheed's. A network that the caller
+            names in `config` is allowed.
 
     Returns:
         The run folder.
 
     Raises:
-        ConfigError, DataError: the setting, the data or the network cannot be used.
+        ConfigError, DataError: the config, the data or the network cannot be used.
         RunError: the folder holds a run already, is being trained in, or cannot be written.
         NonFiniteError: a loss or gradient stopped being finite; the last checkpoint is kept.
         OutOfMemoryError: the tasks computed at once do not fit; the last checkpoint is kept.
-        StartError, WorkerError: a thread or worker process cannot be started, or a worker died; the same.
+        StartError, WorkerError: a thread or worker process cannot be started, or a worker died; the last checkpoint is
+            kept.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
     """
     check_name(config.episodes.data)
@@ -74,13 +64,13 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
     if trust:
         allow(learner.backbone, learner.backbone_path)
     find_backbone(learner.backbone, learner.backbone_path)
-    allow(learner.backbone, learner.backbone_path)  # named by the user: so this run can be used without his saying so
+    allow(learner.backbone, learner.backbone_path)  # the user named it: allow it for later commands on this run
     training = config.training
     device = pick_device(training.device)
     training = replace(
         training,
         device=str(device),
-        execution=picked(training.execution, device, config),
+        execution=resolve_execution(training.execution, device, config),
         threads=training.threads or torch.get_num_threads(),
         out=training.out or Path("runs") / config.run_name,
     )
@@ -107,7 +97,7 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
                 _run(folder, config, reporter or Reporter())
             except (Interrupted, NonFiniteError):
                 raise
-            except Exception:  # whatever it was, a run that has not begun leaves no folder that refuses the next
+            except Exception:  # a run that has not begun leaves no folder, which would refuse the next attempt
                 logs = (folder.metrics_file, folder.tasks_file)
                 begun = folder.last.exists() or not folder.is_ours()
                 if not begun and not any(log.exists() and log.stat().st_size for log in logs):  # no iteration was done
@@ -116,16 +106,16 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
                         file.unlink(missing_ok=True)
                 raise
     finally:
-        with contextlib.suppress(OSError):  # not empty: the run is there
+        with contextlib.suppress(OSError):  # not empty, because it holds the run
             for path in made:
                 path.rmdir()
     return folder.path
 
 
-def picked(execution: ExecutionName, device: torch.device, config: RunConfig) -> ExecutionName:
-    """The execution that a config's choice means on this device."""
+def resolve_execution(execution: ExecutionName, device: torch.device, config: RunConfig) -> ExecutionName:
+    """The execution that the config's choice, which may be auto, stands for on this device."""
     if execution == "auto" and config.training.chunk_size is not None:
-        return "vectorized"  # of those with chunks the one that auto would take
+        return "vectorized"  # of the executions that take chunks, the one that auto would choose
     return pick_for_run(config, execution, device, config.outer.meta_batch_size)
 
 
@@ -140,25 +130,26 @@ def resume(
     capture: Literal["auto", "on", "off"] | None = None,
     trust: bool = False,
 ) -> Path:
-    """Continue a run where its newest whole checkpoint stands, to the bits it would have had uninterrupted.
+    """Continue a run from its newest whole checkpoint, with the same bits as if it had not been interrupted.
 
     Args:
         path: the run folder.
-        iterations: train to this many instead; not fewer than are done.
-        data_root: where the data lies now; none: where it lay.
-        device: compute here instead, and give up on the same bits; a device of another kind has its own execution.
-        reporter: told how it goes.
-        execution, chunk_size: compute so instead, and give up on the same bits.
-        capture: make the steps so instead.
-        trust: let the code of a network run that the run folder names, is not one of ours, and was not allowed before.
+        iterations: train to this number of outer steps instead, which must not be below the number done.
+        data_root: folder of the data sets, if it has moved.
+        device: compute on this device instead, where the bits may differ. On another kind of device the execution is
+            chosen anew.
+        reporter: receives the progress; by default nothing is reported.
+        execution, chunk_size: compute batches in this way instead; the bits may differ.
+        capture: whether to capture the outer step in a CUDA graph, instead of as before.
+        trust: allow the code of the network that the run folder names, if it is not metaheed's and not allowed yet.
 
     Raises:
-        As `train`; RunError also where the folder holds no run.
+        As `train`; RunError also if the folder holds no run.
     """
     reporter = reporter or Reporter()
     folder = RunFolder(path)
     learner = folder.read_config(trust).learner
-    # Refuses what is not a run, or may not be run, before anything is made there.
+    # Refuse a folder without a run, and a network that is missing or not allowed, before anything is written there.
     find_backbone(learner.backbone, learner.backbone_path)
     with folder.locked():
         config = folder.read_config()
@@ -171,7 +162,7 @@ def resume(
                 execution = "auto"
             training = replace(training, device=str(here))
         if execution is not None:
-            execution = picked(execution, torch.device(training.device), config)
+            execution = resolve_execution(execution, torch.device(training.device), config)
             kept = training.chunk_size if execution in CHUNKED else None
             training = replace(training, execution=execution, chunk_size=kept)
         if chunk_size is not None:
@@ -187,7 +178,7 @@ def resume(
     return folder.path
 
 
-@starts_explained()
+@translate_start_errors()
 def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
     training = config.training
     with closing_workers(), cpu_threads(training), float32_products(training.tf32), signals_received() as received:
@@ -198,7 +189,7 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         if checkpoint is None and notices:
             reporter.message("no whole checkpoint is left; starting at iteration 0")
         if checkpoint is not None:
-            check_is_of(config, checkpoint.run, f"the newest checkpoint of {folder.path}")
+            check_same_run(config, checkpoint.run, f"the newest checkpoint of {folder.path}")
         done = checkpoint.progress.iteration if checkpoint else 0
         if config.training.iterations < done:
             raise ConfigError(
@@ -210,7 +201,7 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             folder.write_best(checkpoint)
             written = folder.read_config()
             if written.training.iterations != config.training.iterations:
-                # Lowered to what the checkpoint has: what was logged after it was is of no run any more.
+                # The run was shortened to what the checkpoint has: truncate the logs to the checkpoint.
                 for log in open_logs(folder, checkpoint.progress):
                     log.close()
                 lowered = replace(written.training, iterations=config.training.iterations)
@@ -219,28 +210,28 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
             return
         try:
             with received.interrupting():
-                session, fresh = prepare(config, folder, reporter)
+                session, initial = prepare(config, folder, reporter)
         except StopRequested:
             raise Interrupted(
                 f"stopped before iteration {done + 1}; continue with 'metaheed train --resume {folder.path}'",
                 received[0],
             ) from None
         if checkpoint is None:
-            checkpoint = fresh
+            checkpoint = initial
         else:
-            for part, configured, found in zip(OuterState._fields, fresh.state, checkpoint.state, strict=True):
-                check_fits(configured, found, f"the checkpoint of {folder.path} (its {part} state)")
+            for part, configured, found in zip(OuterState._fields, initial.state, checkpoint.state, strict=True):
+                check_same_shapes(configured, found, f"the checkpoint of {folder.path} (its {part} state)")
             folder.write_best(checkpoint)
             reporter.message(f"resuming {folder.path} after iteration {checkpoint.progress.iteration}")
         if config != folder.read_config():
             folder.write_config(config)
         B, images_there = config.outer.meta_batch_size, session.streams.lie_on(session.device)
         reporter.message(describe_execution(training, session.device, B, session.learner, images_there))
-        with memory_explained(config, session.device, B, session.learner, lambda: session.task_bytes):
+        with translate_memory_errors(config, session.device, B, session.learner, lambda: session.task_bytes):
             _loop(session, folder, checkpoint, reporter, received)
 
 
-def _finished(progress: Progress, config: RunConfig) -> bool:
+def _finished(progress: RunProgress, config: RunConfig) -> bool:
     total = config.training.iterations
     return progress.iteration >= total and progress.validated >= total
 
@@ -257,18 +248,19 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
         session.rule,
         session.tools,
         session.streams,
-        _to(start.state, session.device),
+        move_state(start.state, session.device),
         reporter.message,
         received.interrupting,
     )
     metrics, tasks = open_logs(folder, progress)
     folder.watch_config()
-    clock = Clock(session, folder, progress.iteration)
+    clock = IterationClock(session, folder, progress.iteration)
 
     def save() -> None:
         nonlocal progress
         folder.check_unaltered()
-        whole = _finished(progress, session.config)  # nothing follows that would find what was missed
+        # A change that is missed here is found at the next checkpoint; after the last one it would not be.
+        whole = _finished(progress, session.config)
         (m_bytes, m_sha256), (t_bytes, t_sha256) = metrics.sync(whole), tasks.sync(whole)
         progress = progress._replace(
             metrics_bytes=m_bytes, tasks_bytes=t_bytes, metrics_sha256=m_sha256, tasks_sha256=t_sha256
@@ -301,11 +293,11 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
                 if better:
                     progress = progress._replace(best_iteration=done, best_accuracy=accuracy)
                     best = dict(meta)
-                line = {"iteration": done, "validation_accuracy": accuracy, "validation_loss": short(loss)}
+                line = {"iteration": done, "validation_accuracy": accuracy, "validation_loss": log_number(loss)}
                 metrics.write(line)
                 reporter.log(done, {"validation/accuracy": accuracy, "validation/loss": loss})
                 reporter.validation(done, accuracy, half_width, better)
-                # Kept at once: a validation costs as much as many steps.
+                # Save at once, because a validation takes as long as many steps.
                 save()
                 continue
             check_stop()

@@ -1,1 +1,1 @@
-"""What is made of many runs: searches, recipes, reproductions, reports, the toy and the demo."""
+"""Studies that consist of many runs: searches, recipes, reproductions and reports; also the toy and the demo."""

@@ -1,4 +1,4 @@
-"""The whole package in a few minutes: train MAML and TA-MAML on glyphs, judge them on the same tasks, compare."""
+"""A demo of a few minutes: train MAML and TA-MAML on glyphs, evaluate both on the same tasks, and compare them."""
 
 from dataclasses import replace
 from functools import partial
@@ -11,7 +11,8 @@ from rich.table import Table
 from metaheed.config import EvaluationConfig, FreezeConfig, MAMLConfig, RunConfig, default_config
 from metaheed.data import Episodes, load_dataset
 from metaheed.errors import RunError
-from metaheed.files.opening import LinkError, cannot_write_message, refuse_link
+from metaheed.files.opening import refuse_link
+from metaheed.files.writing import _writing
 from metaheed.outer import evaluate_adapted, evaluate_initial, map_looped
 from metaheed.running.compare import compare
 from metaheed.running.evaluate import evaluate, evaluate_run
@@ -26,16 +27,16 @@ LABELS = {"maml": "MAML", "ta-maml": "TA-MAML"}
 
 
 def demo(out: str | Path, iterations: int, seed: int, tasks: int = 300) -> Path:
-    """Run the demo in `out`, continuing what is there.
+    """Run the demo in the folder `out`, and continue the runs that are there.
 
     Args:
-        out: folder of the runs maml/ and ta-maml/ and of figure.png.
-        iterations: outer steps of each.
-        seed: training seed.
-        tasks: test tasks to judge on.
+        out: folder for the runs maml/ and ta-maml/ and for figure.png.
+        iterations: outer steps of each run.
+        seed: training seed of both.
+        tasks: number of test tasks.
 
     Returns:
-        The figure.
+        The path of the figure.
 
     Raises:
         RunError: `out` holds a demo of other settings.
@@ -46,10 +47,8 @@ def demo(out: str | Path, iterations: int, seed: int, tasks: int = 300) -> Path:
         config = demo_config(algorithm, out / algorithm, iterations, seed)
         console.print(f"[bold]{label}[/]: {iterations} iterations of 5-way 1-shot tasks on glyphs")
         folder = RunFolder(out / algorithm)
-        try:
+        with _writing(folder.path):
             refuse_link(folder.path, out)
-        except LinkError as error:
-            raise RunError(cannot_write_message(error, folder.path)) from error
         if folder.config_file.exists():
             found = folder.read_config()
             recorded = replace(found.training, threads=None, device="auto", out=config.training.out)
@@ -84,7 +83,7 @@ def demo(out: str | Path, iterations: int, seed: int, tasks: int = 300) -> Path:
 
 
 def demo_config(algorithm: str, out: Path, iterations: int, seed: int) -> RunConfig:
-    """The demo's setting: smaller tasks and fewer steps than the defaults, for the sake of minutes."""
+    """A run's config in the demo: smaller tasks and fewer steps than the defaults, so that it takes minutes."""
     config = default_config(algorithm)
     return replace(
         config,
@@ -99,14 +98,14 @@ def demo_config(algorithm: str, out: Path, iterations: int, seed: int) -> RunCon
             val_every=max(1, iterations // 8),
             val_tasks=60,
             checkpoint_every=25,
-            execution="vectorized",  # the faster one for tasks as small as these
+            execution="vectorized",  # the fastest for tasks as small as these
         ),
     )
 
 
 def _untrained(run: Path, seed: int, tasks: int) -> tuple[str, str]:
     learner, _ = load(run)
-    meta = learner.init(torch.Generator().manual_seed(seed))  # where the run began
+    meta = learner.init(torch.Generator().manual_seed(seed))  # the θ that the run began with
     config = RunFolder(run).read_config()
     episodes = Episodes(load_dataset("glyphs"), "test", *config.episodes.test_shape, FreezeConfig.episode_seed)
     before, after = (

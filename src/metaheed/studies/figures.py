@@ -1,9 +1,8 @@
-"""Figures of training runs and searches, drawn without a screen."""
+"""Figures of training runs, searches and the toy, drawn without a display."""
 
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,12 +12,12 @@ from metaheed.running.folder import RunFolder
 from metaheed.running.log import stream_lines
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito's, which people with any colour vision can tell apart; their yellow, too faint for lines, left out."""
+"""Okabe and Ito's colours, which all kinds of colour vision tell apart, without their yellow, too faint for lines."""
 
 
 @own_settings()
 def training_figure(runs: Mapping[str, str | Path], out: str | Path) -> None:
-    """Validation accuracy and each meta-batch's largest and smallest weight against iteration (paper, figs. 3, 4).
+    """Draw validation accuracy and the largest and smallest weight of each meta-batch over iterations (Figs. 3 and 4).
 
     Args:
         runs: label -> run folder.
@@ -31,12 +30,12 @@ def training_figure(runs: Mapping[str, str | Path], out: str | Path) -> None:
     left, right = figure.subplots(1, 2)
     for (label, path), colour in zip(runs.items(), COLOURS * (1 + len(runs) // len(COLOURS)), strict=False):
         folder = RunFolder(path)
-        validations = [line for line in read_lines(folder.metrics_file) if "validation_accuracy" in line]
+        validations = [line for line in stream_lines(folder.metrics_file) if "validation_accuracy" in line]
         iterations = [line["iteration"] for line in validations]
         left.plot(
             iterations, [100 * v["validation_accuracy"] for v in validations], "o-", color=colour, label=label, ms=4
         )
-        weights = np.array([line["weights"] for line in read_lines(folder.tasks_file)])
+        weights = np.array([line["weights"] for line in stream_lines(folder.tasks_file)])
         steps = 1 + np.arange(len(weights))
         if np.ptp(weights, axis=1).max() == 0:
             right.axhline(weights[0, 0], color=colour, ls="--", lw=1, label=f"{label}: 1/B for every task")
@@ -57,11 +56,11 @@ def training_figure(runs: Mapping[str, str | Path], out: str | Path) -> None:
 def trajectory_figure(
     trajectories: Mapping[str, Sequence[tuple[float, float]]], optima: Sequence[tuple[float, float]], out: Path
 ) -> None:
-    """Paths of two meta-parameters over the plane, with every task's optimum (paper, fig. 1).
+    """Draw the paths of two meta-parameters in the plane, with the optimum of each task (Fig. 1).
 
     Args:
         trajectories: label -> points.
-        optima: a point a task.
+        optima: the best point of each task.
         out: the PNG to write.
     """
     _save(draw_trajectories(trajectories, optima), out)
@@ -70,7 +69,7 @@ def trajectory_figure(
 def draw_trajectories(
     trajectories: Mapping[str, Sequence[tuple[float, float]]], optima: Sequence[tuple[float, float]]
 ) -> Figure:
-    """What `trajectory_figure` writes."""
+    """The figure that `trajectory_figure` writes."""
     figure = Figure(figsize=(5 * len(trajectories), 4.6), layout="constrained")
     panels = figure.subplots(1, len(trajectories), sharex=True, sharey=True, squeeze=False)[0]
     centre = np.mean(optima, axis=0)
@@ -97,12 +96,12 @@ def parallel_figure(
     best: int,
     out: Path,
 ) -> None:
-    """Settings and outcome of every trial of a search, a line each over one upright axis a setting.
+    """Draw every trial of a search as a line that crosses one vertical axis for each setting, and one for the accuracy.
 
     Args:
-        axes: setting -> its bounds, above 0; drawn on a logarithmic scale.
+        axes: setting -> its bounds, which are above 0; the scale is logarithmic.
         rows: the settings of each trial, in the order of the axes.
-        values: its validation accuracy in [0, 1]; none: it was not trained to its end.
+        values: validation accuracy of each trial in [0, 1]; None if the trial was not trained to its end.
         best: index of the best trial.
         out: the PNG to write.
     """
@@ -138,7 +137,7 @@ def parallel_figure(
 
 
 def _place(row: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Heights in [0, 1] on logarithmic axes; the middle of an axis of one value."""
+    """Heights in [0, 1] on logarithmic axes; 0.5 on an axis whose bounds are equal."""
     low, high = np.log(bounds).T
     span = high - low
     return np.where(span > 0, (np.log(row) - low) / np.where(span > 0, span, 1), 0.5)
@@ -155,11 +154,11 @@ def _upright(plane: Axes, place: int, name: str, bounds: tuple[float, float], be
 
 @own_settings()
 def importance_figure(importances: Mapping[str, float], trials: int, out: Path) -> None:
-    """Bars: how much each setting of a search mattered.
+    """Draw bars that show how much each setting of a search mattered.
 
     Args:
-        importances: setting -> share.
-        trials: how many whole trials they come from.
+        importances: setting -> its share of the importance.
+        trials: number of complete trials that they come from.
         out: the PNG to write.
     """
     figure = Figure(figsize=(6, 1.6 + 0.5 * len(importances)), layout="constrained")
@@ -178,17 +177,8 @@ def _save(figure: Figure, out: Path) -> None:
     write_whole(out, buffer.getvalue())
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file.
-
-    Raises:
-        RunError: it is missing or damaged.
-    """
-    return [*stream_lines(path)]
-
-
 def _smooth(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Running mean over a twentieth of the run, at the iterations of its windows' ends."""
+    """(iterations, means): the running mean over a twentieth of the run, placed at the end of each window."""
     width = max(1, len(values) // 20)
     means = np.convolve(values, np.ones(width) / width, mode="valid")
     return width + np.arange(len(means)), means

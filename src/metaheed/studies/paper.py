@@ -1,8 +1,8 @@
-"""The paper's Tables 1 and 2, and the cells of experiments that this package has beside them.
+"""The paper's Tables 1 and 2, and the further cells (same algorithms, other data sets) that this package can run.
 
 Aimen, Sidheekh, Krishnan, *Task Attended Meta-Learning for Few-Shot Learning*, arXiv 2106.10642. A cell is an algorithm
-in a setting: one number of a table, one run of each seed, one recipe. The numbers are accuracies in % with Conv4-32.
-Most of the intervals printed beside them cannot be 95% intervals of a mean over 300 tasks, so they are not given here.
+in a setting: one number in a table, one recipe, one run for each seed. The numbers are accuracies in % with Conv4-32.
+Most of the intervals printed beside them cannot be 95% intervals of a mean over 300 tasks, so they are left out here.
 """
 
 import itertools
@@ -11,11 +11,11 @@ from typing import NamedTuple
 from metaheed.errors import unknown
 
 ITERATIONS = 55_000
-"""Outer steps of every run of the paper."""
+"""Number of outer steps of every run in the paper."""
 
 
 class Setting(NamedTuple):
-    """A column of a table."""
+    """A data set and a task shape: a column of a table."""
 
     data: str
     """Data set."""
@@ -39,7 +39,7 @@ class Cell(NamedTuple):
 
     @property
     def setting(self) -> Setting:
-        """Without the algorithm."""
+        """The cell's setting, without the algorithm."""
         return Setting(*self[:3])
 
 
@@ -47,9 +47,9 @@ class Table(NamedTuple):
     """A table of the paper."""
 
     columns: tuple[Setting, ...]
-    """Its settings, as printed."""
+    """Its settings, in the printed order."""
     rows: dict[str, tuple[float, ...]]
-    """Algorithm -> accuracy in %, column by column."""
+    """Algorithm -> accuracies in %, one for each column."""
 
     def values(self) -> dict[Cell, float]:
         """Cell -> accuracy in %."""
@@ -64,17 +64,17 @@ LABELS = {
     **{"maml": "MAML", "taml": "TAML", "ta-maml": "TA-MAML", "metasgd": "MetaSGD", "ta-metasgd": "TA-MetaSGD"},
     **{"metalstm": "MetaLSTM", "metalstm++": "MetaLSTM++", "ta-metalstm++": "TA-MetaLSTM++"},
 }
-"""Algorithm -> what the paper calls it; in the order in which one reads about them."""
+"""Algorithm -> its name in the paper, in the order in which results are listed."""
 
 COUNTERPART = {
     **{"ta-maml": "maml", "taml": "maml", "ta-metasgd": "metasgd"},
     **{"metalstm++": "metalstm", "ta-metalstm++": "metalstm++"},
 }
-"""Algorithm of the tables -> the one it is to be compared with: the same learner without what is new in it."""
+"""Algorithm of the tables -> the algorithm that it is compared with: the same learner without what is new in it."""
 
 NATURAL = ("miniimagenet", "tieredimagenet")
 ANALOGOUS = ("cifar-fs", "fc100")
-"""Data sets that the tables lack: smaller images, with the same classes' numbers and settings."""
+"""Data sets that the tables lack: smaller images of as many classes, in the same settings."""
 IMAGE_SHAPES = {
     **dict.fromkeys(NATURAL, (3, 84, 84)),
     **dict.fromkeys(ANALOGOUS, (3, 32, 32)),
@@ -111,14 +111,14 @@ TABLES = {
 
 _ATTENTION_PAIRS = ("maml", "ta-maml", "metasgd", "ta-metasgd", "metalstm++", "ta-metalstm++")
 _FIGURES_SETTING = (5, 1)
-"""Of the runs behind figures 3 to 5; figure 1 is the toy's."""
+"""(ways, shots) of the runs behind Figs. 3 to 5; Fig. 1 is drawn by the toy."""
 
 EXPERIMENTS = (*TABLES, "figures")
-"""What can be reproduced."""
+"""The experiments that `metaheed reproduce` knows."""
 
 
 def experiment_algorithms(experiment: str) -> tuple[str, ...]:
-    """The algorithms of a table's rows; of the figures: each learner without and with attention.
+    """The algorithms of an experiment: the rows of a table; for the figures, each learner without and with attention.
 
     Raises:
         ConfigError: there is no such experiment.
@@ -131,7 +131,7 @@ def experiment_algorithms(experiment: str) -> tuple[str, ...]:
 def experiment_cells(experiment: str) -> tuple[Cell, ...]:
     """The cells of an experiment, setting by setting: on the paper's data sets, then the same on the analogous ones.
 
-    The figures' are in 5-way 1-shot.
+    Those of the figures are 5-way 1-shot.
 
     Raises:
         ConfigError: there is no such experiment.
@@ -144,12 +144,12 @@ def experiment_cells(experiment: str) -> tuple[Cell, ...]:
 
 
 def all_cells() -> tuple[Cell, ...]:
-    """Every cell of every experiment once, in the order of data set, setting and algorithm."""
+    """Every cell of every experiment once, ordered by data set, setting and algorithm."""
     found = {cell for experiment in EXPERIMENTS for cell in experiment_cells(experiment)}
     data, algorithms = (*NATURAL, *ANALOGOUS, "omniglot"), tuple(LABELS)
     return tuple(sorted(found, key=lambda c: (data.index(c.data), c.ways, c.shots, algorithms.index(c.algorithm))))
 
 
 def accuracy(cell: Cell) -> float | None:
-    """The paper's accuracy in %; none: its tables lack the cell."""
+    """The paper's accuracy in %; None if its tables lack the cell."""
     return next((values[cell] for values in map(Table.values, TABLES.values()) if cell in values), None)

@@ -1,9 +1,9 @@
-"""The toy behind the paper's Fig. 1: where a step after every task leads, and where one on the whole meta-batch does.
+"""The toy problem of the paper's Fig. 1: outer steps after every task, compared with steps on the whole meta-batch.
 
-Four two-class problems in the plane, each with two parameters w and labels drawn with probability σ(w*·x), so that the
-best w of a task is its w* exactly. A MetaLSTM is trained on all of them in every meta-batch, in an order drawn anew:
-under the rule `sequential` (MetaLSTM) and under `uniform` (MetaLSTM++). Its start c_0, two numbers, is followed through
-every outer step.
+There are four tasks, each a two-class problem in the plane. Labels are drawn with probability σ(w*·x), so the best
+parameters w of a task are exactly its w*. A MetaLSTM is trained on meta-batches of all four tasks in a random order,
+once under the rule `sequential` (MetaLSTM) and once under `uniform` (MetaLSTM++). Its start c_0, two numbers, is
+recorded after every outer step.
 """
 
 import itertools
@@ -36,43 +36,43 @@ from metaheed.types import Episode, Params
 OPTIMA = ((2.0, 2.0), (-1.0, 2.5), (2.5, -1.0), (-1.5, -1.5))
 """The best parameters of each task."""
 _START = (-2.5, 3.5)
-_EXAMPLES = 40  # of a support set and of a query set
+_EXAMPLES = 40  # in a support set, and in a query set
 RULES: dict[str, tuple[Callable[[], Rule], int]] = {"MetaLSTM": (sequential, 1), "MetaLSTM++": (uniform, len(OPTIMA))}
-"""Algorithm -> its rule, and by how much its β is multiplied: one step on the mean of B gradients moves as far as B
-steps on one each when its rate is B times theirs."""
+"""Algorithm -> (its rule, the factor of its β). One step on the mean of B gradients moves as far as B steps on one
+gradient each if its rate is B times as large."""
 
 
 class Plane(nn.Module):
-    """Two classes from points x (n, 2): logits (0, w·x)."""
+    """A linear classifier of points x (n, 2) into two classes, with the logits (0, w·x)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.w = nn.Parameter(torch.tensor(_START))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (n, 2)."""
+        """The logits (n, 2) of the points x (n, 2)."""
         score = x @ self.w
         return torch.stack([torch.zeros_like(score), score], dim=1)
 
 
 class Trajectory(NamedTuple):
-    """What became of the two meta-parameters."""
+    """The path of the two meta-parameters c_0 in training."""
 
     points: list[tuple[float, float]]
-    """c_0 at the start and after every outer step: one a task for MetaLSTM, one a meta-batch for MetaLSTM++."""
+    """c_0 at the start and after every outer step, which MetaLSTM makes for each task and MetaLSTM++ for each batch."""
     path_length: float
     """Sum of the lengths of all outer steps."""
     displacement: float
     """Distance from start to end."""
     last_task_bias: float
-    """How much nearer c_0 came to the optimum of a meta-batch's last task than it would have with the tasks in reverse
-    order; mean over all meta-batches."""
+    """How much nearer c_0 came to the optimum of the meta-batch's last task than with the tasks in reverse order; mean
+    over all meta-batches."""
     last_task_bias_half_width: float
     """Half-width of its 95% interval over meta-batches."""
 
 
 def toy(out: str | Path, config: ToyConfig) -> dict[str, Trajectory]:
-    """Train both, write trajectories.png and toy.json into `out`, and return the trajectories by algorithm.
+    """Train with both rules, write trajectories.png and toy.json into `out`, and return algorithm -> trajectory.
 
     Raises:
         RunError: `out` cannot be written.
@@ -87,7 +87,7 @@ def toy(out: str | Path, config: ToyConfig) -> dict[str, Trajectory]:
 
 
 def follow(rule: Rule, config: ToyConfig, factor: float = 1) -> Trajectory:
-    """One training under `rule` at `factor` times the rate; the batches are the same for every rule."""
+    """Train under `rule` with `factor` times the config's β; the meta-batches are the same for every rule."""
     learner = MetaLSTM(Plane())
     meta = learner.init(torch.Generator().manual_seed(config.seed))
     points = [_point(meta)]
@@ -104,7 +104,7 @@ def follow(rule: Rule, config: ToyConfig, factor: float = 1) -> Trajectory:
     optimizer = OuterOptimizer(step.init, followed)
     gradients = looped(learner)
     batches = draw_batches(config.iterations, config.seed)
-    # Neither rule asks for probe batches or for gradients before adaptation.
+    # Neither rule uses probe batches or gradients before adaptation.
     tools = Tools(gradients, _never, optimizer, lambda t: batches[t][0], _never)
     state = OuterState(meta, optimizer.init(meta), rule.init(meta))
     biases = []
@@ -124,7 +124,7 @@ def follow(rule: Rule, config: ToyConfig, factor: float = 1) -> Trajectory:
 
 
 def draw_batches(count: int, seed: int) -> list[tuple[Episode, int]]:
-    """Meta-batches of every task once, in an order drawn anew and on fresh points; with each, which task came last."""
+    """Meta-batches of every task once, in a random order and with new points; with each, the index of its last task."""
     generator = torch.Generator().manual_seed(seed)
     optima = torch.tensor(OPTIMA)  # (B, 2)
 

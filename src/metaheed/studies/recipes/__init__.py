@@ -1,4 +1,4 @@
-"""Recipes: a run's config as a file to train from."""
+"""Recipes: files to train from, which hold a run's config."""
 
 from metaheed.studies.recipes.recipe import (
     OF_A_RUN,
@@ -10,6 +10,7 @@ from metaheed.studies.recipes.recipe import (
     of_cell,
     read,
     read_folder,
+    recipe_settings,
     text,
     untuned,
     without_run,
@@ -26,6 +27,7 @@ __all__ = [
     "of_cell",
     "read",
     "read_folder",
+    "recipe_settings",
     "text",
     "untuned",
     "without_run",

@@ -1,8 +1,8 @@
-"""Recipes: a run's config as a file to train from, with where its values come from.
+"""Recipes: files to train from, which hold a run's config and say where its values come from.
 
 A recipe is a YAML file: a comment that says what it is and how to train it, then `provenance` and `config`. It holds
-what decides the algorithm, and nothing that belongs to one machine or one run (`OF_A_RUN`): that is said when it is
-trained, `metaheed train --recipe FILE --seed 1 --data-root DATA`.
+what decides the algorithm, but not the fields that belong to one machine or one run (`OF_A_RUN`). Those are options of
+the command that trains it: `metaheed train --recipe FILE --seed 1 --data-root DATA`.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ OF_A_RUN: dict[str, tuple[str, ...]] = {
         *("checkpoint_every", "log_initial_loss", "check_gradient", "tensorboard"),
     ),
 }
-"""Group of the config -> the fields that belong to a machine or to one run, and so not to a recipe."""
+"""Group of the config -> its fields that belong to one machine or one run, and so not to a recipe."""
 
 
 _SEARCHED: dict[str, type[Any]] = {
@@ -47,18 +47,18 @@ _SEARCHED: dict[str, type[Any]] = {
     "validation_accuracy": float,
     "version": str,
 }
-"""What the provenance of a searched recipe holds at least: the study's name, its trials, the iterations of a trial, its
-seed, the best trial's validation accuracy in [0, 1], and the version of this program."""
+"""Fields that the provenance of a searched recipe must have: the study's name, its number of trials, the iterations of
+a trial, the search seed, the best trial's validation accuracy in [0, 1], and the version of this program."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides an algorithm, and where its values come from."""
+    """A config without the fields that belong to one run, and where its values come from."""
 
     config: RunConfig
-    """The fields `OF_A_RUN` do not count: they are not written, and their defaults when read."""
+    """The fields in `OF_A_RUN` have no meaning here: they are not written, and have their defaults when read."""
     provenance: dict[str, Any]
-    """kind: "untuned" or "searched"; a searched one also has study, trials, iterations (of a trial), seed,
+    """`kind` is "untuned" or "searched". A searched recipe also has study, trials, iterations (of a trial), seed,
     validation_accuracy and version."""
 
     def __post_init__(self) -> None:
@@ -79,7 +79,7 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """DATA-NwayKshot-ALGORITHM: what its runs are called, but for the seed."""
+        """DATA-NwayKshot-ALGORITHM: the name of its runs without the seed."""
         return self.config.run_name.removesuffix(f"-seed{self.config.training.seed}")
 
 
@@ -87,7 +87,7 @@ def write(recipe: Recipe, path: str | Path) -> None:
     """Write a recipe, whole or not at all.
 
     Raises:
-        RunError: it cannot be written; nothing is left behind.
+        RunError: the file cannot be written; no part of it is left.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -104,17 +104,22 @@ def write(recipe: Recipe, path: str | Path) -> None:
 
 
 def text(recipe: Recipe, file: str) -> str:
-    """What the file of that name holds."""
-    values: dict[str, Any] = {"provenance": recipe.provenance, "config": _settings(recipe.config)}
+    """The content of a recipe's file.
+
+    Args:
+        recipe: what it holds.
+        file: its name, which the comment in it repeats.
+    """
+    values: dict[str, Any] = {"provenance": recipe.provenance, "config": recipe_settings(recipe.config)}
     return f"{_comment(recipe, file)}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
 
 
 def read(path: str | Path) -> Recipe:
-    """The recipe that a file holds.
+    """Read a recipe.
 
     Raises:
-        ConfigError: it cannot be read, is no recipe, or holds a setting that is unknown, out of its bounds, or not a
-            recipe's.
+        ConfigError: the file cannot be read, is no recipe, or holds a setting that is unknown, out of its bounds, or
+            belongs to a run.
     """
     try:
         values = from_yaml(read_bounded(Path(path), YAML_BYTES))
@@ -135,7 +140,7 @@ def read(path: str | Path) -> Recipe:
         for name in names if isinstance(inside, dict) else ():
             if name in inside:
                 raise ConfigError(
-                    f"recipe {path} sets {name} in {group}, which belongs to a run: take it out, and say it when "
+                    f"recipe {path} sets {name} in {group}, which belongs to a run: take it out, and set it when "
                     f"training (--{name.replace('_', '-')})"
                 )
     try:
@@ -145,10 +150,10 @@ def read(path: str | Path) -> Recipe:
 
 
 def read_folder(folder: str | Path) -> dict[str, Recipe]:
-    """The recipes in a folder and below it, by the names of their files without .yaml, in alphabetical order.
+    """Read all recipes in a folder and its subfolders: file name without .yaml -> recipe, in alphabetical order.
 
     Raises:
-        ConfigError: there is none, two have the same name, or one is wrong (see `read`).
+        ConfigError: there is none, two have the same name, or one cannot be read (see `read`).
     """
     found: dict[str, Path] = {}
     for path in sorted(Path(folder).rglob("*.yaml"), key=lambda p: (p.stem, str(p))):
@@ -162,11 +167,11 @@ def read_folder(folder: str | Path) -> dict[str, Recipe]:
     return {name: read(path) for name, path in found.items()}
 
 
-# The paper's cells.
+# Recipes of the paper's cells
 
 
 SHIPPED = Path(__file__).parent / "searched"
-"""Where the searched recipes of the paper's cells lie, one file a cell; the others are made of the presets."""
+"""Folder of the searched recipes, a file for each cell; the recipes of the other cells are made of the presets."""
 
 
 PAPERS_SEARCH: dict[str, tuple[str, ...]] = {
@@ -174,29 +179,34 @@ PAPERS_SEARCH: dict[str, tuple[str, ...]] = {
     "rule": ("attention_lr", "equity_lambda"),
     "outer": ("meta_lr",),
 }
-"""Group of the config -> what the paper searches in it, and so all that a searched recipe of a cell may change."""
+"""Group of the config -> its fields that the paper searches, which are all that a cell's searched recipe may change."""
 
 
 def untuned(cell: Cell) -> Recipe:
-    """A cell with the program's defaults at the paper's T, B, Q and number of iterations."""
+    """The recipe of a cell with the program's defaults and the paper's T, B, Q and number of iterations."""
     config = default_config(cell.algorithm, cell.data, cell.ways, cell.shots)
     training = replace(config.training, iterations=ITERATIONS)
     return Recipe(replace(config, training=training), {"kind": "untuned"})
 
 
 def of_cell(cell: Cell) -> Recipe:
-    """The recipe of a cell: the searched one where there is one, else the untuned."""
+    """The recipe of a cell: the searched one if there is one, else the untuned one."""
     recipe = untuned(cell)
     file = SHIPPED / f"{recipe.name}.yaml"
     return read(file) if file.exists() else recipe
 
 
 def adopt(found: Recipe) -> Recipe:
-    """What a study found for a cell of the paper, as that cell's recipe: what it searched, in the paper's setting.
+    """The recipe of a cell of the paper with the settings that a study found for it.
+
+    The training loop is the cell's, whatever the study's was.
+
+    Args:
+        found: the study's recipe.
 
     Raises:
-        ConfigError: it was not searched, is of no cell, or differs from its cell's setting in more than the paper's
-            search decides (the training loop does not count: the cell's is taken).
+        ConfigError: the recipe was not searched, belongs to no cell, or differs from its cell in a field that the paper
+            does not search.
     """
     if found.provenance["kind"] != "searched":
         raise ConfigError(f"the recipe of {found.name} is {found.provenance['kind']}, not searched")
@@ -219,7 +229,7 @@ def adopt(found: Recipe) -> Recipe:
 
 
 def difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
-    """The first field in which two configs differ, as GROUP.FIELD, with both values; none: they are the same."""
+    """The first field in which two configs differ, as (GROUP.FIELD, value, other value); None if they are equal."""
     flat = []
     for config in (one, other):
         groups = to_dict(config)
@@ -232,7 +242,7 @@ def difference(one: RunConfig, other: RunConfig) -> tuple[str, Any, Any] | None:
 
 
 def without_run(config: RunConfig) -> RunConfig:
-    """The config with the defaults of all fields that belong to a run: equal for two runs of one recipe."""
+    """The config with defaults in all fields that belong to a run, so that two runs of a recipe are equal."""
     plain: dict[str, Any] = {}
     for group, names in OF_A_RUN.items():
         part = getattr(config, group)
@@ -241,7 +251,8 @@ def without_run(config: RunConfig) -> RunConfig:
     return replace(config, **plain)
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
+def recipe_settings(config: RunConfig) -> dict[str, Any]:
+    """Group -> field -> value of a config, without the fields that belong to a run."""
     values = to_dict(config)
     for group, names in OF_A_RUN.items():
         for name in names:

@@ -30,9 +30,11 @@ _ROUNDING = 1e-9  # of a mean of accuracies, each of which is logged to a millio
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) adjusted p-values, in the order given: the k-th smallest of m is taken m − k + 1 times, is at most
-    1 and at least as large as the one before it.
+    """Holm's (1979) adjusted p-values, in the order given.
+
+    The k-th smallest of m is multiplied by m − k + 1. The result is at most 1 and at least the one before it.
     """
+    # Written out because SciPy has no Holm, and statsmodels, which has one, would bring pandas.
     m, largest = len(p_values), 0.0
     adjusted = [0.0] * m
     for k, index in enumerate(sorted(range(m), key=p_values.__getitem__)):

@@ -1,5 +1,5 @@
-"""The paper's tables and figures, run anew."""
+"""Reproducing the paper's tables and figures."""
 
-from metaheed.studies.reproduce.run import dry_run, make_places, reproduce
+from metaheed.studies.reproduce.run import dry_run, make_slots, reproduce
 
-__all__ = ["dry_run", "make_places", "reproduce"]
+__all__ = ["dry_run", "make_slots", "reproduce"]

@@ -1,11 +1,11 @@
-"""Jobs worked on, several at a time: each is commands in processes of their own, one after another.
+"""Doing jobs, several at a time. A job is a sequence of commands, each of which runs in a process of its own.
 
-1. A free place takes the first waiting job whose lock it gets; a job that another process takes care of waits.
-2. What is to be done next is read from disk, and begun as a process whose output goes to the job's log.
-3. When that has ended well, the same is asked again, until nothing is left; one that fails is put aside.
-4. After a signal every process is asked to stop, which leaves a checkpoint, and waited for.
+1. A free slot takes the first waiting job whose lock it gets. A job that another process works on waits.
+2. The job's next command is found from what is on disk, and started as a process whose output goes to the job's log.
+3. If the command succeeds, step 2 is repeated until nothing is left to do. If it fails, the job has failed.
+4. After a signal every process is asked to stop, upon which it writes a checkpoint, and is waited for.
 
-So whatever ends a crew, the next one goes on where the files say.
+Whatever ends a crew, the next one continues from the state on disk.
 """
 
 import contextlib
@@ -22,43 +22,43 @@ from typing import IO, Any, Protocol
 
 from metaheed.errors import Interrupted, MetaheedError
 from metaheed.files.opening import make_folder, open_in_place, open_to_read, try_lock
-from metaheed.studies.reproduce.plan import Job, Place, Stage, command
+from metaheed.studies.reproduce.plan import Job, Slot, Stage, command
 
-_POLL = 0.1  # seconds between two looks at the processes
-_ELSEWHERE = 1.0  # seconds until a job that another process has is tried again
+_POLL = 0.1  # seconds between two checks of the processes
+_ELSEWHERE = 1.0  # seconds until a job that another process works on is tried again
 
 
 class Board(Protocol):
-    """Who is told how a crew gets on."""
+    """Receives the progress of a crew."""
 
     def begin(self, name: str, what: str, iteration: int, iterations: int) -> None:
         """A job's next stage has begun."""
 
     def step(self, name: str, iteration: int, validation: float | None) -> None:
-        """How far it is; the accuracy of its newest validation."""
+        """A job's number of outer steps done, and the accuracy of its newest validation."""
 
     def end(self, name: str) -> None:
-        """Nothing of the job is running any more."""
+        """No process of the job is running any more."""
 
     def count(self, done: int) -> None:
-        """So many jobs are done in all."""
+        """The number of jobs done or failed so far."""
 
     def message(self, text: str) -> None:
-        """Something worth a line."""
+        """A notice that is worth a line of output."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A job that did not come to its end."""
+    """A job that failed."""
 
     name: str
     reason: str
-    """In a line."""
+    """Why, in one line."""
     log: Path
 
 
 class Log:
-    """A job's log, and what it says of a failure."""
+    """A job's log file, with the output of its commands."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,13 +67,13 @@ class Log:
         self._begin = 0
 
     def begin(self, arguments: Sequence[str]) -> None:
-        """The output of a command follows."""
+        """Write the command line whose output follows."""
         self.file.write(f"$ {shlex.join(arguments)}\n".encode())
         self.file.flush()
         self._begin = self.file.tell()
 
     def reason(self, status: int) -> str:
-        """Why the command failed: its last line, if that is an error's; else how it ended."""
+        """Why the newest command failed: its last error message, or else its exit status and last line."""
         with open_to_read(self.path) as file:
             file.seek(self._begin)
             lines = [line for line in file.read().decode(errors="replace").splitlines() if line.strip()]
@@ -87,7 +87,7 @@ class Log:
 
 
 class Follower:
-    """Reads on in a run's metrics.jsonl while another process writes it."""
+    """Reads new lines of a run's metrics.jsonl while another process writes it."""
 
     def __init__(self, path: Path) -> None:
         self._path, self._read = path, 0
@@ -95,11 +95,11 @@ class Follower:
         self.validation: float | None = None
 
     def look(self) -> None:
-        """Take in the lines that have come."""
+        """Read the lines that are new since the last call."""
         try:
             with open_to_read(self._path) as file:
                 if file.seek(0, os.SEEK_END) < self._read:
-                    self._read = 0  # cut back to its checkpoint
+                    self._read = 0  # it was truncated to its checkpoint
                 file.seek(self._read)
                 lines = file.read()
         except OSError:
@@ -107,7 +107,7 @@ class Follower:
         whole, _, _ = lines.rpartition(b"\n")
         self._read += len(whole) + bool(whole)
         for line in whole.splitlines():
-            # A line that was begun before the log was cut back, and read on after, is none.
+            # A line of which one part was read before the log was truncated and one after is not JSON.
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 values: dict[str, Any] = json.loads(line)
                 self.iteration = values["iteration"]
@@ -115,33 +115,33 @@ class Follower:
 
 
 class _Work:
-    """A job that this process takes care of, at a place."""
+    """A job that this process works on, in a slot."""
 
-    def __init__(self, job: Job, place: Place, lock: IO[bytes], out: Path) -> None:
-        self.job, self.place, self._lock = job, place, lock
+    def __init__(self, job: Job, slot: Slot, lock: IO[bytes], out: Path) -> None:
+        self.job, self.slot, self._lock = job, slot, lock
         self.log = Log(out / "logs" / f"{job.name}.log")
         self.process: subprocess.Popen[bytes] | None = None
         self.stage: Stage | None = None
         self._follower = None if job.metrics is None else Follower(job.metrics)
 
     def go_on(self, board: Board) -> bool:
-        """Begin the next stage; whether there is one.
+        """Start the next stage and return True; return False if the job is done.
 
         Raises:
-            MetaheedError: there is something else in its place, or the stage before had no effect.
-            _Elsewhere: another process trains it.
+            MetaheedError: the job's folder holds something else, or the stage before had no effect.
+            _Elsewhere: another process trains the run.
         """
         standing = self.job.look()
         if standing.held:
             raise _Elsewhere
         if standing.done:
             return False
-        stage = self.job.next(standing, self.place)
+        stage = self.job.next(standing, self.slot)
         if self.stage is not None and self.stage.what == stage.what:
             raise MetaheedError(f"{stage.what} ended, but it is still to be done")
         arguments = command(stage)
         self.log.begin(arguments)
-        # A session of its own: what is typed at a terminal reaches this process, which passes it on once.
+        # In a session of its own, so that a Ctrl-C at the terminal reaches only this process, which passes it on once.
         self.process = subprocess.Popen(
             arguments, stdin=subprocess.DEVNULL, stdout=self.log.file, stderr=subprocess.STDOUT, start_new_session=True
         )
@@ -150,34 +150,34 @@ class _Work:
         return True
 
     def tell(self, board: Board) -> None:
-        """Say how far it is."""
+        """Report how far the training is."""
         if self._follower is not None and self.stage is not None and self.stage.what == "training":
             self._follower.look()
             if self._follower.iteration is not None:
                 board.step(self.job.name, self._follower.iteration, self._follower.validation)
 
     def is_elsewhere(self) -> bool:
-        """Whether another process trains it, so that ours could not."""
+        """Whether another process trains the run, because of which ours could not."""
         try:
             return self.job.look().held
         except MetaheedError:
             return False
 
     def close(self) -> None:
-        """Let the job go."""
+        """Close the log and release the job's lock."""
         self.log.file.close()
         self._lock.close()
 
 
-class _Elsewhere(Exception):  # noqa: N818  # no fault
-    pass
+class _Elsewhere(Exception):  # noqa: N818  # a state, not an error
+    """Another process works on the job."""
 
 
 def lock(out: Path, name: str) -> IO[bytes] | None:
-    """Hold the lock of a name for this process until the file is closed; none: another process has it.
+    """Lock a name until the returned file is closed; None if another process has locked it.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the lock file cannot be written.
     """
     path = out / "locks" / f"{name}.lock"
     make_folder(path.parent, out)
@@ -189,25 +189,25 @@ def lock(out: Path, name: str) -> IO[bytes] | None:
 
 
 class Crew:
-    """Jobs and the places where they are worked on.
+    """Does jobs in slots, as many at a time as there are slots.
 
     Args:
-        jobs: in the order in which they are begun.
-        places: as many jobs at a time.
+        jobs: in the order in which they are started.
+        slots: the devices and threads on which they run.
         out: folder of logs and locks.
-        board: told how it goes.
+        board: receives the progress.
         finished: called with each job that is done.
     """
 
     def __init__(
         self,
         jobs: Sequence[Job],
-        places: Sequence[Place],
+        slots: Sequence[Slot],
         out: Path,
         board: Board,
         finished: Callable[[Job], None],
     ) -> None:
-        self._waiting, self._places, self._out = list(jobs), places, out
+        self._waiting, self._slots, self._out = list(jobs), slots, out
         self._board, self._finished = board, finished
         self._working: dict[int, _Work] = {}
         self._later: dict[str, float] = {}
@@ -215,13 +215,13 @@ class Crew:
         self.failures: list[Failure] = []
 
     def work(self, received: list[int]) -> list[Failure]:
-        """Do all jobs; those that failed.
+        """Do all jobs, and return the failures.
 
         Args:
-            received: where signals are collected; one ends the work.
+            received: the list to which signals are added; a signal ends the work.
 
         Raises:
-            Interrupted: a signal came; nothing runs any more.
+            Interrupted: a signal came, and all processes have ended.
         """
         total = len(self._waiting)
         try:
@@ -229,10 +229,10 @@ class Crew:
                 if received:
                     self._board.message("stopping: each run writes a checkpoint")
                     raise Interrupted(
-                        f"stopped with {self._done} of {total} done; the same command goes on where it stood",
+                        f"stopped with {self._done} of {total} done; the same command continues",
                         received[0],
                     )
-                for k in range(len(self._places)):
+                for k in range(len(self._slots)):
                     self._fill(k)
                 time.sleep(_POLL)
                 for k in list(self._working):
@@ -242,7 +242,7 @@ class Crew:
         return self.failures
 
     def _fill(self, k: int) -> None:
-        """Give the place something to do, if it has nothing and there is something."""
+        """Give a job to the slot, if it is free and a job is waiting."""
         now = time.monotonic()
         for job in [job for job in self._waiting if self._later.get(job.name, 0.0) <= now]:
             if k in self._working:
@@ -252,7 +252,7 @@ class Crew:
             if held is None:
                 self._wait(job)
             else:
-                self._working[k] = _Work(job, self._places[k], held, self._out)
+                self._working[k] = _Work(job, self._slots[k], held, self._out)
                 self._go_on(k)
 
     def _go_on(self, k: int) -> None:
@@ -267,17 +267,17 @@ class Crew:
     def _watch(self, k: int) -> None:
         mine = self._working[k]
         mine.tell(self._board)
-        assert mine.process is not None  # begun
+        assert mine.process is not None  # it has been started
         status = mine.process.poll()
         if status == 0:
             self._go_on(k)
         elif status is not None and mine.is_elsewhere():
-            self._put_off(k)  # another process was quicker
+            self._put_off(k)  # another process began it first
         elif status is not None:
             self._settle(k, mine.log.reason(status))
 
     def _settle(self, k: int, reason: str | None) -> None:
-        """The job is done, or has failed for a reason."""
+        """Count the slot's job as done, or as failed if there is a reason."""
         mine = self._leave(k)
         self._done += 1
         if reason is None:
@@ -298,12 +298,12 @@ class Crew:
 
     def _wait(self, job: Job) -> None:
         if job.name not in self._later:
-            self._board.message(f"{job.name} is in the hands of another process: waiting for it")
+            self._board.message(f"{job.name} is being worked on by another process: waiting for it")
         self._later[job.name] = time.monotonic() + _ELSEWHERE
         self._waiting.append(job)
 
     def _stop(self) -> None:
-        """Ask all processes to stop, and wait until they have; at once, if this process is interrupted meanwhile."""
+        """Ask all processes to stop, and wait for them; kill them if this process is interrupted meanwhile."""
         processes = [mine.process for mine in self._working.values() if mine.process is not None]
         try:
             for process in processes:

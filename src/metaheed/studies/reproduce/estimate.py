@@ -1,7 +1,7 @@
-"""How long runs will take on this machine: from the times that runs here have logged, else measured.
+"""Estimating how long jobs will take on this machine, from times that runs here have logged or from a measurement.
 
-An outer step costs the same whatever the rates and the images, so one measurement serves all runs of a shape: learner,
-rule, tasks, image size, and where it computes. What was measured is kept in OUT/times.json.
+The time of an outer step does not depend on the rates or the content of the images. So one measurement serves all runs
+with the same learner, rule, task shape, image size and processor. Measurements are kept in OUT/times.json.
 """
 
 import contextlib
@@ -27,33 +27,33 @@ from metaheed.running.process import describe_processor
 from metaheed.running.speed import Speed, measure_speed
 from metaheed.studies.paper import IMAGE_SHAPES
 from metaheed.studies.recipes import PAPERS_SEARCH, without_run
-from metaheed.studies.reproduce.plan import Job, Place, Run, Standing
+from metaheed.studies.reproduce.plan import Job, RecipeRun, Slot, Standing
 
-_RECENT = 10  # lines of timing.jsonl
-_TOY = 30.0  # seconds, anywhere
+_RECENT = 10  # newest lines of timing.jsonl that are used
+_TOY = 30.0  # seconds that the toy takes on any machine, roughly
 
 
 class Estimate(NamedTuple):
-    """What a job will take."""
+    """The time that a job will take."""
 
     seconds: float | None
-    """None: it cannot be told."""
+    """None if it cannot be estimated."""
     source: str
-    """Where that comes from: logged, kept (measured by an earlier call), measured, usual; or why it cannot be told."""
+    """Its source: logged, kept (measured by an earlier call), measured or usual; or why it cannot be estimated."""
 
 
 def estimate(
-    jobs: Sequence[tuple[Job, Standing]], place: Place, out: Path, tell: Callable[[str], None]
+    jobs: Sequence[tuple[Job, Standing]], slot: Slot, out: Path, tell: Callable[[str], None]
 ) -> dict[str, Estimate]:
-    """Name -> estimate, of every job that is not done.
+    """Name -> estimate, for every job that is not done.
 
     Args:
-        jobs: with how they stand.
-        place: where one of them computes.
-        out: the folder of the runs, and of times.json.
-        tell: told what is being measured.
+        jobs: jobs with their standings.
+        slot: the device and threads on which each of them computes.
+        out: the folder of the runs and of times.json.
+        tell: called with a line before each measurement.
     """
-    where = _where(place)
+    where = _where(slot)
     logged, kept = _read_logged(out, where), _read_kept(out)
     found: dict[str, Estimate] = {}
     unknown: dict[str, str] = {}  # key -> why
@@ -61,7 +61,7 @@ def estimate(
     for job, standing in jobs:
         if standing.done:
             continue
-        if not isinstance(job, Run):
+        if not isinstance(job, RecipeRun):
             found[job.name] = Estimate(_TOY, "usual")
             continue
         shape = _shape(job)
@@ -72,7 +72,7 @@ def estimate(
         key = cost_key(config, shape, where)
         if key not in kept and key not in unknown:
             tell(f"measuring {config.algorithm}, {config.episodes.ways}-way {config.episodes.shots}-shot, {shape}")
-            placed = replace(config.training, device=place.device, threads=place.threads)
+            placed = replace(config.training, device=slot.device, threads=slot.threads)
             try:
                 kept[key], sources[key] = measure_speed(replace(config, training=placed), shape), "measured"
                 _write_kept(out, kept)
@@ -89,7 +89,7 @@ def estimate(
 
 
 def cost_key(config: RunConfig, shape: tuple[int, int, int], where: str) -> str:
-    """The same for configs whose iterations cost the same."""
+    """A key that is the same for configs whose iterations take the same time on a processor."""
     values = to_dict(without_run(config))
     del values["training"], values["episodes"]["data"]
     for group, names in PAPERS_SEARCH.items():
@@ -99,15 +99,15 @@ def cost_key(config: RunConfig, shape: tuple[int, int, int], where: str) -> str:
     return f"{config.algorithm} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
-def spread_over(seconds: Sequence[float], places: int) -> float:
-    """When the last of these is done if they are begun in this order, as many at a time as there are places."""
-    ends = [0.0] * places
+def spread_over(seconds: Sequence[float], slots: int) -> float:
+    """Seconds until the last of these jobs ends if they start in this order, `slots` at a time."""
+    ends = [0.0] * slots
     for duration in seconds:
         heapq.heappush(ends, heapq.heappop(ends) + duration)
     return max(ends)
 
 
-def _seconds(job: Run, standing: Standing, speed: Speed) -> float:
+def _seconds(job: RecipeRun, standing: Standing, speed: Speed) -> float:
     training = job.recipe.config.training
     left = standing.iterations - standing.iteration
     validations = -(-standing.iterations // training.val_every) - standing.iteration // training.val_every
@@ -115,7 +115,7 @@ def _seconds(job: Run, standing: Standing, speed: Speed) -> float:
     return left * speed.iteration + judged * speed.task
 
 
-def _shape(job: Run) -> tuple[int, int, int] | None:
+def _shape(job: RecipeRun) -> tuple[int, int, int] | None:
     e = job.recipe.config.episodes
     try:
         return find_shape(e.data, job.data_root, e.image_size, e.split_seed)
@@ -123,13 +123,13 @@ def _shape(job: Run) -> tuple[int, int, int] | None:
         return IMAGE_SHAPES.get(e.data)
 
 
-def _where(place: Place) -> str:
-    processor = describe_processor(torch.device(place.device))
-    return processor if place.device.startswith("cuda") else f"{processor}, {place.threads} threads"
+def _where(slot: Slot) -> str:
+    processor = describe_processor(torch.device(slot.device))
+    return processor if slot.device.startswith("cuda") else f"{processor}, {slot.threads} threads"
 
 
 def _read_logged(out: Path, where: str) -> dict[str, float]:
-    """Key -> seconds an iteration, of the newest lines of runs that were made at such a place."""
+    """Key -> seconds for an iteration, from the newest lines of runs that were trained on such a processor."""
     found: dict[str, list[tuple[int, float]]] = {}
     for file in sorted(out.glob("*/timing.jsonl")):
         try:
@@ -139,7 +139,7 @@ def _read_logged(out: Path, where: str) -> dict[str, float]:
             taken = [(int(line["iterations"]), float(line["seconds"])) for line in lines[-_RECENT:]]
             shape = IMAGE_SHAPES.get(config.episodes.data) or _logged_shape(folder)
         except (RunError, KeyError, TypeError, ValueError):
-            continue  # a run that is damaged tells no times; what is wrong with it is said when its turn comes
+            continue  # a damaged run gives no times; it is reported when its turn comes
         if taken and shape is not None:
             found.setdefault(cost_key(config, shape, where), []).extend(taken)
     return {key: sum(s for _, s in taken) / sum(n for n, _ in taken) for key, taken in found.items()}

@@ -1,10 +1,10 @@
-"""Which runs an experiment consists of, how each one stands in the output folder, and the command that takes it on.
+"""The runs of an experiment, how far each one is in the output folder, and the command that it needs next.
 
 OUT/NAME-seedS/       the run folder of recipe NAME
 OUT/recipes/          the recipes as they were used
-OUT/logs/             what each run's commands printed
-OUT/locks/            held by the process that takes care of a run
-OUT/toy/              of the figures
+OUT/logs/             the output of each run's commands
+OUT/locks/            a file for each run, locked by the process that works on it
+OUT/toy/              the toy of Fig. 1
 """
 
 import sys
@@ -15,9 +15,10 @@ from typing import NamedTuple, Protocol
 
 from metaheed.config import FreezeConfig, ReplayedConfig, ReproduceConfig, RunConfig
 from metaheed.errors import ConfigError, RunError, unknown
-from metaheed.files.opening import LinkError, cannot_write_message, refuse_link
+from metaheed.files.opening import refuse_link
 from metaheed.files.trust import allow, require
-from metaheed.running.checkpoint import Progress
+from metaheed.files.writing import _writing
+from metaheed.running.checkpoint import RunProgress
 from metaheed.running.folder import RunFolder
 from metaheed.running.results import read_result
 from metaheed.studies.paper import ANALOGOUS, experiment_algorithms, experiment_cells
@@ -26,13 +27,13 @@ from metaheed.studies.recipes import Recipe, difference, of_cell, read_folder, w
 TOY, RECIPES = "toy", "recipes"
 
 
-class Place(NamedTuple):
-    """Where one run at a time computes."""
+class Slot(NamedTuple):
+    """A device and a number of threads, on which one run at a time computes."""
 
     device: str
     """cpu or cuda:N."""
     threads: int
-    """CPU threads."""
+    """Number of CPU threads."""
 
 
 class Standing(NamedTuple):
@@ -41,11 +42,11 @@ class Standing(NamedTuple):
     iteration: int
     """Outer steps done."""
     iterations: int
-    """Outer steps that are to be done in all."""
+    """Outer steps to be done in all."""
     trained: bool
-    """All of them, and the validation after the last."""
+    """Whether all of them are done, and the validation after the last."""
     judged: bool
-    """And its result is there, on as many tasks as asked for."""
+    """Whether it has also been evaluated on as many tasks as asked for."""
     held: bool = False
     """Whether a living process trains it at this moment."""
 
@@ -60,59 +61,59 @@ class Standing(NamedTuple):
         if self.held:
             return f"being trained elsewhere, at {self.iteration:,} of {self.iterations:,}"
         if self.trained:
-            return "trained, to be judged"
-        return f"goes on at {self.iteration:,} of {self.iterations:,}" if self.iteration else "missing"
+            return "trained, to be evaluated"
+        return f"to be resumed at {self.iteration:,} of {self.iterations:,}" if self.iteration else "missing"
 
 
 class Stage(NamedTuple):
-    """What is to be done next."""
+    """What a job needs next."""
 
     what: str
-    """training, judging, or drawing."""
+    """training, evaluation, or drawing."""
     arguments: Sequence[str]
-    """Of the command line."""
+    """Arguments of metaheed's command line."""
 
 
 class Job(Protocol):
-    """Something that is done by commands, one after another, each of which can be repeated."""
+    """Something that is done by a sequence of commands, each of which can be repeated."""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Its name."""
 
     @property
     def metrics(self) -> Path | None:
-        """The log that tells how far it is; none: it has none."""
+        """The log from which its progress is read; None if it has none."""
 
     def look(self) -> Standing:
-        """How it stands on disk.
+        """How far the job is, as read from disk.
 
         Raises:
-            RunError: something else is in its place.
+            RunError: its folder holds something else.
         """
 
-    def next(self, standing: Standing, place: Place) -> Stage:
-        """What is to be done where it stands so."""
+    def next(self, standing: Standing, slot: Slot) -> Stage:
+        """What is to be done next with that standing."""
 
 
 @dataclass(frozen=True)
-class Run:
-    """A recipe trained from a seed, and judged."""
+class RecipeRun:
+    """A recipe to be trained with a seed and evaluated."""
 
     name: str
     """RECIPE-seedS."""
     recipe: Recipe
     file: Path
-    """Where the recipe lies."""
+    """The file of the recipe."""
     seed: int
     folder: RunFolder
     iterations: int
-    """Asked for."""
+    """Outer steps asked for."""
     tasks: int
-    """To be judged on."""
+    """Number of test tasks to evaluate on."""
     data_root: Path | None
     trust: bool = False
-    """Whether the code of a network that the recipe names may run."""
+    """Whether the code of a network of the user's own, which the recipe names, may run."""
 
     @property
     def metrics(self) -> Path:
@@ -120,30 +121,30 @@ class Run:
         return self.folder.metrics_file
 
     def look(self) -> Standing:
-        """See `Job`. A run that has done more than is asked for counts with what it has."""
+        """See `Job`. A run that has done more steps than asked for needs no more."""
         folder, held = self.folder, self.folder.is_held()
         if not folder.config_file.exists():
             return Standing(0, self.iterations, trained=False, judged=False, held=held)
         config = folder.read_config()
         self._check_same(config)
         checkpoint, _ = folder.read_checkpoint()
-        progress = Progress() if checkpoint is None else checkpoint.progress
+        progress = RunProgress() if checkpoint is None else checkpoint.progress
         iterations = max(self.iterations, progress.iteration)
-        # The config must say so, too: a run that is lowered to what it has done is finished by resuming it.
+        # The config must agree: a run that is shortened to the steps it has done is finished by resuming it.
         trained = iterations == config.training.iterations and iterations <= progress.validated
         return Standing(progress.iteration, iterations, trained, trained and self._judged(config, progress), held)
 
-    def next(self, standing: Standing, place: Place) -> Stage:
+    def next(self, standing: Standing, slot: Slot) -> Stage:
         """See `Job`."""
-        path, common = str(self.folder.path), ["--device", place.device, *(["--trust"] if self.trust else [])]
+        path, common = str(self.folder.path), ["--device", slot.device, *(["--trust"] if self.trust else [])]
         if self.data_root is not None:
             common += ["--data-root", str(self.data_root)]
         iterations = ["--iterations", str(standing.iterations)]
         if standing.trained:
-            return Stage("judging", ["evaluate", path, "--tasks", str(self.tasks), *common])
+            return Stage("evaluation", ["evaluate", path, "--tasks", str(self.tasks), *common])
         if self.folder.config_file.exists():
             return Stage("training", ["train", "--resume", path, *iterations, *common])
-        own = ["--seed", str(self.seed), "--out", path, "--threads", str(place.threads)]
+        own = ["--seed", str(self.seed), "--out", path, "--threads", str(slot.threads)]
         return Stage("training", ["train", "--recipe", str(self.file), *own, *iterations, *common])
 
     def _check_same(self, config: RunConfig) -> None:
@@ -159,27 +160,27 @@ class Run:
                 "Choose another --out, or move it away"
             )
 
-    def _judged(self, config: RunConfig, progress: Progress) -> bool:
+    def _judged(self, config: RunConfig, progress: RunProgress) -> bool:
         if not self.folder.result_file.exists():
             return False
         try:
             result = read_result(self.folder.path)
         except RunError:
-            return False  # damaged: it is judged again
+            return False  # the result is damaged, so the run is evaluated again
         expected = {
             **dict(zip(("ways", "shots", "queries"), config.episodes.test_shape, strict=True)),
             "split": FreezeConfig.split,
             "episode_seed": FreezeConfig.episode_seed,
             "tasks": self.tasks,
             "checkpoint": "best",
-            "iteration": progress.best_iteration,  # of a run that was trained on since, it may be another one
+            "iteration": progress.best_iteration,  # it may have changed if the run was trained further since
         }
         return all(result.get(name) == value for name, value in expected.items())
 
 
 @dataclass(frozen=True)
 class ToyJob:
-    """The toy behind figure 1; seconds."""
+    """The toy of Fig. 1, which takes seconds."""
 
     folder: Path
     name: str = TOY
@@ -190,18 +191,18 @@ class ToyJob:
         there = all((self.folder / file).exists() for file in ("toy.json", "trajectories.png"))
         return Standing(int(there), 1, there, there)
 
-    def next(self, standing: Standing, place: Place) -> Stage:
+    def next(self, standing: Standing, slot: Slot) -> Stage:
         """See `Job`."""
         return Stage("drawing", ["toy", "--out", str(self.folder)])
 
 
 def make_jobs(experiment: str, config: ReproduceConfig) -> list[Job]:
-    """The jobs of an experiment: seed by seed, so that the first seed's table is whole first.
+    """The jobs of an experiment, seed by seed, so that the table of the first seed is complete first.
 
     Raises:
         ConfigError: the experiment, a word of --only or a recipe is unknown or wrong, nothing is chosen, or a recipe
             names a network whose code may not run.
-        RunError: a link lies in the output folder where a folder of ours would.
+        RunError: in the output folder there is a link in the place of one of the folders above.
     """
     chosen, toy = _choose(experiment, config)
     for name, recipe in chosen.items():
@@ -222,20 +223,20 @@ def make_jobs(experiment: str, config: ReproduceConfig) -> list[Job]:
             run = f"{name}-seed{seed}"
             iterations = config.iterations or recipe.config.training.iterations
             file, folder = config.out / RECIPES / f"{name}.yaml", RunFolder(config.out / run)
-            jobs.append(Run(run, recipe, file, seed, folder, iterations, config.tasks, config.data_root, config.trust))
+            jobs.append(
+                RecipeRun(run, recipe, file, seed, folder, iterations, config.tasks, config.data_root, config.trust)
+            )
     return jobs
 
 
 def _refuse_links(out: Path, names: Sequence[str]) -> None:
     for name in names:
-        try:
+        with _writing(out):
             refuse_link(out / name)
-        except LinkError as error:
-            raise RunError(cannot_write_message(error, out)) from error
 
 
 def _choose(experiment: str, config: ReproduceConfig) -> tuple[dict[str, Recipe], bool]:
-    """The recipes that are asked for, by name, and whether the toy is."""
+    """The recipes that are asked for, by name, and whether the toy is asked for."""
     algorithms = experiment_algorithms(experiment)
     if config.recipes is None:
         recipes = {recipe.name: recipe for recipe in map(of_cell, experiment_cells(experiment))}
@@ -248,12 +249,12 @@ def _choose(experiment: str, config: ReproduceConfig) -> tuple[dict[str, Recipe]
             )
     known = {word: kind for recipe in recipes.values() for kind, word in _words(recipe).items()}
     known |= {name: "recipe" for name in recipes if name not in known}
-    # Files of one's own may have capitals in their names.
+    # The user's own files may have capitals in their names.
     words = {word if word in known else word.lower() for word in config.only}
     has_toy = experiment == "figures"
     for word in sorted(words - {TOY} if has_toy else words):
         if word not in known:
-            # The names of the package's recipes are made of the other words: too many to be listed.
+            # The names of the package's recipes are combinations of the other words and too many to list.
             listed = [w for w, kind in known.items() if kind != "recipe" or config.recipes is not None]
             raise unknown("word in --only", word, [*listed, TOY] if has_toy else listed)
     toy = has_toy and (not words or TOY in words)
@@ -267,7 +268,7 @@ def _choose(experiment: str, config: ReproduceConfig) -> tuple[dict[str, Recipe]
         recipes = {name: r for name, r in recipes.items() if r.config.episodes.data not in ANALOGOUS}
     chosen = {name: recipe for name, recipe in recipes.items() if _fits(name, recipe, asked)}
     if not chosen:
-        raise ConfigError(f"--only {' '.join(config.only)}: {experiment} has nothing that is all of it")
+        raise ConfigError(f"--only {' '.join(config.only)}: {experiment} has no run that fits all these words")
     return chosen, toy
 
 
@@ -282,6 +283,6 @@ def _fits(name: str, recipe: Recipe, asked: Mapping[str, set[str]]) -> bool:
 
 
 def command(stage: Stage) -> list[str]:
-    """What the operating system is asked to run."""
-    # -P: a folder called metaheed where one happens to be is not this package.
+    """The command line of a stage."""
+    # -P: a folder named metaheed in the working directory must not be imported instead of this package.
     return [sys.executable, "-P", "-m", "metaheed", *stage.arguments]

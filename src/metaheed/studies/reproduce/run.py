@@ -1,10 +1,10 @@
-"""The paper's tables and figures, run anew: what is missing is trained, what was cut off goes on, all ends in a report.
+"""Reproducing the paper's tables and figures: missing runs are trained, interrupted ones resumed, and all reported on.
 
-    plan       which runs there are, how each stands on disk, and what it needs next
-    crew       several at a time, each in a process of its own
-    estimate   how long it will take
+    plan       the runs of an experiment, how far each one is, and what it needs next
+    crew       runs them, several at a time, each in a process of its own
+    estimate   estimates how long they will take
 
-Nothing is remembered but what lies in the output folder: the same command goes on where it stood, whatever ended it.
+All state is in the output folder, so the same command continues whatever ended the one before.
 """
 
 import os
@@ -26,24 +26,24 @@ from metaheed.running.results import read_result
 from metaheed.studies import recipes
 from metaheed.studies.reproduce.crew import Crew, Failure, lock
 from metaheed.studies.reproduce.estimate import Estimate, estimate, spread_over
-from metaheed.studies.reproduce.plan import RECIPES, TOY, Job, Place, Run, Standing, make_jobs
+from metaheed.studies.reproduce.plan import RECIPES, TOY, Job, RecipeRun, Slot, Standing, make_jobs
 
 
 def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], None] = print) -> Path:
-    """Do the runs of an experiment, and report on all that lie in the output folder.
+    """Do the runs of an experiment, and report on all runs in the output folder.
 
     Args:
         experiment: table1, table2 or figures.
-        config: which of its runs, and how.
-        say: told what becomes of them.
+        config: which of its runs to do, and how.
+        say: called with each line of output.
 
     Returns:
-        The report's page; of the toy alone, its picture.
+        The page of the report; the picture of the toy if only that was asked for.
 
     Raises:
-        ConfigError: what is asked for is unknown or cannot be used; nothing was begun.
-        DataError: data sets that are needed are not there; nothing was begun.
-        RunError: a folder holds something else (nothing was begun), or runs failed (the others were done).
+        ConfigError: what is asked for is unknown or cannot be used; nothing was started.
+        DataError: data sets that are needed are missing; nothing was started.
+        RunError: a folder holds something else (nothing was started), or runs failed (the others were done).
         Interrupted: a signal came; every run that was being trained has written a checkpoint.
     """
     jobs = make_jobs(experiment, config)
@@ -52,11 +52,11 @@ def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], Non
     absent = _absent_data(waiting)
     if absent:
         raise DataError(_explain(absent, experiment, config, "is needed and cannot be used; nothing was begun"))
-    places = make_places(config, len(waiting))
+    slots = make_slots(config, len(waiting))
     for job, _ in waiting:
-        if isinstance(job, Run):
+        if isinstance(job, RecipeRun):
             recipes.write(job.recipe, job.file)
-    say(f"{_count(standings)}; {_describe(places)}")
+    say(f"{_count(standings)}; {_describe(slots)}")
 
     def finished(job: Job) -> None:
         board.message(f"{job.name}: {_outcome(job)}")
@@ -66,7 +66,7 @@ def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], Non
         board = make_board(len(waiting))
         try:
             with signals_received() as received:
-                crew = Crew([job for job, _ in waiting], places, config.out, board, finished)
+                crew = Crew([job for job, _ in waiting], slots, config.out, board, finished)
                 failures = crew.work(received)
         finally:
             board.stop()
@@ -81,16 +81,16 @@ def reproduce(experiment: str, config: ReproduceConfig, say: Callable[[str], Non
         lines = "".join(f"\n  {f.name}: {f.reason} (log: {f.log})" for f in failures)
         there = "" if page is None else f" The report on the others is {page}."
         raise RunError(f"{len(failures)} of {len(jobs)} failed; the same command tries them again.{there}{lines}")
-    return page or config.out / TOY / "trajectories.png"  # the toy alone has no runs to report on
+    return page or config.out / TOY / "trajectories.png"  # the toy has no runs to report on
 
 
 def dry_run(experiment: str, config: ReproduceConfig, say: Callable[[str], None], tell: Callable[[str], None]) -> None:
-    """List the runs of an experiment, what each still needs, and how long that will take; nothing is begun.
+    """List the runs of an experiment, what each still needs, and how long that will take, without starting any.
 
     Args:
         experiment, config: as for `reproduce`.
-        say: told the list.
-        tell: told what is being measured.
+        say: called with each line of the list.
+        tell: called with a line before each measurement.
 
     Raises:
         ConfigError, RunError: as `reproduce`.
@@ -98,9 +98,9 @@ def dry_run(experiment: str, config: ReproduceConfig, say: Callable[[str], None]
     jobs = make_jobs(experiment, config)
     standings = [(job, job.look()) for job in jobs]
     waiting = [(job, standing) for job, standing in standings if not standing.done]
-    places = make_places(config, len(waiting))
+    slots = make_slots(config, len(waiting))
     began = time.monotonic()
-    estimates = estimate(waiting, places[0], config.out, tell)
+    estimates = estimate(waiting, slots[0], config.out, tell)
     taken = time.monotonic() - began
     absent = _absent_data(waiting)
     width = max(len(job.name) for job in jobs)
@@ -108,24 +108,24 @@ def dry_run(experiment: str, config: ReproduceConfig, say: Callable[[str], None]
         line = f"{job.name:{width}}  {standing!s:32}"
         if job.name in estimates:
             line += f"  {_duration(estimates[job.name])}"
-        if isinstance(job, Run) and not standing.done and job.recipe.config.episodes.data in absent:
+        if isinstance(job, RecipeRun) and not standing.done and job.recipe.config.episodes.data in absent:
             line += "  (its data set is not there)"
         say(line.rstrip())
-    say(f"\n{_count(standings)}; {_describe(places)}")
-    for line in _summary(estimates, len(places), taken):
+    say(f"\n{_count(standings)}; {_describe(slots)}")
+    for line in _summary(estimates, len(slots), taken):
         say(line)
-    kinds = Counter(job.recipe.provenance["kind"] for job in jobs if isinstance(job, Run))
+    kinds = Counter(job.recipe.provenance["kind"] for job in jobs if isinstance(job, RecipeRun))
     if kinds:
         say("Recipes: " + ", ".join(f"{number} runs {kind}" for kind, number in sorted(kinds.items())) + ".")
     if absent:
         say(_explain(absent, experiment, config, "is needed and cannot be used as it is"))
 
 
-def make_places(config: ReproduceConfig, waiting: int) -> list[Place]:
-    """Where so many jobs are worked on: --jobs places; else one a GPU, or as many as the cores allow.
+def make_slots(config: ReproduceConfig, waiting: int) -> list[Slot]:
+    """The slots for a number of waiting jobs: --jobs of them, or else one for each GPU or as many as the cores allow.
 
     Raises:
-        ConfigError: the device is not here.
+        ConfigError: this machine does not have the device.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if config.device in ("auto", "cuda") and gpus:
@@ -136,14 +136,14 @@ def make_places(config: ReproduceConfig, waiting: int) -> list[Place]:
     most = len(devices) if devices[0].startswith("cuda") else cores // (config.threads or 1)
     jobs = config.jobs or max(1, min(most, waiting))
     threads = config.threads or max(1, cores // jobs)
-    return [Place(devices[k % len(devices)], threads) for k in range(jobs)]
+    return [Slot(devices[k % len(devices)], threads) for k in range(jobs)]
 
 
 def _absent_data(waiting: Sequence[tuple[Job, Standing]]) -> dict[str, DataError]:
-    """Data set -> what is wrong with it, of those that are needed."""
+    """Data set -> its error, for those data sets that are needed and cannot be used."""
     needed = {}
     for job, _ in waiting:
-        if isinstance(job, Run):
+        if isinstance(job, RecipeRun):
             e = job.recipe.config.episodes
             needed[e.data, e.image_size, e.split_seed] = job.data_root
     absent: dict[str, DataError] = {}
@@ -171,7 +171,7 @@ def _explain(absent: dict[str, DataError], experiment: str, config: ReproduceCon
 
 
 def _report(experiment: str, config: ReproduceConfig, say: Callable[[str], None]) -> Path | None:
-    """The page on all runs of the folder, those that failed named on it; none: none is judged."""
+    """Write the report on all runs of the folder and return its page; None if no run has been evaluated."""
     from metaheed.studies.report import report
 
     runs = sorted(file.parent for file in config.out.glob("*/config.yaml") if file.parent.name != RECIPES)
@@ -180,14 +180,14 @@ def _report(experiment: str, config: ReproduceConfig, say: Callable[[str], None]
     drawn = config.out / TOY
     toy = (drawn / "toy.json").exists()
     while (held := lock(config.out, "report")) is None:
-        time.sleep(0.2)  # another process writes it, as this one is about to
+        time.sleep(0.2)  # another process is writing the same report
     with held:
         shown = ReportConfig(toy=toy or experiment == "figures")
         return report([*runs, *([drawn] if toy else [])], config.out / "report", shown, say)
 
 
 def _outcome(job: Job) -> str:
-    if not isinstance(job, Run):
+    if not isinstance(job, RecipeRun):
         return "done"
     try:
         result = read_result(job.folder.path)
@@ -200,9 +200,9 @@ def _count(standings: Sequence[tuple[Job, Standing]]) -> str:
     kinds = Counter(
         "done"
         if standing.done
-        else "to be judged"
+        else "to be evaluated"
         if standing.trained
-        else "to be gone on with"
+        else "to be resumed"
         if standing.iteration
         else "missing"
         for _, standing in standings
@@ -210,10 +210,10 @@ def _count(standings: Sequence[tuple[Job, Standing]]) -> str:
     return f"{len(standings)} runs: " + ", ".join(f"{number} {kind}" for kind, number in kinds.items())
 
 
-def _describe(places: Sequence[Place]) -> str:
-    where = sorted({place.device for place in places})
-    threads = f", {places[0].threads} thread{'s' * (places[0].threads > 1)} each" if where == ["cpu"] else ""
-    return f"{len(places)} at a time on {', '.join(where)}{threads}"
+def _describe(slots: Sequence[Slot]) -> str:
+    where = sorted({slot.device for slot in slots})
+    threads = f", {slots[0].threads} thread{'s' * (slots[0].threads > 1)} each" if where == ["cpu"] else ""
+    return f"{len(slots)} at a time on {', '.join(where)}{threads}"
 
 
 _SOURCES = {
@@ -224,18 +224,18 @@ _SOURCES = {
 }
 
 
-def _summary(estimates: dict[str, Estimate], places: int, taken: float) -> list[str]:
+def _summary(estimates: dict[str, Estimate], slots: int, taken: float) -> list[str]:
     seconds = [e.seconds for e in estimates.values() if e.seconds is not None]
     if not seconds:
         return []
     unknown = len(estimates) - len(seconds)
     without = f", without the {unknown} whose time is not known" if unknown else ""
-    at_once = f"; {places} at a time {_length(spread_over(seconds, places))} at least" if places > 1 else ""
+    at_once = f"; {slots} at a time {_length(spread_over(seconds, slots))} at least" if slots > 1 else ""
     sources = Counter(e.source for e in estimates.values() if e.seconds is not None)
     parts = [f"{number} {_SOURCES[source]}" for source, number in sources.items()]
     measuring = f" Measuring took {taken:.0f} s." if sources["measured"] else ""
     lines = [f"Estimated time: {_length(sum(seconds))} one at a time{at_once}{without}."]
-    lines.append(f"Of these estimates: {'; '.join(parts)}.{measuring} Validations and judging are counted in.")
+    lines.append(f"Of these estimates: {'; '.join(parts)}.{measuring} Validations and evaluations are included.")
     return lines
 
 
@@ -244,7 +244,7 @@ def _duration(found: Estimate) -> str:
 
 
 def _length(seconds: float) -> str:
-    """A duration to two figures or so."""
+    """A duration with about two digits."""
     if seconds < 90:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)

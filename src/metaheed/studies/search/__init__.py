@@ -1,4 +1,4 @@
-"""Search for an algorithm's settings."""
+"""Searching an algorithm's settings with Optuna."""
 
 from metaheed.studies.search.run import read_search, search
 

@@ -1,4 +1,4 @@
-"""The database that holds a study: opened with patience, refused with the remedy; and locks among processes."""
+"""Opening the database that holds a study, with errors that name the remedy; and a lock among processes."""
 
 import contextlib
 import time
@@ -14,17 +14,17 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 from metaheed.errors import ConfigError, RunError, shown
 from metaheed.files.opening import cannot_write_message, open_in_place, try_lock
 
-_ATTEMPTS = 4  # to open a database that another worker may be setting up
+_ATTEMPTS = 4  # attempts to open a database, because another worker may be setting it up
 _DRIVERS = {"psycopg2": "psycopg2-binary", "psycopg": "'psycopg[binary]'", "MySQLdb": "mysqlclient"}
 FAILURES = (SQLAlchemyError, optuna.exceptions.StorageInternalError)
-"""What a database that fails in the midst of work raises."""
+"""Exceptions that a database raises if it fails while it is used."""
 
 
 def sqlite_file(storage: str | None) -> Path | None:
-    """The file of a SQLite database; none: the study folder's own, or another database.
+    """The file of a SQLite database that --storage names; None if --storage is not given or names another database.
 
     Raises:
-        ConfigError: it is no database's URL, or one in memory.
+        ConfigError: the value is no URL of a database, or the database is kept in memory.
     """
     if storage is None:
         return None
@@ -39,7 +39,7 @@ def sqlite_file(storage: str | None) -> Path | None:
         return None
     if url.database in (None, "", ":memory:"):
         raise ConfigError(
-            f"--storage is {shown(storage)}, which is kept in memory and lost: name a file, sqlite:///FILE"
+            f"--storage is {shown(storage)}, which would be kept in memory and lost: name a file, sqlite:///FILE"
         )
     return Path(url.database)
 
@@ -48,7 +48,7 @@ def sqlite_url(file: Path) -> str:
     """The URL of a SQLite database in a file.
 
     Raises:
-        RunError: its name cannot stand in a URL, as SQLAlchemy before 2.1 writes them.
+        RunError: the file's name cannot be written in a URL (SQLAlchemy before 2.1 does not escape all characters).
     """
     name = str(file.expanduser().absolute())
     try:
@@ -58,29 +58,30 @@ def sqlite_url(file: Path) -> str:
             f"the database {name!r} cannot be named in a URL, for its name is not UTF-8: choose another --out"
         ) from error
     url = sqlalchemy.engine.URL.create("sqlite", database=name).render_as_string()
-    if sqlalchemy.engine.make_url(url).database != name:  # it would be kept in another file
+    if sqlalchemy.engine.make_url(url).database != name:  # the database would be kept in another file
         raise RunError(f"the database {name} cannot be named in a URL: choose another --out, without ? in it")
     return url
 
 
 def connect(url: str, shown: str) -> RDBStorage:
-    """Open a database, making its tables where there are none.
+    """Open a database and create its tables if it has none.
 
     Args:
-        url: of it.
-        shown: what it is called in messages: without its password.
+        url: URL of the database.
+        shown: its name in messages, without a password.
 
     Raises:
-        ConfigError: its kind is unknown, or its driver is not installed.
-        RunError: it cannot be reached or used.
+        ConfigError: the kind of database is unknown, or its driver is not installed.
+        RunError: the database cannot be reached or used.
     """
     parsed = sqlalchemy.engine.make_url(url)
     sqlite = parsed.get_backend_name() == "sqlite"
-    # Trials take long: what a server has closed meanwhile is opened again, and a file that others write is waited for.
+    # Trials take long, so a connection that a server has closed meanwhile is opened again. SQLite waits up to 60 s for
+    # a file that others write.
     options: dict[str, Any] = {"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True}
     for attempt in range(_ATTEMPTS):
         try:
-            # Optuna fills in what stands between braces.
+            # Optuna treats the URL as a format string, so braces are doubled.
             escaped = parsed.render_as_string(hide_password=False).replace("{", "{{").replace("}", "}}")
             return RDBStorage(escaped, options)
         except ImportError as error:
@@ -95,7 +96,7 @@ def connect(url: str, shown: str) -> RDBStorage:
                 "postgresql, mysql, mariadb, oracle and mssql, or others with their own package"
             ) from error
         except FAILURES as error:
-            # Where two workers begin at once, one may find tables that were not there a moment before.
+            # If two workers begin at the same time, one may fail because the other has just created a table.
             if attempt == _ATTEMPTS - 1:
                 raise RunError(f"the database {shown} cannot be used: {reason(error)}") from error
             time.sleep(0.2 * 2**attempt)
@@ -105,14 +106,14 @@ def connect(url: str, shown: str) -> RDBStorage:
 
 
 def shown_as(storage: str | None, out: Path) -> str:
-    """What the database is called in messages: without its password."""
+    """The name of the database in messages, without its password."""
     if storage is None:
         return str(out / "study.db")
     return sqlalchemy.engine.make_url(storage).render_as_string(hide_password=True)
 
 
 def reason(error: BaseException) -> str:
-    """The database's own words."""
+    """The database's own message for an error."""
     cause = error.__cause__ or error
     words = getattr(cause, "orig", None) or cause
     return " ".join(str(words).split()) or type(words).__name__
@@ -120,7 +121,7 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def exclusive(path: Path | None) -> Iterator[None]:
-    """Alone among the processes of this machine that use the file; none: not alone."""
+    """Exclude other processes of this machine that use the same lock file; without effect if `path` is None."""
     if path is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""What a search leaves: the best configuration as a recipe, a table of its trials, and two figures."""
+"""The results of a search: the best configuration as a recipe, a table of the trials, and two figures."""
 
 import contextlib
 import csv
@@ -19,8 +19,9 @@ from metaheed.studies.search.draws import configured, used
 from metaheed.studies.search.study import SharedStudy
 
 ENOUGH_FOR_IMPORTANCES = 10
-"""Whole trials. With fewer, PED-ANOVA compares the best one or two with the rest."""
-_BEST_SHARE = 0.2  # of the trials, which PED-ANOVA compares with all: six of 30
+"""Number of complete trials from which importances are drawn. PED-ANOVA compares the best fifth of them with all, which
+would be only one or two of fewer."""
+_BEST_SHARE = 0.2  # of the trials, which PED-ANOVA compares with all trials: six of 30
 _STATES = {
     TrialState.COMPLETE: "complete",
     TrialState.PRUNED: "stopped",
@@ -32,35 +33,35 @@ _STATES = {
 
 @dataclass(frozen=True)
 class Summary:
-    """How a search ended."""
+    """The outcome of a search."""
 
     folder: Path
     """The study folder."""
     trials: int
-    """Trials that are finished."""
+    """Number of finished trials."""
     failed: int
-    """Those of them whose training diverged."""
+    """How many of them diverged in training."""
     stopped: int
-    """Those of them that were stopped early."""
+    """How many of them were stopped early."""
     iterations: int
-    """Outer steps that they took, together."""
+    """Outer steps of all finished trials together."""
     best: int | None
-    """Number of the best trial; none: no trial was trained to its end."""
+    """Number of the best trial; None if no trial was trained to its end."""
     accuracy: float | None
-    """Its value, in [0, 1]."""
+    """Validation accuracy of the best trial in [0, 1]."""
     notices: tuple[str, ...]
-    """What was not written, and why."""
+    """Lines that say which result was not written, and why."""
 
 
 def write_results(shared: SharedStudy) -> Summary:
-    """Write trials.csv, best.yaml and the figures, each whole or not at all, and drop the checkpoints of the others."""
+    """Write trials.csv, best.yaml and the figures, and delete the checkpoints of all finished trials but the best."""
     config, settings, out = shared.config, shared.settings, shared.out
     notices = []
     with shared.writing():
         trials = shared.trials()
         finished = [trial for trial in trials if trial.state.is_finished()]
         whole = [trial for trial in finished if trial.state == TrialState.COMPLETE]
-        best = max(whole, key=lambda trial: (_value(trial), -trial.number), default=None)  # the first of equals
+        best = max(whole, key=lambda trial: (_value(trial), -trial.number), default=None)  # of equal ones the first
         write_whole(out / "trials.csv", _table(trials, settings).encode())
         for trial in finished:
             if trial is not best:
@@ -75,9 +76,11 @@ def write_results(shared: SharedStudy) -> Summary:
             values = [_value(trial) if trial.state == TrialState.COMPLETE else None for trial in shown]
             parallel_figure(axes, rows, values, shown.index(best), out / "parallel_coordinate.png")
         if len(whole) < ENOUGH_FOR_IMPORTANCES:
-            notices.append(f"importances.png needs {ENOUGH_FOR_IMPORTANCES} whole trials, and there are {len(whole)}")
+            notices.append(
+                f"importances.png needs {ENOUGH_FOR_IMPORTANCES} complete trials, and there are {len(whole)}"
+            )
         elif len(_searched(config, settings)) < 2:
-            notices.append("importances.png needs two settings that are searched at least")
+            notices.append("importances.png needs at least two settings that are searched")
         elif len({trial.value for trial in whole}) == 1:
             notices.append("importances.png needs trials that differ in accuracy")
         else:
@@ -95,7 +98,7 @@ def write_results(shared: SharedStudy) -> Summary:
 
 
 def _value(trial: FrozenTrial) -> float:
-    assert trial.value is not None  # a whole trial's
+    assert trial.value is not None  # every complete trial has a value
     return trial.value
 
 
@@ -119,14 +122,15 @@ def _recipe(shared: SharedStudy, best: FrozenTrial, finished: int) -> recipes.Re
 
 
 def _searched(config: RunConfig, settings: SearchConfig) -> list[str]:
-    """What the algorithm has whose range is more than one number."""
+    """Names of the settings that the algorithm has and whose range is more than one number."""
     return [name for name in used(config, settings) if settings.ranges[name][0] < settings.ranges[name][1]]
 
 
 def _importances(shared: SharedStudy, whole: list[FrozenTrial]) -> dict[str, float]:
-    """Share of each setting in what tells the best fifth of the trials from all (PED-ANOVA, Watanabe et al. 2023)."""
+    """Setting -> its share in what distinguishes the best fifth of the trials (PED-ANOVA, Watanabe et al. 2023)."""
     names = _searched(shared.config, shared.settings)
-    study = optuna.create_study(direction="maximize")  # the database's may have more trials than --trials
+    # A study in memory, because the one in the database may have more trials than --trials.
+    study = optuna.create_study(direction="maximize")
     study.add_trials(whole)
     evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=_BEST_SHARE)
     found = optuna.importance.get_param_importances(study, evaluator=evaluator, params=names)
@@ -134,7 +138,7 @@ def _importances(shared: SharedStudy, whole: list[FrozenTrial]) -> dict[str, flo
 
 
 def _table(trials: list[FrozenTrial], settings: SearchConfig) -> str:
-    """trials.csv. The clock is left out, so that the same search leaves the same bytes."""
+    """The content of trials.csv. It has no times, so that the same search leaves the same bytes."""
     text = io.StringIO()
     lines = csv.writer(text, lineterminator="\n")
     facts = ("best_iteration", "iterations", "host", "reason")
@@ -150,5 +154,5 @@ def _table(trials: list[FrozenTrial], settings: SearchConfig) -> str:
 def _drop_checkpoints(folder: RunFolder) -> None:
     for file in (folder.last, folder.previous, folder.best, folder.last.with_suffix(".part")):
         file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # not there, or something of the user's is in it
+    with contextlib.suppress(OSError):  # the folder is not there, or holds a file of the user's
         folder.checkpoints.rmdir()

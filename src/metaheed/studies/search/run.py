@@ -1,25 +1,25 @@
-"""Search for an algorithm's settings: the paper's procedure (30 configurations, chosen on validation), on Optuna.
+"""Searching an algorithm's settings by the paper's procedure (30 configurations, the best by validation) with Optuna.
 
-    search.yaml                 what is searched: enough to go on with
-    study.db                    the study: each trial's draw, validations and state (or in any other database)
+    search.yaml                 what is searched, all that is needed to resume
+    study.db                    the study: settings, validations and state of each trial (or in another database)
     trials/NNN/                 run folder of trial NNN; of the finished ones only the best keeps its checkpoints
-    trials.csv                  a line a trial
+    trials.csv                  a line for each trial
     best.yaml                   the best configuration as a recipe
     parallel_coordinate.png     each trial's settings and validation accuracy
     importances.png             how much each setting mattered
-    workers/                    a file for every process at work, locked as long as it lives
-    search.lock, study.db.lock  held by the process that writes here, or takes a trial
+    workers/                    a file for every working process, locked as long as the process lives
+    search.lock, study.db.lock  locked by the process that writes here, or claims a trial
 
-Several workers, on one machine or many, share a study through its database. A trial is one row there; its number is the
-number of the configuration, so that a configuration that is drawn from its number is the same whoever draws it.
+Several workers, on one machine or many, share a study through its database. A trial is one row there. Its settings are
+drawn from its number, so they are the same whichever worker draws them.
 
-1. A worker takes the first trial below --trials that is waiting, or whose worker is gone, or adds one.
-2. It trains the trial in its run folder, from the newest checkpoint where there is one, and reports each validation.
-3. It writes the trial's value, which is its best mean accuracy over the frozen validation tasks, or that it failed.
+1. A worker claims the first trial below --trials that is waiting or whose worker is dead, or adds one.
+2. It trains the trial in its run folder, from the newest checkpoint if there is one, and reports each validation.
+3. It records the trial's value, which is its best mean accuracy over the frozen validation tasks, or that it failed.
 
-A worker is gone if the lock on its file is free, which another process of its machine can see, or if it gave no sign of
-life for --lost-after seconds by the watcher's own clock. Two may add a row each where one was left to add: the one too
-many waits below no --trials, and is trained if that is raised.
+A worker is dead if the lock on its file is free, which other processes of its machine can see, or if it gave no sign
+of life for --lost-after seconds by the observer's own clock. If one trial is left to add, two workers may each add one.
+The second one then has a number that is not below --trials, and is only trained if --trials is raised.
 """
 
 import contextlib
@@ -48,21 +48,21 @@ from metaheed.studies.search.worker import Presence, Worker, how_to_go_on
 
 
 def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Reporter] = Reporter) -> Summary:
-    """Work on a study until all its trials are finished, beginning it or going on with it.
+    """Start or resume a study, and work on it until all its trials are finished.
 
     Args:
-        config: of every trial, but for what is searched; its `out` is the study folder.
+        config: config of every trial, except for the searched settings; its `out` is the study folder.
         settings: what is searched, and how.
-        reporters: makes who is told how a trial goes.
+        reporters: makes a reporter, which receives a trial's progress.
 
     Raises:
-        ConfigError, DataError: the settings, the data or the network cannot be used.
-        RunError: the database or the folder cannot be used, or holds a search of other settings.
+        ConfigError, DataError: the config, the data or the network cannot be used.
+        RunError: the database or the folder cannot be used, or holds a search with other settings.
         OutOfMemoryError: a trial does not fit into memory.
-        Interrupted: SIGINT or SIGTERM came; the trial at work can be gone on with.
+        Interrupted: SIGINT or SIGTERM came; the running trial can be resumed.
     """
     out = config.training.out or Path("runs") / search_name(config)
-    config, settings = _anywhere(config, settings)
+    config, settings = _with_absolute_paths(config, settings)
     _check(config, settings, out)
     tell = reporters().message
     made = [path for path in (out, *out.parents) if not path.exists()]
@@ -78,29 +78,29 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
     except (ConfigError, DataError):
         begun = [*out.glob("trials/*/config.yaml"), *[*out.glob("workers/*")][1:]]
         if out in made and settings.storage is None and not begun:
-            shutil.rmtree(out)  # what no trial can be trained with leaves no study that refuses the next
+            shutil.rmtree(out)  # no trial could be trained: a study that stayed would refuse corrected settings
         raise
     except FAILURES as error:
         database, more = shown_as(settings.storage, out), how_to_go_on(out, settings.storage)
         raise RunError(f"the database {database} failed ({reason(error)}); {more}") from error
     finally:
         for path in made:
-            with contextlib.suppress(OSError):  # not empty: the study is there; or removed above
+            with contextlib.suppress(OSError):  # not empty, because it holds the study; or it was removed above
                 path.rmdir()
 
 
 def read_search(out: str | Path, storage: str | None = None, trust: bool = False) -> tuple[RunConfig, SearchConfig]:
-    """What `search` needs to go on with a study folder.
+    """The arguments of `search` with which it resumes a study folder.
 
     Args:
         out: the study folder.
-        storage: its database. One that only the folder names is opened only if it is a SQLite file in the folder: a URL
-            can lead anywhere.
-        trust: let the code of a network run that the folder names, is not one of ours, and was not allowed before.
+        storage: URL of the study's database. If it is not given, the database must be a SQLite file in the folder,
+            because a URL that only the folder names can lead anywhere.
+        trust: allow the code of the network that the folder names, if it is not metaheed's and not allowed yet.
 
     Raises:
-        RunError: it is none, or its search.yaml is damaged.
-        ConfigError: its database lies elsewhere, and is not named.
+        RunError: the folder holds no study, or its search.yaml is damaged.
+        ConfigError: its database is elsewhere, and `storage` is not given.
     """
     out = Path(out)
     config, settings = read_settings(out)
@@ -109,12 +109,16 @@ def read_search(out: str | Path, storage: str | None = None, trust: bool = False
     if storage is not None:
         settings = replace(settings, storage=storage)
     elif settings.storage is not None:
-        settings = replace(settings, storage=_inside(out, settings.storage))
+        settings = replace(settings, storage=_require_database_inside(out, settings.storage))
     return replace(config, training=replace(config.training, out=out)), settings
 
 
-def _inside(out: Path, storage: str) -> str:
-    """The URL of a SQLite file in the study folder, from one that search.yaml names."""
+def _require_database_inside(out: Path, storage: str) -> str:
+    """The database URL of search.yaml, if it is that of a SQLite file in the study folder.
+
+    Raises:
+        ConfigError, RunError: the database is elsewhere.
+    """
     try:
         file = sqlite_file(storage)
         url = sqlalchemy.engine.make_url(storage)
@@ -130,13 +134,13 @@ def _inside(out: Path, storage: str) -> str:
     except ConfigError:
         named = "another database"
     raise ConfigError(
-        f"{out} says that its study is kept in {named}. What only a folder names is not opened: if that is where you "
-        "keep it, name it again, with its password if it has one (--storage URL)"
+        f"{out} says that its study is kept in {named}. A database that only a folder names is not opened: if that is "
+        "where you keep it, name it again, with its password if it has one (--storage URL)"
     )
 
 
-def _anywhere(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, SearchConfig]:
-    """The same, named so that it can be gone on with from any folder; the study folder taken out."""
+def _with_absolute_paths(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, SearchConfig]:
+    """The same with absolute paths, so that the study can be resumed from any folder, and without the study folder."""
     training = TrainingConfig(**{f.name: getattr(config.training, f.name) for f in fields(TrainingConfig)})
     learner, root = config.learner.from_anywhere(), config.episodes.data_root
     storage = settings.storage
@@ -153,25 +157,25 @@ def _anywhere(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, Sea
 
 
 def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
-    """Refuse what would fail in every trial, before there is a study.
+    """Refuse a config with which every trial would fail, before a study is made.
 
     Raises:
-        ConfigError, DataError: as training would.
+        ConfigError, DataError: as `train`.
     """
     training, data = config.training, config.episodes
     if settings.pruner == "halving" and max(training.val_every, first_rung(config, settings)) >= training.iterations:
         raise ConfigError(
             f"--pruner halving: with --val-every {training.val_every} and the first rung after "
-            f"{first_rung(config, settings)} iterations nothing can be judged before the end of a trial at "
+            f"{first_rung(config, settings)} iterations there is no validation before the end of a trial at "
             f"{training.iterations}: lower --val-every or --halving-start"
         )
-    sqlite_url(out / "study.db")  # refuses a folder that cannot be named there and in search.yaml
+    sqlite_url(out / "study.db")  # refuse a folder whose name cannot be written in a URL
     check_name(data.data)
     find_backbone(config.learner.backbone, config.learner.backbone_path)
     allow(config.learner.backbone, config.learner.backbone_path)
     pick_device(training.device)
     if (out / STUDY_FILE).exists():
-        return  # begun, and so checked
+        return  # the study has begun, so its config was checked
     dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
     for split, shape in (("train", data.train_shape), ("val", data.test_shape), ("test", data.test_shape)):
         Episodes(dataset, split, *shape, training.seed)

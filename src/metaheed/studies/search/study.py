@@ -1,4 +1,4 @@
-"""A study in its database and its folder: what is searched, and who has which trial."""
+"""A study in its database and its folder: what is searched, and which worker has which trial."""
 
 import contextlib
 import json
@@ -20,23 +20,23 @@ from metaheed.errors import RunError, brief, shown
 from metaheed.files.opening import YAML_BYTES, LinkError, cannot_write_message, make_folder, read_bounded, refuse_link
 from metaheed.files.parsing import from_yaml
 from metaheed.files.seals import seal_text, unseal_text
-from metaheed.files.writing import write_whole
+from metaheed.files.writing import _writing, write_whole
 from metaheed.running.folder import STUDY_FILE, RunFolder
 from metaheed.studies import recipes
 from metaheed.studies.search.database import connect, exclusive, shown_as, sqlite_file, sqlite_url
 from metaheed.studies.search.draws import make_pruner, make_sampler
 
-_SETTLE = 2.0  # seconds in which others who want the same trial on another machine have said so
-_RECORD = "metaheed"  # the study's attribute that says what is searched
+_SETTLE = 2.0  # seconds in which workers on other machines that want the same trial have written their names
+_RECORD = "metaheed"  # the attribute of the study that records what is searched
 
 
 class SharedStudy:
-    """The study in its database, and the study folder here."""
+    """A study in its database, which several workers may share, and its folder on this machine."""
 
     def __init__(self, config: RunConfig, settings: SearchConfig, out: Path, lock: Path | None) -> None:
         self.config, self.settings, self.out = config, settings, out
         self._lock = lock
-        self.record = _record(config, settings)
+        self.record = _study_record(config, settings)
         url = settings.storage or sqlite_url(out / "study.db")
         self.shown = shown_as(settings.storage, out)
         with self.alone():
@@ -47,14 +47,14 @@ class SharedStudy:
     @classmethod
     @contextlib.contextmanager
     def opened(cls, config: RunConfig, settings: SearchConfig, out: Path) -> Iterator["SharedStudy"]:
-        """Open or begin a study.
+        """Open a study, and create it if there is none.
 
         Raises:
-            ConfigError: the URL, or its driver, cannot be used.
-            RunError: the database cannot be used, or holds a study of that name of other settings.
+            ConfigError: the URL or its driver cannot be used.
+            RunError: the database cannot be used, or holds a study of that name with other settings.
         """
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        # Before there is a study, which in a shared database would refuse the next search of its name.
+        # Checked before a study is made, because in a shared database that would refuse the next search of its name.
         _refuse_other_search(out, config, settings)
         lock, database = None, sqlite_file(settings.storage)
         if settings.storage is None:
@@ -64,7 +64,7 @@ class SharedStudy:
         if database is not None:
             if not database.parent.is_dir():
                 raise RunError(f"the database {database} cannot be made: {database.parent} is not a folder")
-            # SQLite has no lock on a row, so that two processes could take one trial.
+            # SQLite has no locks on rows, so without this lock two processes could claim the same trial.
             lock = database.with_name(f"{database.name}.lock")
         shared = cls(config, settings, out, lock)
         _make(out)
@@ -77,19 +77,21 @@ class SharedStudy:
                 shared.storage.engine.dispose()
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Alone among the workers of a SQLite file; other databases lock what they write."""
+        """Exclude the other workers of a SQLite file; other databases lock what they write."""
         return exclusive(self._lock)
 
     def _study(self) -> Study:
         name, pruner = self.settings.study, make_pruner(self.config, self.settings)
-        assert name is not None  # set by search
+        assert name is not None  # `search` has set it
         try:
             study = optuna.create_study(study_name=name, storage=self.storage, pruner=pruner, direction="maximize")
         except optuna.exceptions.DuplicatedStudyError:
             study = optuna.load_study(study_name=name, storage=self.storage, pruner=pruner)
         if _RECORD not in study.user_attrs:
             if study.get_trials(deepcopy=False):
-                raise RunError(f"the study {shown(name)} in {self.shown} is another program's: choose another --study")
+                raise RunError(
+                    f"the study {shown(name)} in {self.shown} belongs to another program: choose another --study"
+                )
             study.set_user_attr(_RECORD, self.record)
         self._verify(study)
         return study
@@ -99,22 +101,22 @@ class SharedStudy:
         refuse_difference(f"the study {shown(study.study_name)} in {self.shown}", theirs, self.record)
 
     def trials(self) -> list[FrozenTrial]:
-        """Those below --trials, by number."""
+        """The trials whose number is below --trials, in order."""
         return [t for t in self._rows() if t.number < self.settings.trials]
 
     def _rows(self) -> list[FrozenTrial]:
         return sorted(self.storage.get_all_trials(self._study_id, deepcopy=False), key=lambda t: t.number)
 
     def id_of(self, number: int) -> int:
-        """The database's own name of a trial."""
+        """The database's id of the trial with a number."""
         return self.storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
 
     def claim(self, worker: str, gone: Callable[[FrozenTrial], bool]) -> Trial | None:
-        """A trial that is this worker's from now on, its settings drawn; none: there is none to be had now.
+        """Claim a trial for a worker and draw its settings; None if no trial is free now.
 
         Args:
             worker: name of the worker.
-            gone: whether a running trial's worker is.
+            gone: says whether the worker of a running trial is dead.
         """
         with self.alone():
             self._verify(self.study)
@@ -122,7 +124,7 @@ class SharedStudy:
             if number is None:
                 return None
             self.study.sampler = make_sampler(self.settings, number)
-            self.study.get_trials(deepcopy=False)  # the study now knows the trial
+            self.study.get_trials(deepcopy=False)  # lets the study read the new trial from the database
             trial = Trial(self.study, self.id_of(number))
             for name, (low, high) in self.settings.ranges.items():
                 trial.suggest_float(name, low, high, log=True)
@@ -156,12 +158,12 @@ class SharedStudy:
             self.storage.set_trial_user_attr(trial_id, "worker", worker)
         except optuna.exceptions.UpdateFinishedTrialError:
             return False
-        if self._lock is None:  # the last of those who wanted it has it
+        if self._lock is None:  # of the workers that want it, the last to write its name gets it
             time.sleep(_SETTLE)
         return self.is_worked_on_by(trial_id, worker)
 
     def is_worked_on_by(self, trial_id: int, worker: str) -> bool:
-        """Whether the trial is running and that worker's."""
+        """Whether the trial is running and claimed by that worker."""
         trial = self.storage.get_trial(trial_id)
         return trial.state == TrialState.RUNNING and trial.user_attrs.get("worker") == worker
 
@@ -169,24 +171,22 @@ class SharedStudy:
         """The run folder of a trial.
 
         Raises:
-            RunError: a link is in its place.
+            RunError: there is a link in its place.
         """
         path = self.out / "trials" / f"{number:03d}"
-        try:
+        with _writing(path):
             refuse_link(path / "checkpoints", self.out)
-        except LinkError as error:
-            raise RunError(cannot_write_message(error, path)) from error
         return RunFolder(path)
 
     def write_settings(self) -> None:
         """Write search.yaml.
 
         Raises:
-            RunError: the folder is another search's.
+            RunError: the folder belongs to another search.
         """
         file = self.out / STUDY_FILE
         with self.writing():
-            _refuse_other_search(self.out, self.config, self.settings)  # another may have come first
+            _refuse_other_search(self.out, self.config, self.settings)  # another process may have written it first
             settings = self.settings
             if settings.storage is not None:
                 url = sqlalchemy.engine.make_url(settings.storage)
@@ -196,7 +196,7 @@ class SharedStudy:
             write_whole(file, seal_text((head + yaml.safe_dump(values, sort_keys=False)).encode()))
 
     def writing(self) -> contextlib.AbstractContextManager[None]:
-        """Alone among the workers that write into this study folder."""
+        """Exclude the other workers that write into this study folder."""
         return exclusive(self.out / "search.lock")
 
 
@@ -214,19 +214,17 @@ def _make(out: Path) -> None:
 
 
 def refuse_links_to_database(file: Path) -> None:
-    """Raise RunError where a study folder's own database, or a file that SQLite keeps beside it, is a link."""
-    try:
+    """Raise RunError if a study folder's own database, or a file that SQLite keeps beside it, is a link."""
+    with _writing(file):
         for suffix in ("", "-journal", "-wal", "-shm"):
             refuse_link(file.with_name(file.name + suffix))
-    except LinkError as error:
-        raise RunError(cannot_write_message(error, file)) from error
 
 
 def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
-    """What a study folder's search.yaml says: the config of every trial, and what is searched.
+    """The content of a study folder's search.yaml: the config of every trial, and what is searched.
 
     Raises:
-        RunError: it is missing, or is none.
+        RunError: the file is missing or damaged.
     """
     file = out / STUDY_FILE
     try:
@@ -235,26 +233,26 @@ def read_settings(out: Path) -> tuple[RunConfig, SearchConfig]:
     except OSError as error:
         raise RunError(f"{out} is not a study folder: search.yaml cannot be read ({error.strerror})") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{file} is not of a search of this program: {brief(str(error), 400)}") from error
+        raise RunError(f"{file} does not describe a search of this program: {brief(str(error), 400)}") from error
 
 
 def _refuse_other_search(out: Path, config: RunConfig, settings: SearchConfig) -> None:
     if (out / STUDY_FILE).exists():
         theirs, mine = (
-            {"study": search.study, **_record(of_trials, search)}
+            {"study": search.study, **_study_record(of_trials, search)}
             for of_trials, search in (read_settings(out), (config, settings))
         )
         refuse_difference(str(out), theirs, mine)
 
 
 def count_finished(trials: list[FrozenTrial]) -> int:
-    """How many are."""
+    """Number of finished trials."""
     return sum(trial.state.is_finished() for trial in trials)
 
 
-def _record(config: RunConfig, settings: SearchConfig) -> dict[str, Any]:
-    """What must be alike in all workers of a study, as JSON gives it back."""
-    alike = {"config": of_trial(config)}
+def _study_record(config: RunConfig, settings: SearchConfig) -> dict[str, Any]:
+    """The settings that must be equal for all workers of a study, as JSON returns them."""
+    alike = {"config": trial_record(config)}
     for name, value in to_dict(settings).items():
         if name not in ("trials", "storage", "study"):
             alike[name] = value
@@ -262,17 +260,13 @@ def _record(config: RunConfig, settings: SearchConfig) -> dict[str, Any]:
     return record
 
 
-def of_trial(config: RunConfig) -> dict[str, Any]:
-    """What decides a trial, without what belongs to a machine."""
-    values = to_dict(recipes.without_run(config))
-    for group, names in recipes.OF_A_RUN.items():
-        for name in names:
-            values[group].pop(name, None)
-    return {**values, "seed": config.training.seed}
+def trial_record(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide a trial, without those that belong to a machine."""
+    return {**recipes.recipe_settings(config), "seed": config.training.seed}
 
 
 def refuse_difference(what: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """Raise RunError where two records differ, naming the first setting that does."""
+    """Raise RunError if two records differ, naming the first setting that does."""
     then, now = dict(_flat(theirs)), dict(_flat(ours))
     for name in {**now, **then}:
         if then.get(name) != now.get(name):

@@ -1,4 +1,4 @@
-"""A worker of a search: it trains trials one after another, and gives signs of life meanwhile."""
+"""A worker of a search, which trains trials one after another and gives signs of life meanwhile."""
 
 import contextlib
 import os
@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from metaheed.errors import Interrupted, NonFiniteError, RunError
 from metaheed.files.opening import cannot_write_message, make_folder, open_in_place, try_lock
-from metaheed.running.checkpoint import Progress
+from metaheed.running.checkpoint import RunProgress
 from metaheed.running.folder import RunFolder
 from metaheed.running.process import pick_device
 from metaheed.running.reporter import Reporter
@@ -25,24 +25,24 @@ from metaheed.running.train import resume, train
 from metaheed.studies.search.database import FAILURES, reason, shown_as
 from metaheed.studies.search.draws import configured, used
 from metaheed.studies.search.results import write_results
-from metaheed.studies.search.study import SharedStudy, count_finished, of_trial, refuse_difference
+from metaheed.studies.search.study import SharedStudy, count_finished, refuse_difference, trial_record
 
-_BEATS = 8  # signs of life within --lost-after
-_POLL = 2.0  # seconds between two looks for work
+_BEATS = 8  # number of signs of life within --lost-after
+_POLL = 2.0  # seconds between two attempts to claim a trial
 
 
 def how_to_go_on(out: Path, storage: str | None) -> str:
-    """Said wherever work stops before its end. A database that is not the folder's own has to be named again."""
+    """How to resume the study, for messages. A database that is not the folder's own must be named again."""
     named = "" if storage is None else f" --storage {shlex.quote(shown_as(storage, out))}"
-    return f"the same command goes on, and so does: metaheed search --resume {shlex.quote(str(out))}{named}"
+    return f"resume with the same command, or with: metaheed search --resume {shlex.quote(str(out))}{named}"
 
 
 class Presence:
-    """This process's file among workers/, locked until it ends, however it ends."""
+    """This process's file in workers/. It is locked until the process ends, however it ends."""
 
     def __init__(self, out: Path) -> None:
         self._out, self._folder = out, out / "workers"
-        # Where the system has no network address to tell, uuid makes one up: then none is known to be of this machine.
+        # If the system has no network address, uuid makes one up, and no worker is known to be on this machine.
         self.machine = f"{platform.node()}/{uuid.getnode():x}"
         self.name = f"{self.machine}/{os.getpid()}-{uuid.uuid4().hex[:8]}"
 
@@ -56,10 +56,10 @@ class Presence:
                 raise RunError(cannot_write_message(error, path)) from error
             if try_lock(self._file) and path.exists():
                 return self
-            self._file.close()  # another looked at it, or tidied it away, before it was locked
+            self._file.close()  # another process opened or deleted the file before it was locked
 
     def __exit__(self, failure: object, *_: object) -> None:
-        if failure is None:  # else a trial may be left behind: whoever finds the file free sees that its worker is gone
+        if failure is None:  # after a failure the file stays, so that others see that the worker of its trial is dead
             self._path(self.name).unlink(missing_ok=True)
         self._file.close()
 
@@ -67,7 +67,7 @@ class Presence:
         return self._folder / f"{name.rpartition('/')[2]}.lock"
 
     def knows_dead(self, name: str) -> bool:
-        """Whether that worker was of this machine and has ended; False also where that cannot be known."""
+        """Whether a worker was on this machine and has ended; False also if that cannot be known."""
         path = self._path(name)
         if name.rpartition("/")[0] != self.machine or name == self.name:
             return False
@@ -75,21 +75,21 @@ class Presence:
             with open_in_place(path, "r+") as file:
                 return try_lock(file)
         except OSError:
-            return False  # not there: its folder is another, or it ended in order and gave its trial back
+            return False  # no file: the worker uses another folder, or ended normally and gave its trial back
 
     def tidy(self) -> None:
-        """Remove the files of the dead."""
+        """Delete the files of dead workers."""
         for path in self._folder.glob("*.lock"):
             if self.knows_dead(f"{self.machine}/{path.stem}"):
                 path.unlink(missing_ok=True)
 
 
 class _TakenOver(Exception):  # noqa: N818  # a state, not an error
-    """Another worker has this one's trial."""
+    """Another worker has claimed this worker's trial."""
 
 
 class Worker:
-    """One process's work on a study."""
+    """Trains the trials that this process claims."""
 
     def __init__(
         self, shared: SharedStudy, presence: Presence, reporters: Callable[[], Reporter], tell: Callable[[str], None]
@@ -100,7 +100,7 @@ class Worker:
         self._began = time.monotonic()
 
     def work(self) -> None:
-        """Train trials until all are finished."""
+        """Train trials until all trials of the study are finished."""
         shared = self._shared
         self._announce()
         self._at_first = count_finished(shared.trials())
@@ -134,9 +134,9 @@ class Worker:
         self._tell(f"searched: {', '.join(ranges[n] for n in ours)}{unused}")
 
     def _gone(self, trial: FrozenTrial) -> bool:
-        """Whether the worker of a running trial is."""
+        """Whether the worker of a running trial is dead."""
         owner = trial.user_attrs.get("worker")
-        if owner in ("", self._presence.name):  # given back; or this one's, which has none at work now
+        if owner in ("", self._presence.name):  # the trial was given back, or this worker had it and has none now
             return True
         if owner is not None and self._presence.knows_dead(owner):
             return True
@@ -153,8 +153,8 @@ class Worker:
         values = ", ".join(f"{name} {trial.params[name]:.4g}" for name in used(shared.config, shared.settings))
         self._tell(f"trial {number}: {values}")
         trial_id = shared.id_of(number)
-        with _Beat(shared, trial_id, self._presence.name, self._tell) as beat:
-            report = _Report(self._reporters(), trial, beat, self._said, shared.config.training.iterations)
+        with _Heartbeat(shared, trial_id, self._presence.name, self._tell) as beat:
+            report = _TrialReporter(self._reporters(), trial, beat, self._said, shared.config.training.iterations)
             try:
                 outcome = self._outcome(trial, folder, report)
                 beat.check()
@@ -183,9 +183,9 @@ class Worker:
         )
 
     def _outcome(
-        self, trial: Trial, folder: RunFolder, report: "_Report"
+        self, trial: Trial, folder: RunFolder, report: "_TrialReporter"
     ) -> tuple[TrialState, float | None, dict[str, Any], str]:
-        """Train a trial: its state, its value, what else is recorded of it, and the line that says so."""
+        """Train a trial; returns its state, value and further attributes, and a line that describes the outcome."""
         about = {"host": platform.node()}
         try:
             progress = self._trained(trial, folder, report)
@@ -199,18 +199,18 @@ class Worker:
         said = f"validation accuracy {progress.best_accuracy:.2%} at iteration {progress.best_iteration}"
         return TrialState.COMPLETE, progress.best_accuracy, facts, said
 
-    def _trained(self, trial: Trial, folder: RunFolder, report: "_Report") -> Progress:
+    def _trained(self, trial: Trial, folder: RunFolder, report: "_TrialReporter") -> RunProgress:
         base = self._shared.config
         config = configured(base, trial.params)
         config = replace(config, training=replace(config.training, out=folder.path))
         self._await_lock(folder)
         if folder.config_file.exists():
             found = folder.read_config()
-            refuse_difference(str(folder.path), of_trial(found), of_trial(config))
+            refuse_difference(str(folder.path), trial_record(found), trial_record(config))
             recorded = found.training.device
             here = str(pick_device(recorded, fall_back=True)) == recorded
             device = None if here else base.training.device
-            chunk = base.training.chunk_size  # the remedy where memory ran out
+            chunk = base.training.chunk_size  # the user may have changed it because memory ran out
             changed = chunk if chunk != found.training.chunk_size else None
             resume(folder.path, None, base.episodes.data_root, device, report, chunk_size=changed)
         else:
@@ -221,7 +221,7 @@ class Worker:
         return checkpoint.progress
 
     def _await_lock(self, folder: RunFolder) -> None:
-        """A worker that was taken for dead, and is not, may still write its last line."""
+        """Wait until no other process holds the run folder: a worker that was taken for dead may still be writing."""
         said = False
         while folder.lock_file.exists():
             if not folder.is_held():
@@ -232,7 +232,7 @@ class Worker:
             time.sleep(_POLL / 4)
 
     def _give_back(self, trial_id: int) -> None:
-        """Let the next worker, or the next call, go on with a trial at once."""
+        """Give a trial back, so that another worker or the next call can resume it at once."""
         with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
             if self._shared.is_worked_on_by(trial_id, self._presence.name):
                 self._shared.storage.set_trial_user_attr(trial_id, "worker", "")
@@ -245,10 +245,10 @@ class Worker:
         return f", about {seconds // 3600}:{seconds // 60 % 60:02d}:{seconds % 60:02d} left"
 
 
-class _Report(Reporter):
-    """Passes on how a trial's training goes, and stops it where it was taken over or is not worth going on with."""
+class _TrialReporter(Reporter):
+    """A reporter of a trial, which also records its validations and stops it if it is taken over or pruned."""
 
-    def __init__(self, inner: Reporter, trial: Trial, beat: "_Beat", said: set[str], iterations: int) -> None:
+    def __init__(self, inner: Reporter, trial: Trial, beat: "_Heartbeat", said: set[str], iterations: int) -> None:
         self._inner, self._trial, self._beat, self._said, self._last = inner, trial, beat, said, iterations
         self._reported = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
         self.iteration = 0
@@ -264,9 +264,9 @@ class _Report(Reporter):
 
     def validation(self, iteration: int, accuracy: float, half_width: float, best: bool) -> None:
         self._beat.check()
-        if iteration not in self._reported:  # by a worker that died before it could write its checkpoint
+        if iteration not in self._reported:  # a worker that died before it wrote its checkpoint may have reported it
             self._trial.report(accuracy, iteration)
-        # A trial that has reached its end is whole: it has cost what it costs.
+        # A trial that has reached its end is not pruned, because stopping it would save nothing.
         if iteration < self._last and self._trial.should_prune():
             raise optuna.TrialPruned
 
@@ -274,7 +274,7 @@ class _Report(Reporter):
         self._inner.log(iteration, values)
 
     def message(self, text: str) -> None:
-        if text not in self._said:  # what all trials say is said once
+        if text not in self._said:  # messages that are the same for all trials are shown once
             self._said.add(text)
             self._inner.message(text)
 
@@ -282,15 +282,15 @@ class _Report(Reporter):
         self._inner.stop()
 
 
-class _Beat:
-    """Signs of life of a trial at work, from a thread of its own."""
+class _Heartbeat:
+    """A thread that writes signs of life for a running trial into the database."""
 
     def __init__(self, shared: SharedStudy, trial_id: int, worker: str, tell: Callable[[str], None]) -> None:
         self._shared, self._trial_id, self._worker, self._tell = shared, trial_id, worker, tell
         self._end, self._lost = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> "_Beat":
+    def __enter__(self) -> "_Heartbeat":
         self._thread.start()
         return self
 
@@ -299,7 +299,7 @@ class _Beat:
         self._thread.join()
 
     def check(self) -> None:
-        """Raise _TakenOver where the trial is this worker's no longer."""
+        """Raise _TakenOver if the trial no longer belongs to this worker."""
         if self._lost.is_set():
             raise _TakenOver
 
@@ -313,7 +313,7 @@ class _Beat:
                         return
                     storage.set_trial_user_attr(self._trial_id, "beat", round(time.monotonic() - first, 3))
                 except optuna.exceptions.UpdateFinishedTrialError:
-                    return  # told in this moment
+                    return  # the trial has just been finished
                 except FAILURES as error:
                     self._tell(f"the database took no sign of life ({reason(error)}); trying again")
                 self._end.wait(self._shared.settings.lost_after / _BEATS)
