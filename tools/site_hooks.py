@@ -5,7 +5,8 @@
 - $...$ and $$...$$ become MathML, which browsers draw by themselves.
 - The notebooks of examples/notebooks/ become pages, with what their cells print and draw.
 - A path of the repository in code (`results/`) becomes a link to it.
-- The build fails if a page would load a script, a style, a font or a picture from the network.
+- The build fails if a page would load a script, a style, a font or a picture from the network, or let a script of the
+  theme ask there.
 """
 
 import ast
@@ -55,13 +56,15 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 def on_page_content(content: str, config: Any, **_: Any) -> str:
     """Turn formulas into MathML, and paths into links."""
     content = _FORMULA.sub(lambda found: _mathml(html.unescape(found[1]), found[0].startswith("<div")), content)
-    return _CODE.sub(lambda found: _linked(found, config["repo_url"]), content)
+    return _CODE.sub(lambda found: _linked(found, config["extra"]["repository"]), content)
 
 
 def on_post_build(config: Any) -> None:
     """Refuse a site that loads something from the network."""
     from mkdocs.exceptions import PluginError
 
+    if config["repo_url"]:
+        raise PluginError("repo_url is set, for which the theme's script asks the repository's host: leave it out")
     loaded = loaded_from_network(Path(config["site_dir"]))
     if loaded:
         raise PluginError("pages load from the network: " + "; ".join(loaded[:10]))
