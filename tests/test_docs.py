@@ -120,7 +120,7 @@ def test_commands_of_readme_are_found() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("page", "until"), [("first_run", "    metaheed report"), ("own_pictures", "nowhere")])
+@pytest.mark.parametrize(("page", "until"), [("first_run", "## In Python"), ("own_pictures", "nowhere")])
 def test_first_pages_can_be_followed(page: str, until: str, in_folder: Path, metaheed: Run) -> None:
     """Command by command as printed, but for fewer and smaller tasks."""
     generator = np.random.default_rng(0)

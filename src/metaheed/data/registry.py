@@ -73,8 +73,7 @@ def find_shape(
     """The image shape of what `load_dataset` would load, found by reading names and labels only: quickly.
 
     Raises:
-        ConfigError: no data set has that name.
-        DataError: its files are missing; damaged images are found by `load_dataset` only.
+        As `load_dataset`, but for images that are damaged.
     """
     check_name(name)
     request = Request(None if root is None else Path(root), image_size, split_seed)
