@@ -1,5 +1,5 @@
-# Two commands, `make demo` and `make test`, and `make bench` for speed. Each sets itself up in .venv on a bare Python
-# 3.11+ machine.
+# Two commands, `make demo` and `make test`, and `make bench` for speed and `make docs` for the site. Each sets itself up
+# in .venv on a bare Python 3.11+ machine.
 
 PYTHON ?= python3
 VENV := .venv
@@ -10,13 +10,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 QUICK := tests/test_architecture.py tests/test_contract.py tests/test_hints.py tests/outer tests/learners \
 	tests/data/test_episodes.py tests/data/test_glyphs.py
 
-.PHONY: help demo test test-quick lint peers bench clean
+.PHONY: help demo test test-quick lint peers bench docs clean
 
 help:
 	@echo "make demo    train, judge and compare MAML and TA-MAML on built-in data (minutes)"
 	@echo "make test    ruff, mypy and all tests"
 	@echo "make test-quick  ruff and the tests of the mathematics, in less than a minute: for while you work"
 	@echo "make bench   speed beside other libraries, into runs/bench: half an hour (make bench ARGS=--quick)"
+	@echo "make docs    the site, into site/: warnings are errors, and no page loads anything from the network"
 	@echo "make peers   the other libraries that the examples run inside (make test and make bench do it too)"
 
 demo: $(VENV)/.installed
@@ -32,6 +33,10 @@ test-quick: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev peers
 	$(BIN)/python -m benchmarks.speed $(ARGS)
+
+# The build itself needs no network: it fetches nothing, and fails where a page would.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -50,6 +55,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) --editable '.[dev]'
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) --editable '.[docs]'
+	touch $@
+
 # Without dependencies, so that none of them changes torch. One that cannot be had (no network, no wheel for this Python)
 # is no failure: its tests are skipped, and the next call tries again. learn2learn is packed by our own build backend,
 # which the path puts before setuptools; uncached, so that no other project of the user is given that small wheel.
@@ -65,4 +74,4 @@ $(VENV)/.peers: benchmarks/peers.txt $(wildcard benchmarks/learn2learn/* benchma
 	if [ $$complete = yes ]; then touch $@; else echo "some peers are missing: the tests of their examples are skipped, and make bench shows them as missing"; fi
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

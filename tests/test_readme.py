@@ -1,4 +1,4 @@
-"""What the README says is run: its Python snippets, and its table against the evidence."""
+"""The tables of README and docs against the evidence, and the options that the experiments name."""
 
 import importlib
 import re
@@ -8,31 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 
-from tests.conftest import ROOT, Run
+from tests.conftest import ROOT
 from tests.report.making import make_run
-from tests.test_training import SMALL
-
-README = (ROOT / "README.md").read_text()
-
-
-def test_snippets_run(in_folder: Path, monkeypatch: pytest.MonkeyPatch, metaheed: Run) -> None:
-    network, training, loading = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    (in_folder / "mynet.py").write_text(network)
-    monkeypatch.syspath_prepend(str(in_folder))
-    importlib.invalidate_caches()
-    names: dict[str, object] = {}
-    exec(training, names)  # the README's own code
-    assert set(names["gradient"]) == set(names["meta"])  # type: ignore[call-overload]
-    status, _, _ = metaheed(
-        "train", "ta-maml", *SMALL, "--backbone", "mynet:Net", "--iterations", 2, "--out", "trained"
-    )
-    assert status == 0
-    (path,) = re.findall(r'metaheed.load\("(.*)"\)', loading)
-    names |= {"support_x": torch.rand(5, 1, 28, 28), "support_y": torch.arange(5), "query_x": torch.rand(9, 1, 28, 28)}
-    exec(loading.replace(path, "trained"), names)
-    assert names["logits"].shape == (9, 5)  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +65,7 @@ def test_markers_that_do_not_pair_are_refused(text: str, tool: ModuleType) -> No
         tool.filled(text.format(tool.BEGIN, tool.END), [lambda: "new"])
 
 
-def test_commands_parse(metaheed: Run) -> None:
-    """Every train command of the README and of the experiments names options that exist."""
+def test_commands_of_experiments_name_options_that_exist() -> None:
     pair = ("custom", "--learner", "maml", "--rule", "replayed")
     options = ""
     for command in (("train", "ta-maml"), ("train", *pair), ("search", "ta-maml")):
@@ -97,7 +74,5 @@ def test_commands_parse(metaheed: Run) -> None:
         options += out
     script = "".join(path.read_text() for path in sorted((ROOT / "experiments").glob("*.sh")))
     used = set(re.findall(r"(--[a-z][a-z-]+)", script)) - {"--against", "--tasks"}
-    commands = re.findall(r"metaheed train (?:.*\\\n)*.*", README)  # with the lines they go on in
-    used |= {o for command in commands for o in re.findall(r"(--[a-z][a-z-]+)", command)}
     for option in used - {"--resume", "--recipe", "--help", "--learner", "--rule"}:
         assert option in options, option

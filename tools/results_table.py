@@ -41,7 +41,7 @@ from metaheed.studies.report.table import mean_accuracy, p_text, percent, points
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- results: python tools/results_table.py -->\n", "<!-- end of results -->\n"
 STUDIES = ("cifar_fs", "omniglot_20way", "first_runs")
-"""Folders of results/ whose runs the README shows."""
+"""Folders of results/ whose runs docs/findings.md lists one by one."""
 HEADER = (
     "| evidence | data | setting | algorithm | iterations | seeds | test accuracy | difference to its counterparts |\n"
     "|---|---|---|---|---|---|---|---|\n"
@@ -341,7 +341,7 @@ def worded(write: Callable[..., str], *studies: Path) -> str:
 
 _RESULTS = ROOT / "results"
 TABLES: dict[str, tuple[Callable[[], str], ...]] = {
-    "README.md": (lambda: table(*(_RESULTS / study for study in STUDIES)),),
+    "README.md": (lambda: worded(main_differences, _RESULTS / "cifar_fs"),),
     "results/eight_algorithms/README.md": (lambda: table_and_curves(_RESULTS / "eight_algorithms"),),
     "results/omniglot_20way/README.md": (lambda: table_and_curves(_RESULTS / "omniglot_20way"),),
     "docs/performance.md": (
@@ -354,6 +354,7 @@ TABLES: dict[str, tuple[Callable[[], str], ...]] = {
         lambda: progress(_RESULTS / "omniglot_20way"),
         lambda: worded(weights, *(_RESULTS / study for study in (*STUDIES, "eight_algorithms"))),
         lambda: worded(noise, _RESULTS / "cifar_fs"),
+        lambda: table(*(_RESULTS / study for study in STUDIES)),
     ),
 }
 """File -> what stands between each pair of its markers, in order."""
