@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from metaheed.cli.parse import parse_command
+from metaheed.cli.waiting import loading_torch
 from metaheed.config import (
     EpisodeConfig,
     FreezeConfig,
@@ -139,9 +140,10 @@ def run_data(arguments: list[str]) -> int:
 
 
 def _data_prepare(command: DataPrepare) -> int:
-    from metaheed.data import Request, find_source
-    from metaheed.data.preparing import prepare
-    from metaheed.running.progress import make_watcher
+    with loading_torch():
+        from metaheed.data import Request, find_source
+        from metaheed.data.preparing import prepare
+        from metaheed.running.progress import make_watcher
 
     EpisodeConfig(data=command.name, image_size=command.image_size, split_seed=command.split_seed)
     source = find_source(command.name, Request(command.source, command.image_size, command.split_seed))
@@ -162,7 +164,8 @@ def _data_prepare(command: DataPrepare) -> int:
 
 
 def _data_list(command: DataList) -> int:
-    from metaheed.data import survey
+    with loading_torch():
+        from metaheed.data import survey
 
     for name, state, counts in survey(command.data_root):
         print(f"{name:18}{counts:38}{state}")
@@ -170,8 +173,9 @@ def _data_list(command: DataList) -> int:
 
 
 def _data_verify(command: DataVerify) -> int:
-    from metaheed.data.preparing import stores_in, verify
-    from metaheed.running.progress import make_watcher
+    with loading_torch():
+        from metaheed.data.preparing import stores_in, verify
+        from metaheed.running.progress import make_watcher
 
     for path in stores_in(command.stores):
         manifest, notices = verify(path, make_watcher())
@@ -184,11 +188,14 @@ def _data_verify(command: DataVerify) -> int:
 
 
 def _data_show(command: DataShow) -> int:
-    from metaheed.data import Episodes, load_dataset
-    from metaheed.data.show import draw_classes, draw_episode, write_png
+    with loading_torch():
+        from metaheed.data import Episodes, load_dataset
+        from metaheed.data.show import draw_classes, draw_episode, write_png
+        from metaheed.running.progress import make_watcher
 
     EpisodeConfig(data=command.name, image_size=command.image_size, split_seed=command.split_seed)
-    dataset = load_dataset(command.name, command.data_root, command.image_size, command.split_seed)
+    watcher = make_watcher(brief=True)
+    dataset = load_dataset(command.name, command.data_root, command.image_size, command.split_seed, watcher)
     if command.classes is None:
         shape = (command.ways, command.shots, command.queries)
         image, names = draw_episode(Episodes(dataset, command.split, *shape, command.seed), command.index)
@@ -220,11 +227,14 @@ def _data_download(command: DataDownload) -> int:
 
 
 def _data_episodes(command: DataEpisodes) -> int:
-    from metaheed.data import Episodes, load_dataset
-    from metaheed.data.frozen import freeze, write_episodes
+    with loading_torch():
+        from metaheed.data import Episodes, load_dataset
+        from metaheed.data.frozen import freeze, write_episodes
+        from metaheed.running.progress import make_watcher
 
     which = command.which
-    dataset = load_dataset(which.data, which.data_root, which.image_size, which.split_seed)
+    watcher = make_watcher(brief=True)
+    dataset = load_dataset(which.data, which.data_root, which.image_size, which.split_seed, watcher)
     episodes = Episodes(dataset, which.split, which.ways, which.shots, which.queries, which.episode_seed)
     frozen = freeze(episodes, which.tasks)
     write_episodes(frozen, command.out, which.with_images)

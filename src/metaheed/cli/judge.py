@@ -11,6 +11,7 @@ from metaheed.cli.parse import tune_process
 from metaheed.config import (
     EvaluationConfig,
     ExecutionName,
+    TrainingConfig,
 )
 
 
@@ -31,6 +32,8 @@ class Evaluate:
     """Tasks at once under the executions vectorized (taken where only this is given) and im2col."""
     threads: int | None = None
     """CPU threads; none: as in training."""
+    data_cache: bool = TrainingConfig.data_cache
+    """Read the decoded data set from the user's cache, and keep it there, if training did."""
     trust: bool = False
     """Let the code of the run's network run where that is not one of metaheed's and you did not train it here."""
     out: Path | None = None
@@ -62,6 +65,7 @@ class Compare:
 def run_evaluate(command: Evaluate) -> int:
     """metaheed evaluate."""
     from metaheed.running.evaluate import evaluate_run
+    from metaheed.running.progress import make_watcher
 
     tune_process()
     result = evaluate_run(
@@ -75,6 +79,8 @@ def run_evaluate(command: Evaluate) -> int:
         trust=command.trust,
         out=command.out,
         notice=lambda text: print(text, file=sys.stderr, flush=True),
+        watcher=make_watcher(brief=True),
+        data_cache=command.data_cache and None,
     )
     if command.json:
         print(json.dumps(result))

@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from metaheed.cli.hints import check_options
+from metaheed.cli.waiting import loading_torch
 from metaheed.config import (
     LEARNERS,
     RULES,
@@ -119,7 +120,8 @@ def find_setting(arguments: list[str]) -> tuple[str, int, int]:
 
 def tune_process() -> None:
     """Make this process fit for training: memory that is freed is kept, and results repeat to the bit."""
-    from metaheed.running.process import keep_freed_memory, make_deterministic
+    with loading_torch():
+        from metaheed.running.process import keep_freed_memory, make_deterministic
 
     keep_freed_memory()
     make_deterministic()

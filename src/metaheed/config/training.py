@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from metaheed.config.checks import at_least, check_types, positive, require
 from metaheed.config.presets import USUAL
@@ -82,6 +82,10 @@ class TrainingConfig:
     check_gradient: bool = True
     """Before training on a network of one's own, compare the meta-gradient of one small task with finite differences in
     float64, which finds operations whose derivatives are wrong. It takes a few passes over eight images."""
+    cached_after: ClassVar[float] = 3.0  # seconds that reading a data set takes before it is worth keeping
+    data_cache: bool = True
+    """Keep a data set that took more than three seconds to read and decode in the user's cache, and read it from there
+    next time: METAHEED_CACHE if that is set, else ~/.cache/metaheed. The results are the same."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder (needs the extra metaheed[tensorboard])."""
 

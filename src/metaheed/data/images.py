@@ -66,6 +66,10 @@ class Dataset:
     device: torch.device | None = None
     """Where batches come out; none: where the images lie."""
 
+    def renamed(self, origin: str) -> "Dataset":
+        """The same data set, said to have been read from `origin`."""
+        return replace(self, origin=origin)
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""

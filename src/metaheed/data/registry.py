@@ -3,10 +3,11 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from metaheed.config import EpisodeConfig
+from metaheed.config import EpisodeConfig, TrainingConfig
+from metaheed.data.cache import cached_or_read
 from metaheed.data.images import Dataset
 from metaheed.data.sets import cifar, folder, glyphs, miniimagenet, omniglot, tieredimagenet
-from metaheed.data.sources import Request, Source, Watcher, check_memory, in_memory
+from metaheed.data.sources import Request, Source, Watcher, check_memory
 from metaheed.data.store import SUFFIX, Manifest, find_store, open_store, read_manifest, store_name, stores_under
 from metaheed.errors import DataError, MissingDataError, unknown
 
@@ -48,14 +49,17 @@ def load_dataset(
     image_size: int | None = None,
     split_seed: int | None = None,
     watcher: Watcher | None = None,
+    cache: bool = TrainingConfig.data_cache,
 ) -> Dataset:
-    """A data set by name: from its store under `root` if there is one, mapped into memory; else its files are read.
+    """A data set by name: from its store under `root` if there is one, mapped into memory; else its files are read, or
+    what an earlier reading of them left in the user's cache.
 
     Args:
         name: a key of DATASETS.
         root: where to look; its customary subfolder is tried, too.
         image_size, split_seed: of a folder of pictures; see EpisodeConfig.
-        watcher: told of images that appear in two classes.
+        watcher: told what is read and how far it is, and of images that appear in two classes.
+        cache: whether decoded images are kept in the user's cache, and read from there; see TrainingConfig.data_cache.
 
     Raises:
         ConfigError: no data set has that name.
@@ -64,7 +68,9 @@ def load_dataset(
     check_name(name)
     request = Request(None if root is None else Path(root), image_size, split_seed)
     path = _find_store(name, request)
-    return open_store(path, request) if path is not None else in_memory(find_source(name, request), watcher)
+    if path is not None:
+        return open_store(path, request)
+    return cached_or_read(find_source(name, request), watcher, cache)
 
 
 def find_shape(

@@ -72,6 +72,8 @@ class Source:
     """The settings of the request that shaped it."""
     notices: tuple[str, ...] = ()
     """What its user should know of it, a line each."""
+    keeps_itself: bool = False
+    """Whether its images are quick to come by, or cached by the data set's own module, so that no cache is needed."""
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -93,8 +95,8 @@ class Request(NamedTuple):
 class Watcher(Protocol):
     """Who is told how long work on images goes."""
 
-    def start(self, what: str, items: int, done: int) -> None:
-        """So many items are to be worked on; so many were before."""
+    def start(self, what: str, items: int, done: int, unit: str = "images") -> None:
+        """Work begins on so many items, called by their unit; `done` of them were finished before."""
 
     def advance(self, items: int) -> None:
         """So many more are done."""
@@ -109,7 +111,7 @@ class Watcher(Protocol):
 class Quiet:
     """A watcher that passes on messages only, to standard error."""
 
-    def start(self, what: str, items: int, done: int) -> None:  # noqa: D102
+    def start(self, what: str, items: int, done: int, unit: str = "images") -> None:  # noqa: D102
         pass
 
     def advance(self, items: int) -> None:  # noqa: D102
@@ -144,12 +146,17 @@ def in_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
         watcher.message(f"{source.name}: {notice}")
     problems: list[str] = []
     splits = {}
-    for name, split in source.splits.items():
-        images = np.empty((sum(split.counts), *split.shape), np.uint8)
-        for chunk in split.read(0):
-            images[chunk.rows] = chunk.images
-            problems += chunk.problems
-        splits[name] = Split(name, split.classes, split.counts, torch.from_numpy(images))
+    watcher.start(f"reading {source.name}", sum(split.items for split in source.splits.values()), 0)
+    try:
+        for name, split in source.splits.items():
+            images = np.empty((sum(split.counts), *split.shape), np.uint8)
+            for chunk in split.read(0):
+                images[chunk.rows] = chunk.images
+                problems += chunk.problems
+                watcher.advance(chunk.items)
+            splits[name] = Split(name, split.classes, split.counts, torch.from_numpy(images))
+    finally:
+        watcher.stop()
     refuse(problems, source)
     # A published set is taken as it is published; of one's own one wants to know.
     if source.published is None and any(split.name_of for split in source.splits.values()):

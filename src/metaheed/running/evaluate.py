@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from metaheed.config import CHUNKED, EvaluationConfig, ExecutionName, FreezeConf
 from metaheed.data import Episodes, load_dataset
 from metaheed.data.convert import convert
 from metaheed.data.frozen import Frozen, FrozenEpisodes, freeze, read_episodes
+from metaheed.data.sources import Quiet, Watcher
 from metaheed.errors import ConfigError, DataError, NonFiniteError
 from metaheed.files.seals import seal_values
 from metaheed.files.writing import check_writable, is_writable, write_whole
@@ -97,6 +99,8 @@ def evaluate_run(
     trust: bool = False,
     out: str | Path | None = None,
     notice: Callable[[str], None] | None = None,
+    watcher: Watcher | None = None,
+    data_cache: bool | None = None,
 ) -> dict[str, Any]:
     """Judge a run and write its result.json; or, so that this one stays that of the run's own test setting,
     result-on-DATA.json, result-5way5shot15query.json, result-val.json.
@@ -114,7 +118,9 @@ def evaluate_run(
         threads: of the CPU; none: as in training.
         trust: let the code of a network run that the run folder names, is not one of ours, and was not allowed before.
         out: the file to write instead of one in the run folder.
-        notice: told where the result is not kept.
+        notice: told which file the result is in, or that it is not kept.
+        watcher: told how reading the data set and judging go.
+        data_cache: whether decoded images are kept in the user's cache and read from there; as in training if None.
 
     Returns:
         What the result file holds: accuracy and its half-width, per-task accuracies, the tasks' hash, what was judged
@@ -149,7 +155,9 @@ def evaluate_run(
     meta = {name: p.to(where) for name, p in meta.items()}
     place_constants(learner, where)
     run = replace(run, training=_judging(run, execution, chunk_size, threads, where))
-    episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
+    if data_cache is not None:
+        run = replace(run, training=replace(run.training, data_cache=data_cache))
+    episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where, watcher)
     folder.check_classes(episodes.dataset, setting.split)
     with (
         workers_ended(),
@@ -159,8 +167,23 @@ def evaluate_run(
         failures_explained(run, where, learner, meta, lambda: episodes.batch(0, 1), judging=True),
     ):
         adapted, initial = (
-            evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)
-            for outcome, told in ((adapted_outcome, on_tasks), (initial_outcome, None))
+            _watched(
+                watcher or Quiet(),
+                what,
+                told,
+                partial(
+                    evaluate,
+                    build_execution(run.training, where, learner, outcome),
+                    meta,
+                    episodes,
+                    setting.tasks,
+                ),
+                setting.tasks,
+            )
+            for what, outcome, told in (
+                ("after adaptation", adapted_outcome, on_tasks),
+                ("before adaptation", initial_outcome, None),
+            )
         )
     accuracy, half_width = interval(adapted.accuracies)
     initial_accuracy, initial_half_width = interval(initial.accuracies)
@@ -185,7 +208,33 @@ def evaluate_run(
     result = seal_values(result)
     if kept:
         write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
+        if notice is not None:
+            notice(f"the result is in {file}")
     return result
+
+
+def _watched(
+    watcher: Watcher,
+    what: str,
+    on_tasks: Callable[[int], None] | None,
+    judge: Callable[[Callable[[int], None]], Outcomes],
+    tasks: int,
+) -> Outcomes:
+    """What `judge` gives, while the watcher is told of its tasks."""
+    done = 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        watcher.advance(count - done)
+        done = count
+        if on_tasks is not None:
+            on_tasks(count)
+
+    watcher.start(f"judging {what}", tasks, 0, "tasks")
+    try:
+        return judge(told)
+    finally:
+        watcher.stop()
 
 
 def _judging(
@@ -242,6 +291,7 @@ def _episodes(
     about: dict[str, Any],
     data_root: Path | None,
     where: torch.device,
+    watcher: Watcher | None,
 ) -> tuple[Episodes, str | None]:
     """The tasks, with images that the run's network takes, and how they were made such; none: they are."""
     elsewhere = setting.data != run.episodes.data
@@ -250,7 +300,8 @@ def _episodes(
     if frozen is None or frozen.images is None:
         own = run.episodes
         of_folder = (None, None) if elsewhere else (own.image_size, own.split_seed)
-        dataset = load_dataset(setting.data, data_root or own.data_root, *of_folder)
+        cache = run.training.data_cache
+        dataset = load_dataset(setting.data, data_root or own.data_root, *of_folder, watcher=watcher, cache=cache)
         if frozen is not None:
             frozen = frozen.filled(dataset)
         elif elsewhere:

@@ -343,7 +343,10 @@ def make_deterministic() -> None:
     """Same bits every time on CUDA too: deterministic kernels, no choice of algorithm by timing."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms(True, warn_only=True) turns the same switch, but first imports all of Inductor,
+    # which takes seconds, to set there what this variable sets whenever Inductor is imported.
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    torch.set_deterministic_debug_mode("warn")
     # The mode also fills every new tensor against reads of uninitialised memory, which costs time and finds only bugs.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined,unused-ignore]
 

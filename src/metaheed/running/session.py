@@ -38,7 +38,7 @@ from metaheed.running.process import (
     memory_explained,
     pick_device,
 )
-from metaheed.running.reporter import Reporter
+from metaheed.running.reporter import Reporter, watcher_of
 from metaheed.running.starting import read_weights, start_from
 from metaheed.running.statistics import interval
 from metaheed.types import Episode, Params
@@ -73,7 +73,14 @@ class Session:
 def prepare(config: RunConfig, folder: RunFolder, reporter: Reporter) -> tuple[Session, Checkpoint]:
     """Data, network and rule, tried out; and the state before the first iteration."""
     data = config.episodes
-    dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
+    dataset = load_dataset(
+        data.data,
+        data.data_root,
+        data.image_size,
+        data.split_seed,
+        watcher=watcher_of(reporter),
+        cache=config.training.data_cache,
+    )
     dataset = on_device(dataset, pick_device(config.training.device))
     folder.record_classes(dataset)
     session = set_up(config, dataset, folder)

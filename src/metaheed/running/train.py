@@ -40,7 +40,7 @@ from metaheed.running.process import (
     signals_received,
     starts_explained,
 )
-from metaheed.running.reporter import Reporter, Silent
+from metaheed.running.reporter import DetailedReporter, Reporter, Silent
 from metaheed.running.session import Session, _to, prepare
 from metaheed.running.tracking import _Clock, _Events, _log, check_tensorboard, open_logs, short
 
@@ -279,6 +279,11 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
         if received:
             raise StopRequested
 
+    def judged_so_far(tasks: int) -> None:
+        check_stop()
+        if isinstance(reporter, DetailedReporter):
+            reporter.validating(tasks, training.val_tasks)
+
     reporter.start(progress.iteration, training.iterations)
     try:
         while not _finished(progress, session.config):
@@ -288,7 +293,8 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
                 meta = steps.state.meta
                 try:
                     with received.interrupting():
-                        judged = session.validation(meta, check_stop)
+                        judged_so_far(0)
+                        judged = session.validation(meta, judged_so_far)
                 except NonFiniteError as error:
                     raise NonFiniteError(f"validation after iteration {done}: {error}. {_REMEDY}") from error
                 accuracy, half_width, loss = judged

@@ -11,7 +11,6 @@ The distortion is integer arithmetic throughout, so its bits are the same on eve
 
 import hashlib
 import importlib.util
-import os
 import sys
 import tempfile
 import zipfile
@@ -23,6 +22,7 @@ import numpy as np
 import PIL
 from PIL import Image, ImageDraw, ImageFont
 
+from metaheed.data.cache import cache_folder
 from metaheed.data.images import SPLITS
 from metaheed.data.locate import class_list
 from metaheed.data.sources import UNSCALED, Source, SourceSplit, array_stream, stamp
@@ -57,9 +57,12 @@ def find() -> Source:
 
     @cache
     def images() -> np.ndarray:
-        path = _cache_folder() / f"glyphs-{_cache_key(names)}.npy"
+        path = cache_folder() / f"glyphs-{_cache_key(names)}.npy"
         found = _read_cache(path, (len(names), INSTANCES, 1, SIDE, SIDE))
         if found is None:
+            print(
+                "glyphs: drawing the characters, which takes some seconds the first time", file=sys.stderr, flush=True
+            )
             found = build(names)
             _write_cache(path, found)
         return found.reshape(-1, 1, SIDE, SIDE)
@@ -73,7 +76,9 @@ def find() -> Source:
         stream = array_stream(np.arange(count), partial(chunks, first, first + count))
         splits[split] = SourceSplit(chosen, (INSTANCES,) * len(chosen), (1, SIDE, SIDE), count, stream)
         first += count
-    return Source("glyphs", "built in", splits, stamp(_cache_key(names)), standardize="glyphs" not in UNSCALED)
+    stamped = stamp(_cache_key(names))
+    scaled = "glyphs" not in UNSCALED
+    return Source("glyphs", "built in", splits, stamped, standardize=scaled, keeps_itself=True)
 
 
 def build(names: list[str]) -> np.ndarray:
@@ -183,13 +188,6 @@ def _uniform(code: int, count: int) -> np.ndarray:
     """Whole numbers in [−_ONE, _ONE], decided by the character alone."""
     raw = np.random.Philox(key=np.array([code, _VERSION], np.uint64)).random_raw(count)
     return (raw >> np.uint64(1)).astype(np.int64) % (2 * _ONE + 1) - _ONE
-
-
-def _cache_folder() -> Path:
-    chosen = os.environ.get("METAHEED_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaheed"
 
 
 def _cache_key(names: list[str]) -> str:

@@ -39,7 +39,7 @@ from metaheed.files.trust import allow
 from metaheed.learners import build_learner, find_backbone
 from metaheed.running.folder import STUDY_FILE
 from metaheed.running.process import check_batch_fits, pick_device
-from metaheed.running.reporter import Reporter, Silent
+from metaheed.running.reporter import Reporter, Silent, watcher_of
 from metaheed.studies.search.database import FAILURES, reason, shown_as, sqlite_file, sqlite_url
 from metaheed.studies.search.draws import first_rung, search_name
 from metaheed.studies.search.results import Summary, write_results
@@ -63,8 +63,9 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
     """
     out = config.training.out or Path("runs") / search_name(config)
     config, settings = _anywhere(config, settings)
-    _check(config, settings, out)
-    tell = reporters().message
+    reporter = reporters()
+    _check(config, settings, out, reporter)
+    tell = reporter.message
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         with SharedStudy.opened(config, settings, out) as shared, Presence(out) as presence:
@@ -152,7 +153,7 @@ def _anywhere(config: RunConfig, settings: SearchConfig) -> tuple[RunConfig, Sea
     return config, replace(settings, storage=storage, study=settings.study or search_name(config))
 
 
-def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
+def _check(config: RunConfig, settings: SearchConfig, out: Path, reporter: Reporter) -> None:
     """Refuse what would fail in every trial, before there is a study.
 
     Raises:
@@ -172,7 +173,9 @@ def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
     pick_device(training.device)
     if (out / STUDY_FILE).exists():
         return  # begun, and so checked
-    dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
+    dataset = load_dataset(
+        data.data, data.data_root, data.image_size, data.split_seed, watcher_of(reporter), training.data_cache
+    )
     for split, shape in (("train", data.train_shape), ("val", data.test_shape), ("test", data.test_shape)):
         Episodes(dataset, split, *shape, training.seed)
     learner = build_learner(config.learner, data.ways, dataset.image_shape, training.seed)

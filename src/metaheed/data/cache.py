@@ -1,0 +1,144 @@
+"""The user's cache of decoded data sets: what took seconds to read is kept as a store, which is mapped into memory later.
+
+    CACHE/NAME-KEY.metaheed/      CACHE is $METAHEED_CACHE, else $XDG_CACHE_HOME/metaheed, else ~/.cache/metaheed
+
+The key covers the files' sizes and times, the settings, and the versions of what decodes, so that changed files are
+read anew. A cache that cannot be read or written costs one line, and nothing else: the files are there.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL
+
+from metaheed.config import TrainingConfig
+from metaheed.data.images import Dataset
+from metaheed.data.sources import Quiet, Source, Watcher, gigabytes, in_memory
+from metaheed.data.store import FORMAT, SUFFIX, Manifest, open_store, read_manifest
+from metaheed.errors import DataError
+from metaheed.files.opening import put_in_place, write_synced
+
+_VERSION = 1  # of what decodes pixels; part of the key
+_SPARE = 1 << 28  # bytes of disk that stay free
+_ABANDONED = 86400  # seconds after which nobody is still writing what is half-written
+
+
+def cache_folder() -> Path:
+    """Where this user's caches are; the folder need not exist."""
+    chosen = os.environ.get("METAHEED_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metaheed"
+
+
+def cached_or_read(source: Source, watcher: Watcher | None = None, cache: bool = TrainingConfig.data_cache) -> Dataset:
+    """The data set of a source: from the cache if it is there, else read into memory, and kept if that took long.
+
+    Args:
+        source: where the files are.
+        watcher: told what is read, how far it is, and what is kept.
+        cache: whether the cache may be read and written. The pixels, and so all results, are the same either way.
+
+    Raises:
+        DataError: a file is damaged, or the whole is larger than memory allows.
+    """
+    watcher = watcher or Quiet()
+    if not cache or source.keeps_itself:
+        return in_memory(source, watcher)
+    path = _path(source)
+    if path.is_dir():
+        try:
+            dataset = open_store(path)
+        except DataError as error:
+            watcher.message(f"{source.name}: the cache {path} cannot be used ({error}); the files are read instead")
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            for notice in source.notices:
+                watcher.message(f"{source.name}: {notice}")
+            return dataset.renamed(f"{source.layout}, decoded before and kept in {path}")
+    begun = time.monotonic()
+    dataset = in_memory(source, watcher)
+    if time.monotonic() - begun >= TrainingConfig.cached_after:
+        _keep(dataset, source, path, watcher)
+    return dataset
+
+
+def _path(source: Source) -> Path:
+    """A folder for each state of the files; the layout names where they lie."""
+    decided = (_VERSION, FORMAT, PIL.__version__, source.stamp, source.layout)
+    key = hashlib.sha256(repr(decided).encode(errors="surrogateescape")).hexdigest()[:16]
+    return cache_folder() / f"{source.name}-{key}{SUFFIX}"
+
+
+def _keep(dataset: Dataset, source: Source, path: Path, watcher: Watcher) -> None:
+    """Write a data set into the cache, and remove what the cache held of the same files in an earlier state."""
+    size = sum(split.images.nbytes for split in dataset.splits.values())
+    part: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if free < size + _SPARE:
+            raise OSError(f"{gigabytes(size)} are needed, and {gigabytes(free)} are free there")
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f"{path.stem}-", suffix=".part"))
+        for name, split in dataset.splits.items():
+            np.save(part / f"images_{name}.npy", split.images.numpy(), allow_pickle=False)
+        write_synced(part / "manifest.json", (json.dumps(_manifest(dataset, source), indent=1) + "\n").encode())
+        if not path.exists():  # else another process was faster
+            put_in_place(part, path)
+            watcher.message(
+                f"{source.name}: kept as decoded in {path} ({gigabytes(size)}), so that the next start is quick; "
+                "--no-data-cache (data_cache=False in Python) switches this off"
+            )
+    except OSError as error:
+        watcher.message(f"{source.name}: not kept in the cache {path.parent} ({error}); it is read anew next time")
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
+    _clean(source, path)
+
+
+def _clean(source: Source, path: Path) -> None:
+    """Remove what the cache holds of the same files in an earlier state, and what a process left that was killed."""
+    if not path.is_dir():
+        return
+    for other in path.parent.glob(f"{source.name}-*{SUFFIX}"):
+        if other != path and _is_outdated(other, source):
+            shutil.rmtree(other, ignore_errors=True)
+    for part in path.parent.glob(f"{source.name}-*.part"):
+        with contextlib.suppress(OSError):  # another process may remove it at the same time
+            if time.time() - part.stat().st_mtime > _ABANDONED:
+                shutil.rmtree(part, ignore_errors=True)
+
+
+def _manifest(dataset: Dataset, source: Source) -> dict[str, object]:
+    return {
+        "format": FORMAT,
+        "name": dataset.name,
+        "layout": source.layout,
+        "stamp": source.stamp,
+        "settings": dict(source.settings),
+        "image_shape": dataset.image_shape,
+        "mean": dataset.mean,
+        "std": dataset.std,
+        "splits": {
+            name: {"classes": split.classes, "counts": split.counts, "sha256": split.fingerprint}
+            for name, split in dataset.splits.items()
+        },
+    }
+
+
+def _is_outdated(path: Path, source: Source) -> bool:
+    """Whether a cache was made from the same files and settings, before the files changed."""
+    try:
+        found: Manifest = read_manifest(path)
+    except DataError:
+        return False
+    same = (found.name, found.layout, found.settings) == (source.name, source.layout, dict(source.settings))
+    return same and found.stamp != source.stamp
