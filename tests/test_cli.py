@@ -84,7 +84,7 @@ def test_options_of_another_algorithm_are_not_swallowed(metaheed: Run) -> None:
     ],
 )
 def test_help(arguments: list[str], metaheed: Run) -> None:
-    status, out, _ = metaheed(*arguments, "--help")
+    status, out, _ = metaheed(*arguments, "--help-all")
     assert status == 0
     assert f"usage: metaheed {arguments[0]}" in out
     if arguments == ["data", "episodes"]:

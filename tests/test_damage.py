@@ -364,7 +364,7 @@ class TestMemory:
         monkeypatch.setattr(metaheed.running.process, "memory_of", lambda device: need)
         check_batch_fits(config, cpu, (1, 10, 10), 40)
         monkeypatch.setattr(metaheed.running.process, "memory_of", lambda device: need - 1)
-        with pytest.raises(ConfigError, match="--meta-batch-size is 2"):
+        with pytest.raises(ConfigError, match="meta_batch_size is 2"):
             check_batch_fits(config, cpu, (1, 10, 10), 40)
         monkeypatch.setattr(metaheed.running.process, "memory_of", lambda device: None)
         check_batch_fits(config, cpu, (1, 10, 10), 40)

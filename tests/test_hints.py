@@ -22,7 +22,10 @@ from tests.conftest import Run
         ("search maml --num-shots 5", "here it is called --shots"),
         ("evaluate run --thread 3", "did you mean --threads"),
         ("data prepare glyphs --form x", "did you mean --from"),
-        ("train protonet --zzz 1", "'metaheed train protonet' has no option --zzz: 'metaheed train protonet --help'"),
+        (
+            "train protonet --zzz 1",
+            "'metaheed train protonet' has no option --zzz: see 'metaheed train protonet --help'",
+        ),
         ("ta-maml --ways 5", "'ta-maml' is an algorithm, not a command: metaheed train ta-maml --ways 5"),
         ("compare", "metaheed compare RUN... --against RUN..."),
         ("compare a b", "metaheed compare RUN... --against RUN..."),

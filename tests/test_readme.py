@@ -93,7 +93,7 @@ def test_commands_parse() -> None:
     pair = ("custom", "--learner", "maml", "--rule", "replayed")
     options = "".join(
         subprocess.run(
-            [sys.executable, "-m", "metaheed", *command, "--help"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "metaheed", *command, "--help-all"], capture_output=True, text=True, check=True
         ).stdout
         for command in (("train", "ta-maml"), ("train", *pair), ("search", "ta-maml"))
     )
@@ -101,5 +101,5 @@ def test_commands_parse() -> None:
     used = set(re.findall(r"(--[a-z][a-z-]+)", script)) - {"--against", "--tasks"}
     commands = re.findall(r"metaheed train (?:.*\\\n)*.*", README)  # with the lines they go on in
     used |= {o for command in commands for o in re.findall(r"(--[a-z][a-z-]+)", command)}
-    for option in used - {"--resume", "--recipe", "--help", "--learner", "--rule"}:
+    for option in used - {"--resume", "--recipe", "--help", "--help-all", "--learner", "--rule"}:
         assert option in options, option

@@ -47,19 +47,19 @@ class DataPrepare:
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder of the published files; for folder: the folder, zip or tar of pictures. glyphs needs none."""
     to: Path | None = None
-    """Folder in which the store is made; none: --from, or the folder that holds it if it is a file."""
+    """Folder in which the store is made; --from if not given, or the folder that holds it if it is a file."""
     image_size: int | None = None
-    """Pixels a side, of folder only; none: 84."""
+    """Pixels a side of the pictures of folder; 84 if not given."""
     split_seed: int | None = None
-    """Seed by which undivided classes are divided, of folder only; none: 0."""
+    """Seed by which the classes of folder are divided if they are not divided yet; 0 if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataList:
-    """What there is: every data set, whether it was found and in which layout, its classes and images."""
+    """List every data set, whether it was found and in which layout, and how many classes and images it has."""
 
     data_root: Path | None = None
-    """Where to look; none: the built-in data set only."""
+    """Folder to look in; only the built-in data set is listed if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,25 +77,25 @@ class DataShow:
     name: tyro.conf.Positional[str]
     """Data set."""
     data_root: Path | None = None
-    """Where it lies; as in training."""
+    """Folder that holds its files, as in training."""
     image_size: int | None = None
-    """Of folder only; as in training."""
+    """Pixels a side of the pictures of folder, as in training; 84 if not given."""
     split_seed: int | None = None
-    """Of folder only; as in training."""
+    """Seed by which the classes of folder are divided, as in training; 0 if not given."""
     split: Literal["train", "val", "test"] = "train"
-    """Whose classes."""
+    """The split whose classes are shown."""
     classes: int | None = None
     """Show the first images of so many classes instead of an episode."""
     ways: int = EpisodeConfig.ways
-    """N of the episode."""
+    """N, the number of classes of the episode."""
     shots: int = EpisodeConfig.shots
-    """K of the episode."""
+    """K, the number of support images per class."""
     queries: int = EpisodeConfig.queries
-    """Q of the episode; with --classes: images a class, less one."""
+    """Q, the number of query images per class. With --classes, Q + 1 images of each class are shown."""
     seed: int = TrainingConfig.seed
-    """Which stream of episodes: training's of that seed."""
+    """Training seed whose episodes are meant."""
     index: int = 0
-    """Which of its episodes."""
+    """Number of the episode, counted from 0."""
     out: Path = Path("data.png")
     """The picture to write."""
 
@@ -107,13 +107,13 @@ class DataSplit:
     folder: tyro.conf.Positional[Path]
     """The folder that holds a folder of images for each class."""
     seed: int = EpisodeConfig.folder_split_seed
-    """Decides which class goes where."""
+    """Seed that decides which class goes into which split."""
     val: float = EpisodeConfig.folder_shares[0]
-    """Share of the classes for validation, at least two."""
+    """Share of the classes that go to validation, at least two classes."""
     test: float = EpisodeConfig.folder_shares[1]
-    """Share of the classes for test, at least two."""
+    """Share of the classes that go to test, at least two classes."""
     overwrite: bool = False
-    """Replace lists that are there."""
+    """Replace the lists if they exist."""
 
 
 def run_data(arguments: list[str]) -> int:

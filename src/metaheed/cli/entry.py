@@ -14,6 +14,7 @@ from typing import Any
 
 import metaheed
 from metaheed.cli.data import run_data
+from metaheed.cli.help import ASKED
 from metaheed.cli.judge import Compare, Evaluate, run_compare, run_evaluate
 from metaheed.cli.parse import find_setting, parse_command, parse_custom
 from metaheed.cli.search import SearchResume, parse_search, run_resumed_search, run_search
@@ -23,7 +24,7 @@ from metaheed.config import (
     ALGORITHMS,
     RunConfig,
 )
-from metaheed.errors import ConfigError, Interrupted, MetaheedError, MetaheedWarning, unknown
+from metaheed.errors import ConfigError, Interrupted, MetaheedError, MetaheedWarning, naming_options, unknown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that has no ± still gets the number
     try:
-        with _plain_warnings():
+        with _plain_warnings(), naming_options():
             return _dispatch(arguments)
     except Interrupted as stop:
         print(str(stop), file=sys.stderr)
@@ -126,7 +127,7 @@ def _dispatch(arguments: list[str]) -> int:
     }
     if arguments[:1] == ["data"]:
         return run_data(arguments)
-    if arguments[:1] == ["compare"] and not {"--against", "-h", "--help"} & {a.split("=")[0] for a in arguments}:
+    if arguments[:1] == ["compare"] and not {"--against", *ASKED} & {a.split("=")[0] for a in arguments}:
         raise ConfigError(
             "compare needs evaluated runs and others to set them against: metaheed compare RUN... --against RUN..."
         )
@@ -178,4 +179,4 @@ _USAGE = """metaheed: few-shot meta-learning with task attention
   metaheed --version
 
 algorithms: {algorithms}
-Each command has --help.""".format(algorithms=", ".join(sorted(ALGORITHMS)))
+Each command has --help; those with many options also --help-all.""".format(algorithms=", ".join(sorted(ALGORITHMS)))

@@ -62,7 +62,7 @@ def check_options(config: Any, command: str, arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: names the option, what it may have meant, and where all are listed.
     """
-    known = {*options(config), "help"}
+    known = {*options(config), "help", "help-all"}
     for argument in arguments:
         name = argument.split("=")[0].removeprefix("--").replace("_", "-")
         if not argument.startswith("--") or argument == "--" or name in known:
@@ -78,4 +78,4 @@ def check_options(config: Any, command: str, arguments: Sequence[str]) -> None:
             hint = f"did you mean --{close[0]}? "
         else:
             hint = ""
-        raise ConfigError(f"'metaheed {command}' has no option --{name}: {hint}'metaheed {command} --help' lists all")
+        raise ConfigError(f"'metaheed {command}' has no option --{name}: {hint}see 'metaheed {command} --help'")

@@ -32,17 +32,17 @@ class SearchResume:
     resume: Path
     """The study folder. Nothing else is needed."""
     trials: int | None = None
-    """Train this many configurations in all instead."""
+    """Try this number of configurations in all instead."""
     storage: str | None = None
-    """URL of its database, where it has moved, or needs a password (which is not written down)."""
+    """URL of the study's database, if it has moved or needs a password, which is not written down."""
     data_root: Path | None = None
-    """Where the data lies, if it has moved."""
+    """Folder that holds the data now, if it has moved."""
     device: str | None = None
-    """Compute here instead (cpu, cuda, cuda:N); for trials that are begun from now on."""
+    """Compute trials that begin from now on here instead (cpu, cuda, cuda:N)."""
     threads: int | None = None
-    """CPU threads of the trials that are begun from now on."""
+    """Number of CPU threads of trials that begin from now on."""
     trust: bool = False
-    """Let the code of the study's network run where that is not one of metaheed's and you did not begin it here."""
+    """Let the code of the study's network run if it is not one of metaheed's and you did not begin the study here."""
 
 
 _SEARCH = (

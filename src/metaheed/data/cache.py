@@ -1,4 +1,4 @@
-"""The user's cache of decoded data sets: what took seconds to read is kept as a store, which is mapped into memory later.
+"""The user's cache of decoded data sets: what took seconds to read is kept as a store and mapped into memory later.
 
     CACHE/NAME-KEY.metaheed/      CACHE is $METAHEED_CACHE, else $XDG_CACHE_HOME/metaheed, else ~/.cache/metaheed
 
@@ -22,7 +22,7 @@ from metaheed.config import TrainingConfig
 from metaheed.data.images import Dataset
 from metaheed.data.sources import Quiet, Source, Watcher, gigabytes, in_memory
 from metaheed.data.store import FORMAT, SUFFIX, Manifest, open_store, read_manifest
-from metaheed.errors import DataError
+from metaheed.errors import DataError, option
 from metaheed.files.opening import put_in_place, write_synced
 
 _VERSION = 1  # of what decodes pixels; part of the key
@@ -94,7 +94,7 @@ def _keep(dataset: Dataset, source: Source, path: Path, watcher: Watcher) -> Non
             put_in_place(part, path)
             watcher.message(
                 f"{source.name}: kept as decoded in {path} ({gigabytes(size)}), so that the next start is quick; "
-                "--no-data-cache (data_cache=False in Python) switches this off"
+                f"{option('data_cache', False)} switches this off"
             )
     except OSError as error:
         watcher.message(f"{source.name}: not kept in the cache {path.parent} ({error}); it is read anew next time")

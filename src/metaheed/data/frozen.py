@@ -33,7 +33,7 @@ from torch import Tensor
 from metaheed.data.episodes import Episodes, fingerprint
 from metaheed.data.images import SPLITS, Dataset, Split
 from metaheed.data.reading.names import check_out, composed
-from metaheed.errors import DataError, brief, shown
+from metaheed.errors import DataError, brief, option, shown
 from metaheed.files.opening import put_in_place
 
 _FORMAT = 1
@@ -90,7 +90,7 @@ class Frozen:
         where = f"split {self.split!r} of {dataset.name}"
         remedy = (
             "the file was made from another version of it. Use the data set that it was made from, or have it made "
-            "--with-images"
+            f"{option('with_images', True)}"
         )
         if int(self.rows[-1]) >= len(split.images):
             raise DataError(
@@ -199,7 +199,7 @@ def write_episodes(frozen: Frozen, path: str | Path, with_images: bool) -> None:
             part.unlink(missing_ok=True)
     except OSError as error:
         raise DataError(
-            f"cannot write {error.filename or path}: {error.strerror or error}. Choose another --out"
+            f"cannot write {error.filename or path}: {error.strerror or error}. Choose another {option('out')}"
         ) from error
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
-from metaheed.errors import MissingDataError
+from metaheed.errors import MissingDataError, option
 
 
 def class_list(name: str) -> list[str]:
@@ -31,17 +31,17 @@ def folders(root: Path | None, dataset: str, subfolders: Sequence[str], expected
     """
     if root is None:
         raise MissingDataError(
-            f"{dataset} needs --data-root, or --from of 'data prepare', the folder with {expected}, published at "
-            f"{published}"
+            f"{dataset} needs {option('data_root')}, or --from of 'data prepare', the folder with {expected}, "
+            f"published at {published}"
         )
     if root.is_file():
         raise MissingDataError(
-            f"--data-root (or --from) {root} is a file, but {dataset} is looked for in a folder: unpack it if it is an "
-            f"archive, and name the folder with {expected}, published at {published}"
+            f"{option('data_root')} (or --from) {root} is a file, but {dataset} is looked for in a folder: unpack it "
+            f"if it is an archive, and name the folder with {expected}, published at {published}"
         )
     if not root.is_dir():
         raise MissingDataError(
-            f"--data-root (or --from) {root} is not a folder; {dataset} needs {expected} in it, published at "
+            f"{option('data_root')} (or --from) {root} is not a folder; {dataset} needs {expected} in it, published at "
             f"{published}"
         )
     return [root, *(place for sub in subfolders for place in _below(root, sub))]

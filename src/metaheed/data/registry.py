@@ -9,7 +9,7 @@ from metaheed.data.images import Dataset
 from metaheed.data.sets import cifar, folder, glyphs, miniimagenet, omniglot, tieredimagenet
 from metaheed.data.sources import Request, Source, Watcher, check_memory
 from metaheed.data.store import SUFFIX, Manifest, find_store, open_store, read_manifest, store_name, stores_under
-from metaheed.errors import DataError, MissingDataError, unknown
+from metaheed.errors import DataError, MissingDataError, option, unknown
 
 DATASETS: dict[str, Callable[[Request], Source]] = {
     "glyphs": lambda request: glyphs.find(),
@@ -105,7 +105,9 @@ def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
     """
     root = None if root is None else Path(root)
     if root is not None and not root.exists():
-        raise MissingDataError(f"--data-root {root} is not a folder or archive: nothing of that name is there")
+        raise MissingDataError(
+            f"{option('data_root')} {root} is not a folder or archive: nothing of that name is there"
+        )
     stores: list[Manifest] = []
     for path in stores_under(root) if root is not None else []:
         try:
@@ -125,7 +127,7 @@ def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
             source = DATASETS[name](Request(root))
         except MissingDataError:
             if not found:
-                yield name, "not found" if root else "not looked for: no --data-root", ""
+                yield name, "not found" if root else f"not looked for: no {option('data_root')}", ""
         except (DataError, OSError) as error:
             yield name, f"cannot be used: {error}", ""
         else:

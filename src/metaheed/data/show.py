@@ -11,7 +11,7 @@ from metaheed.data.episodes import Episodes
 from metaheed.data.images import Dataset
 from metaheed.data.reading.names import check_out
 from metaheed.data.sets.glyphs import font_file
-from metaheed.errors import ConfigError, DataError, shown
+from metaheed.errors import ConfigError, DataError, option, shown
 from metaheed.files.opening import put_in_place, write_synced
 
 _TILE = 64  # pixels of an image at least, whole multiples of its own
@@ -28,7 +28,7 @@ def draw_episode(episodes: Episodes, index: int) -> tuple[Image.Image, list[str]
         ConfigError: no task has that index, or the sheet would be too large.
     """
     if not 0 <= index < _TASKS:
-        raise ConfigError(f"--index is {shown(index)}, but it must be at least 0 and below 2**63")
+        raise ConfigError(f"{option('index')} is {shown(index)}, but it must be at least 0 and below 2**63")
     rows = episodes.rows(index)
     starts = episodes.split.starts
     names = [episodes.split.classes[int(np.searchsorted(starts, row[0], side="right")) - 1] for row in rows]
@@ -44,7 +44,7 @@ def draw_classes(dataset: Dataset, split: str, classes: int, images: int) -> tup
     """The first images of so many classes, evenly over the split, a row a class; and the classes' names."""
     if classes < 1 or images < 1:
         raise ConfigError(
-            f"--classes is {shown(classes)} with {shown(images)} images each, but both must be at least 1"
+            f"{option('classes')} is {shown(classes)} with {shown(images)} images each, but both must be at least 1"
         )
     part = dataset.split(split)
     chosen = np.unique(np.linspace(0, len(part.classes) - 1, min(classes, len(part.classes))).round().astype(int))
@@ -74,7 +74,7 @@ def write_png(image: Image.Image, path: str | Path) -> None:
         finally:
             part.unlink(missing_ok=True)
     except OSError as error:
-        raise DataError(f"cannot write {path} ({error.strerror}): choose another --out") from error
+        raise DataError(f"cannot write {path} ({error.strerror}): choose another {option('out')}") from error
 
 
 def _sheet(title: str, names: Sequence[str], rows: Sequence[np.ndarray], framed: int) -> Image.Image:
@@ -87,7 +87,8 @@ def _sheet(title: str, names: Sequence[str], rows: Sequence[np.ndarray], framed:
     if size[0] * size[1] > _MOST_PIXELS:
         raise ConfigError(
             f"a sheet of {len(rows)} classes with up to {max(map(len, rows))} images each would have "
-            f"{size[0]}×{size[1]} pixels, more than can be looked at: fewer --ways, --shots, --queries or --classes"
+            f"{size[0]}×{size[1]} pixels, more than can be looked at: fewer {option('ways')}, {option('shots')}, "
+            f"{option('queries')} or {option('classes')}"
         )
     page = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(page)

@@ -16,7 +16,7 @@ from metaheed.data import Episodes, load_dataset
 from metaheed.data.convert import convert
 from metaheed.data.frozen import Frozen, FrozenEpisodes, freeze, read_episodes
 from metaheed.data.sources import Quiet, Watcher
-from metaheed.errors import ConfigError, DataError, NonFiniteError
+from metaheed.errors import ConfigError, DataError, NonFiniteError, option
 from metaheed.files.seals import seal_values
 from metaheed.files.writing import check_writable, is_writable, write_whole
 from metaheed.learners import find_backbone, place_constants
@@ -141,12 +141,12 @@ def evaluate_run(
     shape = setting.ways, setting.shots, setting.queries
     file = Path(out) if out is not None else result_file(folder, run, setting.data, shape, setting.split)
     if out is not None and folder.needs(file):
-        raise ConfigError(f"--out is {out}, which is a file of the run itself: name another")
+        raise ConfigError(f"{option('out')} is {out}, which is a file of the run itself: name another")
     kept = True
     if out is None and not is_writable(file):
         kept = False
         if notice is not None:
-            notice(f"{path} cannot be written: the result is not kept there (--out FILE keeps it elsewhere)")
+            notice(f"{path} cannot be written: the result is not kept there ({option('out')} FILE keeps it elsewhere)")
     else:
         check_writable(file)
     run.check_ways(setting.ways)

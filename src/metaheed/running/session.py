@@ -8,10 +8,7 @@ import torch
 
 from metaheed.config import AttendedConfig, ReplayedConfig, RunConfig
 from metaheed.data import Dataset, Episodes, load_dataset
-from metaheed.errors import (
-    ConfigError,
-    OutOfMemoryError,
-)
+from metaheed.errors import ConfigError, OutOfMemoryError, option
 from metaheed.learners import Learner, NetworkLearner, build_learner, place_constants
 from metaheed.outer import (
     OuterState,
@@ -145,7 +142,7 @@ def on_device(dataset: Dataset, device: torch.device) -> Dataset:
         size = sum(split.images.numel() for split in dataset.splits.values()) / 2**30
         raise OutOfMemoryError(
             f"the images of {dataset.name} take {size:.1f} GiB, which the memory of {device} does not hold: "
-            "set --device cpu, or another one"
+            f"set {option('device', 'cpu')}, or another one"
         ) from error
 
 
@@ -157,7 +154,9 @@ def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
         return copied
     assert isinstance(config.rule, ReplayedConfig)
     if config.rule.replay is None:
-        raise ConfigError("--replay is missing: name the folder of the attended run whose weights are to be replayed")
+        raise ConfigError(
+            f"{option('replay')} is missing: name the folder of the attended run whose weights are to be replayed"
+        )
     source = RunFolder(config.rule.replay)
     theirs = source.read_config()
     ours = (config.learner.name, replace(config.episodes, data_root=None), config.training.seed, B)
@@ -176,7 +175,7 @@ def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
     if len(weights) < needed or weights.shape[1] != B:
         raise ConfigError(
             f"{source.path} logged the weights of {len(weights)} batches of {weights.shape[1]} tasks, but this run "
-            f"needs {needed} of {B}: lower --iterations, or train that run on"
+            f"needs {needed} of {B}: lower {option('iterations')}, or train that run on"
         )
     folder.write_replayed(weights)
     return weights

@@ -5,9 +5,7 @@ import time
 from typing import Any
 
 from metaheed.config import RunConfig
-from metaheed.errors import (
-    ConfigError,
-)
+from metaheed.errors import ConfigError, option
 from metaheed.outer import (
     StepRecord,
 )
@@ -70,7 +68,7 @@ def check_tensorboard(config: RunConfig) -> None:
         try:
             import torch.utils.tensorboard  # noqa: F401
         except ImportError as error:
-            raise ConfigError(f"--tensorboard needs 'pip install metaheed[tensorboard]' ({error})") from error
+            raise ConfigError(f"{option('tensorboard')} needs 'pip install metaheed[tensorboard]' ({error})") from error
 
 
 class _Events:

@@ -9,7 +9,7 @@ import codecs
 import unicodedata
 from pathlib import Path
 
-from metaheed.errors import ConfigError
+from metaheed.errors import ConfigError, option
 
 
 def composed(name: str) -> str:
@@ -35,6 +35,8 @@ def check_out(path: Path) -> None:
             replace.
     """
     if not path.name:
-        raise ConfigError(f"--out is {str(path)!r}, but it must be the name of a file to write")
+        raise ConfigError(f"{option('out')} is {str(path)!r}, but it must be the name of a file to write")
     if path.exists() and not path.is_file():
-        raise ConfigError(f"--out is {path}, but a folder, a pipe or a device is there: choose the name of a file")
+        raise ConfigError(
+            f"{option('out')} is {path}, but a folder, a pipe or a device is there: choose the name of a file"
+        )
