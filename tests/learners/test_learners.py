@@ -220,7 +220,7 @@ def test_protonet_takes_a_head_without_bias_and_refuses_none(rng: torch.Generato
         (lambda: MetaSGD(Tiny(WAYS, SHAPE), fast_lr=0), r"fast_lr is 0"),
         (lambda: MetaSGD(Tiny(WAYS, SHAPE), adaptation_steps=0), r"adaptation_steps is 0"),
         (lambda: MetaLSTM(Tiny(WAYS, SHAPE), hidden_size=0), r"hidden_size is 0"),
-        (lambda: MetaLSTM(Tiny(WAYS, SHAPE), input_bias=(0.0, math.inf)), r"--input-bias"),
+        (lambda: MetaLSTM(Tiny(WAYS, SHAPE), input_bias=(0.0, math.inf)), r"input_bias"),
         (lambda: ANIL(Tiny(WAYS, SHAPE), fast_lr=-1), r"fast_lr is -1"),
         (lambda: BOIL(Tiny(WAYS, SHAPE), adaptation_steps=-1), r"adaptation_steps is -1"),
     ],

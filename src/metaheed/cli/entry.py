@@ -112,10 +112,13 @@ def _dispatch(arguments: list[str]) -> int:
             raise unknown("algorithm", named[0], [*ALGORITHMS, "custom"])
         if named and named[0] in ALGORITHMS:
             return run_train(parse_algorithm(named[0], arguments))
+        _require_algorithm("train", arguments)
         return run_train(parse_command(algorithm_kinds(*find_setting(arguments)), "train", arguments, TRAIN))
     if arguments[:1] == ["search"]:
         if resuming:
             return run_resumed_search(parse_command(SearchResume, "search", arguments))
+        if not arguments[1:] or arguments[1].startswith("-"):
+            _require_algorithm("search", arguments)
         return run_search(parse_search(arguments))
     commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
         "evaluate": (Evaluate, run_evaluate),
@@ -140,6 +143,16 @@ def _dispatch(arguments: list[str]) -> int:
         raise unknown("command", arguments[0], ["train", "search", "data", *commands])
     print(_USAGE)
     return 0 if arguments in (["-h"], ["--help"]) else 2
+
+
+def _require_algorithm(command: str, arguments: list[str]) -> None:
+    """Raise ConfigError where options, or nothing, stand in the place of the algorithm, unless help is asked for."""
+    if not ASKED & set(arguments):
+        given = shlex.join(arguments[1:]) or "[options]"
+        raise ConfigError(
+            f"{command} needs the name of an algorithm first: metaheed {command} ALGORITHM {given}; "
+            f"'metaheed {command} --help' lists them"
+        )
 
 
 def _check_text(arguments: list[str]) -> None:

@@ -71,11 +71,11 @@ def check_options(config: Any, command: str, arguments: Sequence[str]) -> None:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         others = [algorithm for algorithm in sorted(ALGORITHMS) if name in {*options(default_config(algorithm))}]
         if meant.split(" ")[0] in known:
-            hint = f"here it is called --{meant}. "
+            hint = f"here it is called --{meant}; "
         elif others and command.startswith(("train", "search")):
-            hint = f"it is an option of {', '.join(others)}. "
+            hint = f"it is an option of {', '.join(others)}; "
         elif close:
-            hint = f"did you mean --{close[0]}? "
+            hint = f"did you mean --{close[0]}? If not, "
         else:
             hint = ""
         raise ConfigError(f"'metaheed {command}' has no option --{name}: {hint}see 'metaheed {command} --help'")
