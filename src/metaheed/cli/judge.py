@@ -64,10 +64,10 @@ class Compare:
 
 def run_evaluate(command: Evaluate) -> int:
     """metaheed evaluate."""
+    tune_process()
     from metaheed.running.evaluate import evaluate_run
     from metaheed.running.progress import make_watcher
 
-    tune_process()
     result = evaluate_run(
         command.run,
         command.judging,

@@ -88,10 +88,10 @@ def _in_search(config: RunConfig) -> Search:
 
 def run_search(command: Search) -> int:
     """metaheed search."""
+    tune_process()
     from metaheed.running.progress import make_reporter
     from metaheed.studies.search import search
 
-    tune_process()
     done = search(command.run, command.search, lambda: make_reporter(brief=True))
     stopped = f", {done.stopped} stopped early" if done.stopped else ""
     failed = f", {done.failed} failed" if done.failed else ""

@@ -94,10 +94,10 @@ def algorithm_kinds(data: str, ways: int, shots: int) -> Any:
 
 def run_train(config: RunConfig, trust: bool = False) -> int:
     """metaheed train."""
+    tune_process()
     from metaheed.running.progress import make_reporter
     from metaheed.running.train import train
 
-    tune_process()
     path = train(config, make_reporter(), trust)
     print(f"{path} is trained; judge it with 'metaheed evaluate {path}'")
     return 0
@@ -105,10 +105,10 @@ def run_train(config: RunConfig, trust: bool = False) -> int:
 
 def run_resumed(command: Resume) -> int:
     """metaheed train --resume."""
+    tune_process()
     from metaheed.running.progress import make_reporter
     from metaheed.running.train import resume
 
-    tune_process()
     path = resume(
         command.resume,
         command.iterations,

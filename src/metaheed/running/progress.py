@@ -61,7 +61,7 @@ class Bar:
         """Say beside the bar how far the validation is."""
         assert self._progress is not None
         self._pace.pause()
-        self._progress.update(self._task, note=f"{self._note}  validating {done}/{tasks}".strip())
+        self._progress.update(self._task, note=f"validating {done}/{tasks}")
 
     def validation(self, iteration: int, accuracy: float, half_width: float, best: bool) -> None:
         """A line above the bar."""
