@@ -66,7 +66,7 @@ def test_decoded_once_and_the_same_bits_afterwards(cache: Path, pictures: Path) 
     (kept,) = cache.iterdir()
     assert heard.work == [("reading folder", 36)]
     assert heard.done == 36
-    assert any(str(kept) in line and "MB" in line and "--no-data-cache" in line for line in heard.lines)
+    assert any(str(kept) in line and "MB" in line and "data_cache=False" in line for line in heard.lines)
     again, heard = load(pictures)
     assert (heard.work, str(kept) in again.origin, str(pictures) in again.origin) == ([], True, True)
     assert same(plain, first)
@@ -130,3 +130,18 @@ def test_a_cache_that_cannot_be_made_is_no_obstacle(
     monkeypatch.setenv("METAHEED_CACHE", str(pictures.parent / "file" / "below"))
     _, heard = load(pictures)
     assert len([line for line in heard.lines if "not kept" in line]) == 1
+
+
+def test_a_cache_that_may_not_be_looked_into_is_no_obstacle(
+    cache: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = Path.is_dir
+
+    def refused(path: Path) -> bool:
+        if cache in path.parents:
+            raise PermissionError(13, "Permission denied", str(path))
+        return usual(path)
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    dataset, _ = load(pictures)
+    assert len(dataset.split("val").classes) == 3

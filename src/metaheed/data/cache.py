@@ -53,7 +53,7 @@ def cached_or_read(source: Source, watcher: Watcher | None = None, cache: bool =
     if not cache or source.keeps_itself:
         return in_memory(source, watcher)
     path = _path(source)
-    if path.is_dir():
+    if _is_there(path):
         try:
             dataset = open_store(path)
         except DataError as error:
@@ -68,6 +68,13 @@ def cached_or_read(source: Source, watcher: Watcher | None = None, cache: bool =
     if time.monotonic() - begun >= TrainingConfig.cached_after:
         _keep(dataset, source, path, watcher)
     return dataset
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a folder that this user may not look into
+        return False
 
 
 def _path(source: Source) -> Path:
@@ -106,7 +113,7 @@ def _keep(dataset: Dataset, source: Source, path: Path, watcher: Watcher) -> Non
 
 def _clean(source: Source, path: Path) -> None:
     """Remove what the cache holds of the same files in an earlier state, and what a process left that was killed."""
-    if not path.is_dir():
+    if not _is_there(path):
         return
     for other in path.parent.glob(f"{source.name}-*{SUFFIX}"):
         if other != path and _is_outdated(other, source):
