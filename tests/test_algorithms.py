@@ -92,10 +92,13 @@ def test_presets_of_the_paper(metaheed: Run) -> None:
     for arguments in (["maml"], ["custom", "--learner", "maml", "--rule", "uniform"]):
         _, out, _ = metaheed("train", *arguments, "--data=cifar-fs", "--ways", "10", "--shots", "5", "--help")
         text = " ".join(out.replace("│", " ").split())
-        assert "--adaptation-steps INT T, gradient steps on the support set, the same in training and test. " in text
+        assert (
+            "--adaptation-steps INT T, the number of gradient steps on the support set, the same in training and test. "
+            in text
+        )
         assert "test. (default: 2)" in text
         _, out, _ = metaheed("train", *arguments, "--data", "omniglot", "--help")
-        assert "tasks in a meta-batch. (default: 16)" in " ".join(out.replace("│", " ").split())
+        assert "the number of tasks in a meta-batch. (default: 16)" in " ".join(out.replace("│", " ").split())
 
 
 def test_replayed_weights_are_the_logged_ones_permuted(metaheed: Run, tmp_path: Path) -> None:
@@ -167,7 +170,7 @@ def test_custom_help(metaheed: Run) -> None:
     status, out, _ = metaheed("train", "custom", "--help")
     assert status == 0
     assert all(name in out for name in (*LEARNERS, *RULES))
-    status, out, _ = metaheed("train", "custom", "--learner", "metalstm", "--rule", "equity", "--help")
+    status, out, _ = metaheed("train", "custom", "--learner", "metalstm", "--rule", "equity", "--help-all")
     assert status == 0
     assert all(option in out for option in ("--hidden-size", "--equity-lambda", "--clip-norm", "--ways"))
 

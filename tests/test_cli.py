@@ -84,7 +84,7 @@ def test_options_of_another_algorithm_are_not_swallowed(metaheed: Run) -> None:
     ],
 )
 def test_help(arguments: list[str], metaheed: Run) -> None:
-    status, out, _ = metaheed(*arguments, "--help")
+    status, out, _ = metaheed(*arguments, "--help-all")
     assert status == 0
     assert f"usage: metaheed {arguments[0]}" in out
     if arguments == ["data", "episodes"]:
@@ -173,3 +173,14 @@ def test_makefile_offers_the_two_commands() -> None:
     targets = (ROOT / "Makefile").read_text()
     assert "\ndemo:" in targets
     assert "\ntest:" in targets
+
+
+def test_a_command_does_not_wait_for_what_it_does_not_use() -> None:
+    """Deterministic mode is on, and PyTorch's compiler, which takes seconds to import, was not imported for it."""
+    code = (
+        "import sys, torch, metaheed.cli.parse as parse; parse.tune_process(); "
+        "assert torch.are_deterministic_algorithms_enabled(); "
+        "assert torch.is_deterministic_algorithms_warn_only_enabled(); "
+        "sys.exit('torch._dynamo' in sys.modules or 'torch._inductor' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -364,7 +364,7 @@ class TestMemory:
         monkeypatch.setattr(metaheed.running.process, "available_memory", lambda device: need)
         check_batch_fits(config, cpu, (1, 10, 10), 40)
         monkeypatch.setattr(metaheed.running.process, "available_memory", lambda device: need - 1)
-        with pytest.raises(ConfigError, match="--meta-batch-size is 2"):
+        with pytest.raises(ConfigError, match="meta_batch_size is 2"):
             check_batch_fits(config, cpu, (1, 10, 10), 40)
         monkeypatch.setattr(metaheed.running.process, "available_memory", lambda device: None)
         check_batch_fits(config, cpu, (1, 10, 10), 40)
@@ -442,7 +442,7 @@ class TestReadOnly:
         assert "the result is not kept there (--out FILE keeps it elsewhere)" in err
         assert (locked / "result.json").read_bytes() == before
         status, out, err = metaheed("evaluate", locked, "--tasks", 4, "--out", tmp_path / "new" / "mine.json")
-        assert (status, err) == (0, "")
+        assert (status, err) == (0, f"the result is in {tmp_path / 'new' / 'mine.json'}\n")
         assert json.loads((tmp_path / "new" / "mine.json").read_text())["tasks"] == 4
         status, _, err = metaheed("evaluate", locked, "--tasks", 4, "--out", tmp_path)
         assert (status, "it is a folder" in err) == (1, True)

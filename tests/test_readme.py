@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Run
 from tests.report.making import make_run
 
 
@@ -65,11 +65,11 @@ def test_markers_that_do_not_pair_are_refused(text: str, tool: ModuleType) -> No
         tool.filled(text.format(tool.BEGIN, tool.END), [lambda: "new"])
 
 
-def test_commands_of_experiments_name_options_that_exist() -> None:
+def test_commands_of_experiments_name_options_that_exist(metaheed: Run) -> None:
     pair = ("custom", "--learner", "maml", "--rule", "replayed")
     options = ""
     for command in (("train", "ta-maml"), ("train", *pair), ("search", "ta-maml")):
-        status, out, _ = metaheed(*command, "--help")
+        status, out, _ = metaheed(*command, "--help-all")
         assert status == 0
         options += out
     script = "".join(path.read_text() for path in sorted((ROOT / "experiments").glob("*.sh")))

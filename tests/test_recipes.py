@@ -82,8 +82,8 @@ WRONG = {
     "kind is 'tuned'": ("provenance", "kind", "tuned"),
     "study of a searched recipe is None": ("provenance", "kind", "searched"),
     "did you mean 'fast_lr'": ("learner", "fast_rl", 0.1),
-    "--fast-lr is -1": ("learner", "fast_lr", -1),
-    "--meta-lr is 'x'": ("outer", "meta_lr", "x"),
+    "fast_lr is -1": ("learner", "fast_lr", -1),
+    "meta_lr is 'x'": ("outer", "meta_lr", "x"),
     "sets seed in training, which belongs to a run": ("training", "seed", 3),
     "episodes is None": ("episodes", None, None),
 }

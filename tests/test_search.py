@@ -644,7 +644,7 @@ def test_help(metaheed: Run) -> None:
     assert status == 0
     assert "usage: metaheed search" in out
     assert "--resume STUDY" in out
-    status, out, _ = metaheed("search", "ta-maml", "--help")
+    status, out, _ = metaheed("search", "ta-maml", "--help-all")
     assert status == 0
     for option in (
         *("--trials", "--sampler", "--pruner", "--halving-factor", "--halving-start", "--storage", "--study"),

@@ -320,7 +320,7 @@ def test_a_report_on_them_all(metaheed: Run, in_folder: Path) -> None:
     spoilt = [(name, how) for how in BAD for name in ("config.yaml", "result.json", "tasks.jsonl")]
     for index, (name, how) in enumerate(spoilt):
         _spoilt_run(in_folder / "runs" / f"{index:03d}", name, how)
-    status, _, err = metaheed("report", "runs", "--out", "page", "--no-toy")
+    status, _, err = metaheed("report", "runs", "--out", "page")
     assert status == 0, err
     page = Path("page/report.md").read_text()
     for index, (name, how) in enumerate(spoilt):
@@ -396,7 +396,7 @@ def test_compare_checks_what_report_checks(wrong: str, metaheed: Run, in_folder:
     for sides in ((good, bad), (bad, good)):
         status, out, err = metaheed("compare", sides[0], "--against", sides[1])
         assert (status, out, err.count("\n"), len(err) < 700) == (1, "", 1, True), err
-    assert metaheed("report", "r", "--out", "page", "--no-toy")[0] == 0
+    assert metaheed("report", "r", "--out", "page")[0] == 0
     assert "bad/result.json cannot be read" in Path("page/report.md").read_text().replace("\\", "")
 
 

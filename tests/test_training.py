@@ -520,7 +520,7 @@ def test_config_round_trip() -> None:
         (("learner", {"name": "mamml"}), r"unknown learner 'mamml': did you mean 'maml'"),
         (("trainng", {}), r"unknown group of the config 'trainng': did you mean 'training'"),
         (("outer", {"meta_lrr": 1.0}), r"unknown field of outer 'meta_lrr': did you mean 'meta_lr'"),
-        (("outer", {"meta_lr": "fast"}), r"--meta-lr is 'fast', but it must be a number"),
+        (("outer", {"meta_lr": "fast"}), r"meta_lr is 'fast', but it must be a number"),
         (("outer", [1]), r"outer is \[1\], but it must be a mapping"),
         (("algorithm", "taml"), r"algorithm is 'taml', but its learner and rule make 'maml'"),
     ],

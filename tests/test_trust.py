@@ -106,7 +106,7 @@ COMMANDS: dict[str, list[str]] = {
     "search --resume": ["search", "--resume", "study", "--trials", "3"],
 }
 NEVER: dict[str, list[str]] = {
-    "report": ["report", ".", "--out", "page", "--no-toy"],
+    "report": ["report", ".", "--out", "page"],
     "compare": ["compare", "run", "--against", "run"],
     "reproduce": ["reproduce", "table2", "--recipes", "folder", "--dry-run"],
 }

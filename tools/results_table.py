@@ -22,18 +22,17 @@ from metaheed.running.compare import compare
 from metaheed.running.folder import RunFolder
 from metaheed.running.log import stream_lines
 from metaheed.running.results import read_result
-from metaheed.studies.report.arms import (
-    Arm,
+from metaheed.studies.report.arms import Arm, group
+from metaheed.studies.report.measures import INPUTS, AttentionLog, attention_log, holm
+from metaheed.studies.report.page import markdown_table
+from metaheed.studies.report.pairs import (
     Comparison,
     attention_pairs,
     control_pairs,
-    group,
     metalstm_pairs,
     mismatches,
     protocol_mismatches,
 )
-from metaheed.studies.report.measures import INPUTS, AttentionLog, attention_log, holm
-from metaheed.studies.report.page import markdown_table
 from metaheed.studies.report.reading import find
 from metaheed.studies.report.record_tables import correlation_table, weights_table
 from metaheed.studies.report.table import mean_accuracy, p_text, percent, points

@@ -9,8 +9,41 @@ import difflib
 import reprlib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
+
+_on_command_line = False
+_in_file = ContextVar("in_file", default=False)
+
+
+@contextlib.contextmanager
+def naming_options() -> Iterator[None]:
+    """Let messages call settings by their options (--fast-lr), as the command line does; in all threads."""
+    global _on_command_line
+    before, _on_command_line = _on_command_line, True
+    try:
+        yield
+    finally:
+        _on_command_line = before
+
+
+@contextlib.contextmanager
+def naming_fields() -> Iterator[None]:
+    """Let messages call settings by their fields (fast_lr), as a file that is being read does; in this thread."""
+    token = _in_file.set(True)
+    try:
+        yield
+    finally:
+        _in_file.reset(token)
+
+
+def option(field: str, value: object = None) -> str:
+    """A setting as the caller knows it, and a value to set it to: --fast-lr 0.1, or in Python fast_lr=0.1."""
+    if not _on_command_line or _in_file.get():
+        return field if value is None else f"{field}={value!r}"
+    name = f"--{'no-' if value is False else ''}{field.replace('_', '-')}"
+    return name if value is None or isinstance(value, bool) else f"{name} {value}"
 
 
 class MetaheedError(Exception):
@@ -42,8 +75,9 @@ class StartError(MetaheedError, RuntimeError):
 
     def __init__(self, reason: str) -> None:
         super().__init__(
-            f"the system starts no further thread or process here ({reason}): set fewer --threads or another "
-            "--execution (looped takes the fewest), end other processes of this user, or raise its limit (ulimit -u)"
+            f"the system starts no further thread or process here ({reason}): set fewer {option('threads')} or "
+            f"another {option('execution')} (looped takes the fewest), end other processes of this user, or raise "
+            "its limit (ulimit -u)"
         )
         self.reason = reason
         """The operating system's own message."""
@@ -55,7 +89,8 @@ class StartError(MetaheedError, RuntimeError):
 class WorkerError(MetaheedError, RuntimeError):
     """A worker process of the execution "processes" has ended."""
 
-    def __init__(self, status: int, remedy: str = "use fewer --threads, or --execution vectorized") -> None:
+    def __init__(self, status: int, remedy: str | None = None) -> None:
+        remedy = remedy or f"use fewer {option('threads')}, or {option('execution', 'vectorized')}"
         if status < 0:
             end = f"was killed (signal {-status})"
             end += ", which most often means that memory ran out; if so" if status == -9 else ""

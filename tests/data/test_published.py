@@ -88,7 +88,7 @@ class TestOmniglot:
         assert load_dataset("omniglot", tmp_path).split("test").counts[0] == 2
 
     def test_missing(self, omniglot_zips: Path, tmp_path: Path) -> None:
-        with pytest.raises(DataError, match=r"needs --data-root.*images_background.zip.*github.com/brendenlake"):
+        with pytest.raises(DataError, match=r"needs data_root.*images_background.zip.*github.com/brendenlake"):
             load_dataset("omniglot")
         with pytest.raises(DataError, match=r"nowhere is not a folder"):
             load_dataset("omniglot", tmp_path / "nowhere")

@@ -210,7 +210,7 @@ class TestInterruptions:
         source = find_source("folder", Request(divided(tmp_path / "raw")))
 
         class Meanwhile(Quiet):
-            def start(self, what: str, items: int, done: int) -> None:
+            def start(self, what: str, items: int, done: int, unit: str = "images") -> None:
                 with pytest.raises(DataError, match="is being prepared by another process"):
                     prepare(source, tmp_path / "out")
 

@@ -140,7 +140,7 @@ def test_a_wrong_guess_of_the_head_is_noticed(
     batch = make_batch(2, WAYS, 2, 2, SHAPE, torch.float32)
     guessing, told = kind(HeadFirst()), kind(HeadFirst(), head="head")
     for run in (looped, vectorized):
-        with pytest.raises(ConfigError, match=r"module 'body.1'.*not its head.*--head"):
+        with pytest.raises(ConfigError, match=r"module 'body.1'.*not its head.*head"):
             run(guessing)(guessing.init(rng), batch)
         run(told)(told.init(rng), batch)
 
@@ -217,12 +217,12 @@ def test_protonet_takes_a_head_without_bias_and_refuses_none(rng: torch.Generato
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: MetaSGD(Tiny(WAYS, SHAPE), fast_lr=0), r"--fast-lr is 0"),
-        (lambda: MetaSGD(Tiny(WAYS, SHAPE), adaptation_steps=0), r"--adaptation-steps is 0"),
-        (lambda: MetaLSTM(Tiny(WAYS, SHAPE), hidden_size=0), r"--hidden-size is 0"),
-        (lambda: MetaLSTM(Tiny(WAYS, SHAPE), input_bias=(0.0, math.inf)), r"--input-bias"),
-        (lambda: ANIL(Tiny(WAYS, SHAPE), fast_lr=-1), r"--fast-lr is -1"),
-        (lambda: BOIL(Tiny(WAYS, SHAPE), adaptation_steps=-1), r"--adaptation-steps is -1"),
+        (lambda: MetaSGD(Tiny(WAYS, SHAPE), fast_lr=0), r"fast_lr is 0"),
+        (lambda: MetaSGD(Tiny(WAYS, SHAPE), adaptation_steps=0), r"adaptation_steps is 0"),
+        (lambda: MetaLSTM(Tiny(WAYS, SHAPE), hidden_size=0), r"hidden_size is 0"),
+        (lambda: MetaLSTM(Tiny(WAYS, SHAPE), input_bias=(0.0, math.inf)), r"input_bias"),
+        (lambda: ANIL(Tiny(WAYS, SHAPE), fast_lr=-1), r"fast_lr is -1"),
+        (lambda: BOIL(Tiny(WAYS, SHAPE), adaptation_steps=-1), r"adaptation_steps is -1"),
     ],
 )
 def test_bad_settings_are_refused(build: Callable[[], Learner], message: str) -> None:

@@ -177,22 +177,22 @@ def test_it_is_said_how_a_run_is_executed() -> None:
         return describe_execution(TrainingConfig(**settings), device, 4, closed, images_there)
 
     assert said(cpu, execution="threaded", threads=2) == (
-        "execution: threaded, 2 tasks at a time on 1 thread each; --execution overrides"
+        "execution: threaded, 2 tasks at a time on 1 thread each; execution overrides"
     )
     assert said(cpu, execution="looped", threads=1) == (
-        "execution: looped, a task at a time on 1 thread; --execution overrides"
+        "execution: looped, a task at a time on 1 thread; execution overrides"
     )
     assert said(cpu, execution="processes", threads=2) == (
-        "execution: processes, 4 tasks at a time on 2 processes of 1 thread; --execution overrides"
+        "execution: processes, 4 tasks at a time on 2 processes of 1 thread; execution overrides"
     )
     assert "4 tasks at a time on 4 processes of 2 threads;" in said(cpu, execution="processes", threads=9)
     assert "4 tasks at a time on 1 process of 1 thread;" in said(cpu, execution="processes", threads=1)
     assert said(cuda, execution="vectorized", chunk_size=3) == (
         "execution: vectorized, 3 tasks at a time on cuda:0, captured, in blocks of at most 100 iterations; "
-        "--execution and --capture override"
+        "execution and capture override"
     )
     assert ", captured, " not in said(cuda, execution="threaded", threads=2)
-    assert said(cuda, images_there=False, execution="streamed").endswith("on cuda:0; --execution overrides")
+    assert said(cuda, images_there=False, execution="streamed").endswith("on cuda:0; execution overrides")
     assert ", not captured, in blocks of at most 7 " in said(cpu, execution="streamed", capture="on", block=7)
     assert tasks_at_once(TrainingConfig(execution="im2col"), cpu, 40, closed) == 40
     assert tasks_at_once(TrainingConfig(execution="threaded", threads=8), cpu, 4, closed) == 4

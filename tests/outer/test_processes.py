@@ -92,9 +92,7 @@ def test_errors_come_back_and_workers_go_on() -> None:
         workers.map(failing, meta, batch)
     with pytest.raises(RuntimeError, match="OddError: 1 and 2"):
         workers.map(failing_oddly, meta, batch)
-    with pytest.raises(
-        WorkerError, match=r"was killed \(signal 9\).* most often .*memory .*if so: use fewer --threads"
-    ):
+    with pytest.raises(WorkerError, match=r"was killed \(signal 9\).* most often .*memory .*if so: use fewer threads"):
         workers.map(dying, meta, batch)
     assert torch.isfinite(workers.map(task_gradient, meta, batch)[1].query_loss).all()
     with pytest.raises(ConfigError, match="worker processes of 0 threads"):

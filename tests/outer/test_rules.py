@@ -156,15 +156,15 @@ def test_the_leak_of_the_release_by_hand() -> None:
 def test_bad_settings_are_refused() -> None:
     others: tuple[dict[str, Any], ...] = ({"reuse_probe": True}, {"jacobian": "optimizer"})
     for other in others:
-        with pytest.raises(ConfigError, match=r"with --faithful-to-release leave it"):
+        with pytest.raises(ConfigError, match=r"with faithful_to_release leave it"):
             attended(TaskAttention(tasks=2), adam(0.1), 0.1, release_leak=True, **other)
-    with pytest.raises(ConfigError, match=r"--equity-lambda is -1"):
+    with pytest.raises(ConfigError, match=r"equity_lambda is -1"):
         equity(-1.0)
-    with pytest.raises(ConfigError, match=r"unknown index of inequality|--equity-index"):
+    with pytest.raises(ConfigError, match=r"unknown index of inequality|equity_index"):
         equity(1.0, "thiel")
     with pytest.raises(ConfigError, match=r"gini has no parameter"):
         equity(1.0, "gini", 2.0)
-    with pytest.raises(ConfigError, match=r"--loss-temperature is 0"):
+    with pytest.raises(ConfigError, match=r"loss_temperature is 0"):
         loss_softmax(0.0)
     with pytest.raises(ConfigError, match=r"tasks=B"):
         attended(TaskAttention(architecture="equivariant"), adam(0.1), 0.1, reuse_probe=True)

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from metaheed.errors import RunError
-from metaheed.studies.report.arms import Arm, attention_pairs, control_pairs, group, metalstm_pairs
+from metaheed.studies.report.arms import Arm, group
+from metaheed.studies.report.pairs import attention_pairs, control_pairs, metalstm_pairs
 from metaheed.studies.report.reading import Found, find
 from tests.report.making import TASKS, make_run, shifted
 

@@ -9,6 +9,7 @@ import pytest
 
 from metaheed.errors import RunError
 from metaheed.running.statistics import t_test
+from metaheed.studies.report import measures
 from metaheed.studies.report.measures import (
     attention_log,
     band,
@@ -19,6 +20,7 @@ from metaheed.studies.report.measures import (
     ranks,
 )
 from metaheed.studies.report.reading import Validation
+from metaheed.types import TaskInfo
 from tests.report.making import batch, write_lines
 
 
@@ -219,3 +221,15 @@ def test_numbers_too_large_to_be_squared_have_no_correlation(tmp_path: Path) -> 
     found = attention_log(tmp_path / "t").correlations["grad_norm"]
     assert found.skipped == 1
     assert math.isnan(found.pooled)
+
+
+def test_an_input_that_taskinfo_gains_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = measures.inputs_of((*TaskInfo._fields, "query_margin"))
+    assert {**inputs} == {**measures.INPUTS, "query_margin": "query margin"}
+    monkeypatch.setattr(measures, "INPUTS", inputs)
+    weights = [0.1, 0.2, 0.3, 0.4]
+    write_lines(tmp_path / "new", [batch(i, [1, 2, 3, 4], weights, query_margin=[4, 3, 2, 1]) for i in range(1, 5)])
+    found = attention_log(tmp_path / "new").correlations["query_margin"]
+    assert found.per_batch == pytest.approx(-1)
+    write_lines(tmp_path / "old", [batch(i, [1, 2, 3, 4], weights) for i in range(1, 5)])
+    assert attention_log(tmp_path / "old").correlations["query_margin"].skipped == 4, "earlier logs lack it"

@@ -88,7 +88,7 @@ def study(tmp_path: Path) -> Path:
 
 
 def test_differences_p_values_and_labels(study: Path, metaheed: Run, tmp_path: Path) -> None:
-    status, out, _ = metaheed("report", study, "--out", tmp_path / "r", "--no-toy")
+    status, out, _ = metaheed("report", study, "--out", tmp_path / "r")
     assert (status, out) == (0, f"report: {tmp_path / 'r' / 'report.html'}\n")
     page = page_of(tmp_path / "r")
     (row,) = rows_with(page, "TA-MAML", "MAML", "+3.00")
@@ -118,7 +118,7 @@ def test_the_papers_tables_with_missing_cells(tmp_path: Path) -> None:
     make_run(
         tmp_path / "in" / "ways", "maml", data="miniimagenet", episodes={"ways": 10, "test_ways": 5}, result={"ways": 5}
     )
-    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    report([tmp_path / "in"], tmp_path / "out")
     page = page_of(tmp_path / "out")
     for table in (1, 2):
         paper, ours = [row for row in page.rows if row[:1] == ["MetaLSTM++"] and row[1] in ("paper", "ours")][
@@ -144,7 +144,7 @@ def test_what_is_not_as_in_the_paper_is_said_below_its_tables(tmp_path: Path) ->
     make_run(tmp_path / "in" / "m", "maml", data="miniimagenet", learner={"fast_lr": 0.3})
     make_run(tmp_path / "in" / "t", "taml", data="miniimagenet", **small)
     make_run(tmp_path / "in" / "long", "metasgd", data="miniimagenet", training={"iterations": 6})
-    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    report([tmp_path / "in"], tmp_path / "out")
     text = (tmp_path / "out" / "report.md").read_text()
     assert "ours were 4, 6. " in text
     said = "Not as in the paper but for rates and iterations: miniimagenet 5-way 1-shot TAML: queries 3 instead of 15, "
@@ -160,13 +160,13 @@ def test_settings_that_the_paper_lacks_have_a_table_of_their_own(tmp_path: Path)
     for data, shift in (("cifar-fs", 0.1), ("fc100", 0.2), ("miniimagenet", 0.0)):
         make_run(tmp_path / "in" / data, "ta-maml", accuracies=shifted(shift), data=data)
     make_run(tmp_path / "in" / "other", "ta-maml", data="glyphs", accuracies=None)
-    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    report([tmp_path / "in"], tmp_path / "out")
     rows = [row for row in page_of(tmp_path / "out").rows if len(row) == 3]
     assert rows[0] == ["", "cifar-fs5-way 1-shot", "fc1005-way 1-shot"]
     assert ["TA-MAML", "60.00 (1 seed)", "70.00 (1 seed)"] in rows
     assert ["MAML", "—", "—"] in rows
     assert "2 of 16 cells are filled" in (tmp_path / "out" / "report.md").read_text()
-    report([tmp_path / "in" / "miniimagenet"], tmp_path / "paper", ReportConfig(toy=False))
+    report([tmp_path / "in" / "miniimagenet"], tmp_path / "paper")
     assert "that the paper's tables lack" not in (tmp_path / "paper" / "report.md").read_text()
 
 
@@ -174,7 +174,7 @@ def test_the_papers_differences_beside_ours(tmp_path: Path) -> None:
     for algorithm in ("maml", "ta-maml", "taml"):
         make_run(tmp_path / "in" / algorithm, algorithm, data="miniimagenet")
     make_run(tmp_path / "in" / "reuse", "ta-maml", data="miniimagenet", rule={"attention_reuse_probe": True})
-    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    report([tmp_path / "in"], tmp_path / "out")
     found = {row[1]: row[11] for row in page_of(tmp_path / "out").rows if len(row) == 13 and row[2] == "MAML"}
     assert found == {"TA-MAML": "+2.26", "TAML": "+0.16", "TA-MAML (attention-reuse-probe)": "—"}
 
@@ -184,7 +184,7 @@ def test_mismatches_are_named_on_the_page(tmp_path: Path) -> None:
     make_run(tmp_path / "in" / "t", "ta-maml", training={"iterations": 6}, tasks=attention_lines(6))
     make_run(tmp_path / "in" / "cut", "maml", 7, done=3)
     make_run(tmp_path / "in" / "unjudged", "maml", 8, accuracies=None)
-    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    report([tmp_path / "in"], tmp_path / "out")
     page = page_of(tmp_path / "out")
     assert rows_with(page, "TA-MAML", "MAML", "iterations is 6 against 4")
     assert rows_with(page, str(tmp_path / "in" / "cut"), "unfinished: 3 of 4 iterations")
@@ -194,7 +194,7 @@ def test_mismatches_are_named_on_the_page(tmp_path: Path) -> None:
 
 def test_one_run_is_enough(tmp_path: Path, metaheed: Run) -> None:
     run = make_run(tmp_path / "run")
-    assert metaheed("report", run, "--out", tmp_path / "out", "--no-toy")[0] == 0
+    assert metaheed("report", run, "--out", tmp_path / "out")[0] == 0
     page = page_of(tmp_path / "out")
     (row,) = rows_with(page, "MAML", "0: 50.00")
     assert row[2:8] == ["4", "1", "50.00", "—", "25.00", "4"]
@@ -209,7 +209,7 @@ def test_iterations_to_an_accuracy(tmp_path: Path, metaheed: Run) -> None:
     make_run(tmp_path / "in" / "m0", "maml", 0, validations=slow, **steps)
     make_run(tmp_path / "in" / "m1", "maml", 1, validations={k: v - 0.02 for k, v in slow.items()}, **steps)
     make_run(tmp_path / "in" / "t", "ta-maml", 0, validations=quick, tasks=attention_lines(8), **steps)
-    arguments = ["report", tmp_path / "in", "--out", tmp_path / "out", "--no-toy"]
+    arguments = ["report", tmp_path / "in", "--out", tmp_path / "out"]
     assert metaheed(*arguments, "--thresholds", 37.5, 48.5)[0] == 0
     page = page_of(tmp_path / "out")
     by_arm = {(row[1], row[2]): row[3:] for row in page.rows if len(row) == 10 and row[1] in ("37.50", "48.50")}
@@ -240,7 +240,7 @@ def test_multiples_are_over_the_seeds_that_both_sides_have(tmp_path: Path) -> No
     make_run(tmp_path / "in" / "e0", "ta-maml", 0, validations=slow, **other)
     make_run(tmp_path / "in" / "e2", "ta-maml", 2, validations=quick, **other)
     make_run(tmp_path / "in" / "r2", "taml", 2, validations=quick, **steps)
-    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False, thresholds=(40.0,)))
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(thresholds=(40.0,)))
     by_arm = {row[2]: row[3:9] for row in page_of(tmp_path / "out").rows if len(row) == 10 and row[1] == "40.00"}
     assert by_arm == {
         "MAML": ["4", "4", "1.00", "16", "1.00", "0, 1"],
@@ -255,7 +255,7 @@ def test_of_several_uniform_arms_the_nearest_is_the_measure(tmp_path: Path) -> N
     make_run(tmp_path / "in" / "a", "maml", learner={"fast_lr": 0.01}, validations=slow)
     make_run(tmp_path / "in" / "b", "maml", learner={"fast_lr": 0.3}, validations=quick)
     make_run(tmp_path / "in" / "t", "ta-maml", learner={"fast_lr": 0.3}, validations=quick, tasks=attention_lines())
-    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False, thresholds=(30.0,)))
+    report([tmp_path / "in"], tmp_path / "out", ReportConfig(thresholds=(30.0,)))
     rows = page_of(tmp_path / "out").rows
     ratios = {row[2]: (row[3], row[5]) for row in rows if len(row) == 10 and row[1] == "30.00"}
     assert ratios == {
@@ -275,7 +275,7 @@ def test_cost(tmp_path: Path) -> None:
     make_run(tmp_path / "in" / "t0", "ta-maml", 0, tasks=attention_lines(), timing=timing(4.0, 150))
     make_run(tmp_path / "in" / "t1", "ta-maml", 1, tasks=attention_lines(), timing=timing(4.4, 150))
     make_run(tmp_path / "in" / "taml", "taml")
-    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    report([tmp_path / "in"], tmp_path / "out")
     page = page_of(tmp_path / "out")
     place = "cpu, P, 1 thread, looped"
     (row,) = rows_with(page, "MAML", place)
@@ -295,14 +295,14 @@ def test_training_records_its_cost(metaheed: Run, tmp_path: Path) -> None:
     assert sum(line["iterations"] for line in lines) == 7
     assert all(line["seconds"] > 0 and line["peak_bytes"] > 10 * 2**20 and line["threads"] == 1 for line in lines)
     assert metaheed("evaluate", run, "--tasks", 5)[0] == 0
-    assert metaheed("report", run, "--out", tmp_path / "out", "--no-toy")[0] == 0
+    assert metaheed("report", run, "--out", tmp_path / "out")[0] == 0
     (row,) = [row for row in page_of(tmp_path / "out").rows if row[1:2] == ["TA-MAML"] and "1 thread" in row[-1]]
     assert float(row[5].split()[0]) > 0
     assert "figure5-glyphs-5way1shot.svg" in {p.name for p in (tmp_path / "out" / "figures").iterdir()}
 
 
 def test_correlations_and_figures(study: Path, tmp_path: Path) -> None:
-    report([study], tmp_path / "out", ReportConfig(toy=False))
+    report([study], tmp_path / "out")
     page = page_of(tmp_path / "out")
     for words, value in (
         ("gradient norm", "-1.000"),
@@ -333,8 +333,8 @@ def test_figure_1_is_the_toys(metaheed: Run, tmp_path: Path) -> None:
     text = (tmp_path / "out" / "report.html").read_text()
     assert f"Read from {tmp_path / 'in' / 'toy' / 'toy.json'}" in html.unescape(text)
     assert (tmp_path / "out" / "figures" / "figure1-toy.png").exists()
-    assert metaheed("report", tmp_path / "in", "--out", tmp_path / "out", "--no-toy")[0] == 0
-    assert not (tmp_path / "out" / "figures" / "figure1-toy.png").exists()
+    assert metaheed("report", tmp_path / "in" / "run", "--out", tmp_path / "out")[0] == 0
+    assert not (tmp_path / "out" / "figures" / "figure1-toy.png").exists(), "it is computed only if asked for"
 
 
 def test_what_is_no_toy_or_a_second_one_is_named_and_left_out(
@@ -344,7 +344,7 @@ def test_what_is_no_toy_or_a_second_one_is_named_and_left_out(
     (tmp_path / "in" / "game").mkdir()
     (tmp_path / "in" / "game" / "toy.json").write_text('{"optima": 3}')
     monkeypatch.setattr(package, "ToyConfig", lambda: ToyConfig(iterations=2))
-    report([tmp_path / "in"], tmp_path / "computed")
+    report([tmp_path / "in"], tmp_path / "computed", ReportConfig(toy=True))
     assert "Computed with the defaults" in (tmp_path / "computed" / "report.md").read_text()
     (row,) = rows_with(page_of(tmp_path / "computed"), str(tmp_path / "in" / "game"))
     assert "is not what 'metaheed toy' writes" in row[1]
@@ -358,11 +358,11 @@ def test_what_is_no_toy_or_a_second_one_is_named_and_left_out(
     assert row[1] == f"a second toy; figure 1 is of {tmp_path / 'in' / 'toy'}"
 
 
-def test_the_toy_is_computed_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_toy_is_computed_if_it_is_asked_for_and_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(package, "ToyConfig", lambda: ToyConfig(iterations=2))
     make_run(tmp_path / "run")
     said: list[str] = []
-    report([tmp_path / "run"], tmp_path / "out", say=said.append)
+    report([tmp_path / "run"], tmp_path / "out", ReportConfig(toy=True), say=said.append)
     assert (tmp_path / "out" / "figures" / "figure1-toy.svg").exists()
     assert any("toy of figure 1" in line for line in said)
 
@@ -377,7 +377,7 @@ def test_nothing_from_a_file_is_markup(tmp_path: Path) -> None:
     (folder / "broken" / "config.yaml").write_text(f"algorithm: {json.dumps(evil)}\n")
     backbone = "<b>m:Net</b>"
     make_run(folder / "net", "ta-maml", 1, data=data, learner={"backbone": backbone}, tasks=attention_lines())
-    report([folder], tmp_path / "out", ReportConfig(toy=False))
+    report([folder], tmp_path / "out")
     page = page_of(tmp_path / "out")
     assert "script" not in page.tags
     assert "b" not in page.tags
@@ -403,7 +403,7 @@ def test_nothing_from_a_file_is_markup(tmp_path: Path) -> None:
 
 
 def test_the_page_stands_alone_and_is_in_order(study: Path, tmp_path: Path) -> None:
-    report([study], tmp_path / "out", ReportConfig(toy=False))
+    report([study], tmp_path / "out")
     page = page_of(tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
     for name, value in page.attributes:
@@ -429,13 +429,13 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_the_same_runs_give_the_same_bytes_and_replace_what_was_there(study: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
-        report([study], tmp_path / name, ReportConfig(toy=False))
+        report([study], tmp_path / name)
     first = contents(tmp_path / "one")
     assert first == contents(tmp_path / "two")
     for path in [*study.glob("ta*")][1:]:
         (path / "result.json").unlink()
     (tmp_path / "one" / "figures" / "figure4-older.png").write_bytes(b"of an earlier report")
-    report([study], tmp_path / "one", ReportConfig(toy=False))
+    report([study], tmp_path / "one")
     after = contents(tmp_path / "one")
     assert after["report.html"] != first["report.html"]
     assert after.keys() == first.keys(), "figures of an earlier report do not stay"
@@ -443,7 +443,7 @@ def test_the_same_runs_give_the_same_bytes_and_replace_what_was_there(study: Pat
 
 
 def test_whole_or_not_at_all(study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report([study], tmp_path / "out", ReportConfig(toy=False))
+    report([study], tmp_path / "out")
     before = contents(tmp_path / "out")
 
     def fail(*_: object) -> str:
@@ -452,7 +452,7 @@ def test_whole_or_not_at_all(study: Path, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(package, "to_markdown", fail)
     for out in (tmp_path / "out", tmp_path / "new" / "deep"):
         with pytest.raises(RunError, match="No space left"):
-            report([study], out, ReportConfig(toy=False))
+            report([study], out)
     assert contents(tmp_path / "out") == before
     assert not [*(tmp_path / "new").iterdir()]
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -462,7 +462,7 @@ def test_a_folder_of_something_else_is_not_replaced(study: Path, metaheed: Run, 
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("x")
     for out in (study, tmp_path / "mine"):
-        status, _, err = metaheed("report", study, "--out", out, "--no-toy")
+        status, _, err = metaheed("report", study, "--out", out)
         assert status == 1
         assert "is no part of a report: it would be lost, so choose another --out" in err
         assert out.exists()
@@ -476,7 +476,7 @@ def test_the_current_folder_is_not_replaced(
 ) -> None:
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    status, _, err = metaheed("report", study, "--out", ".", "--no-toy")
+    status, _, err = metaheed("report", study, "--out", ".")
     assert (status, "is the current folder, which cannot be replaced: name a folder in it" in err) == (1, True)
     assert not list((tmp_path / "here").iterdir())
 
@@ -502,7 +502,7 @@ def test_weights_that_cannot_be_read_leave_the_accuracies(tmp_path: Path) -> Non
     make_run(tmp_path / "in" / "m")
     make_run(tmp_path / "in" / "t", "ta-maml", tasks=attention_lines(3))
     (run,) = [path for path in (tmp_path / "in").iterdir() if path.name == "t"]
-    report([tmp_path / "in"], tmp_path / "out", ReportConfig(toy=False))
+    report([tmp_path / "in"], tmp_path / "out")
     page = page_of(tmp_path / "out")
     (row,) = [row for row in page.rows if row[:1] == [str(run)] and len(row) == 2]
     assert "tasks.jsonl has 3 batches of 4 iterations" in row[1]
@@ -512,7 +512,7 @@ def test_weights_that_cannot_be_read_leave_the_accuracies(tmp_path: Path) -> Non
 
 def test_the_evidence_of_this_repository(tmp_path: Path) -> None:
     results = ROOT / "results"
-    report([results / "first_runs", results / "eight_algorithms"], tmp_path / "out", ReportConfig(toy=False))
+    report([results / "first_runs", results / "eight_algorithms"], tmp_path / "out")
     page = page_of(tmp_path / "out")
     (row,) = [row for row in page.rows if row[1:3] == ["TA-MetaLSTM++", "MetaLSTM++"]]
     assert row[5] == "+0.68"
@@ -540,3 +540,49 @@ def test_lines_of_tasks_are_not_kept(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 8 * 2**20, "bytes; all lines at once would take some 25 MB"
+
+
+def titles(out: Path, level: str) -> list[str]:
+    return re.findall(rf"^{level} (.*)$", (out / "report.md").read_text(), flags=re.MULTILINE)
+
+
+def test_ones_own_results_come_first_and_nothing_is_empty(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    report([tmp_path / "run"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert titles(tmp_path / "out", "##")[0] == "Your results"
+    assert "(none)" not in text
+    assert "(none)" not in (tmp_path / "out" / "report.html").read_text()
+    absent = {"Differences", "Table 1 of the paper, and ours", "Table 2 of the paper, and ours", "Controls", "Left out"}
+    assert not absent & {*titles(tmp_path / "out", "##"), *titles(tmp_path / "out", "###")}
+
+
+def test_one_dot_is_no_figure(tmp_path: Path) -> None:
+    steps: dict[str, Any] = {"training": {"iterations": 4, "val_every": 4}}
+    make_run(tmp_path / "in" / "m", validations={4: 0.4}, **steps)
+    report([tmp_path / "in"], tmp_path / "out")
+    assert not [*(tmp_path / "out" / "figures").iterdir()]
+    assert "Figure 3: there is no finished run with two validations" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_long_names_are_numbered_and_said_in_a_legend(tmp_path: Path) -> None:
+    make_run(tmp_path / "in" / "m")
+    options: dict[str, Any] = {"attention_reuse_probe": True, "attention_standardize": True}
+    make_run(tmp_path / "in" / "t", "ta-maml", rule=options, tasks=attention_lines())
+    report([tmp_path / "in"], tmp_path / "out")
+    page = page_of(tmp_path / "out")
+    stands_for = "TA-MAML (attention-standardize, attention-reuse-probe)"
+    assert ["cifar-fs 5-way 1-shot", "TA-MAML #1", stands_for] in page.rows
+    assert max(len(row[1]) for row in page.rows if len(row) > 3) <= 32
+    assert rows_with(page, "TA-MAML #1", "MAML", "+0.00")
+
+
+@pytest.mark.parametrize(("seeds", "said"), [(1, None), (2, "one degree of freedom"), (3, "two degrees of freedom")])
+def test_an_interval_over_few_seeds_is_explained_beside_it(tmp_path: Path, seeds: int, said: str | None) -> None:
+    for seed in range(seeds):
+        make_run(tmp_path / "in" / f"m{seed}", seed=seed, accuracies=shifted(seed / 10))
+    report([tmp_path / "in"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    own = text.split("## Your results")[1].split("\n## ")[0]
+    assert ("degree" in own) == (said is not None)
+    assert said is None or said in own

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from metaheed.cli.parse import parse_command
+from metaheed.cli.waiting import loading_torch
 from metaheed.config import (
     EpisodeConfig,
     FreezeConfig,
@@ -46,19 +47,19 @@ class DataPrepare:
     source: Annotated[Path | None, tyro.conf.arg(name="from")] = None
     """Folder of the published files; for folder: the folder, zip or tar of pictures. glyphs needs none."""
     to: Path | None = None
-    """Folder in which the store is made; none: --from, or the folder that holds it if it is a file."""
+    """Folder in which the store is made; --from if not given, or the folder that holds it if it is a file."""
     image_size: int | None = None
-    """Pixels a side, of folder only; none: 84."""
+    """Pixels a side of the pictures of folder; 84 if not given."""
     split_seed: int | None = None
-    """Seed by which undivided classes are divided, of folder only; none: 0."""
+    """Seed by which the classes of folder are divided if they are not divided yet; 0 if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataList:
-    """What there is: every data set, whether it was found and in which layout, its classes and images."""
+    """List every data set, whether it was found and in which layout, and how many classes and images it has."""
 
     data_root: Path | None = None
-    """Where to look; none: the built-in data set only."""
+    """Folder to look in; only the built-in data set is listed if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,25 +77,25 @@ class DataShow:
     name: tyro.conf.Positional[str]
     """Data set."""
     data_root: Path | None = None
-    """Where it lies; as in training."""
+    """Folder that holds its files, as in training."""
     image_size: int | None = None
-    """Of folder only; as in training."""
+    """Pixels a side of the pictures of folder, as in training; 84 if not given."""
     split_seed: int | None = None
-    """Of folder only; as in training."""
+    """Seed by which the classes of folder are divided, as in training; 0 if not given."""
     split: Literal["train", "val", "test"] = "train"
-    """Whose classes."""
+    """The split whose classes are shown."""
     classes: int | None = None
     """Show the first images of so many classes instead of an episode."""
     ways: int = EpisodeConfig.ways
-    """N of the episode."""
+    """N, the number of classes of the episode."""
     shots: int = EpisodeConfig.shots
-    """K of the episode."""
+    """K, the number of support images per class."""
     queries: int = EpisodeConfig.queries
-    """Q of the episode; with --classes: images a class, less one."""
+    """Q, the number of query images per class. With --classes, Q + 1 images of each class are shown."""
     seed: int = TrainingConfig.seed
-    """Which stream of episodes: training's of that seed."""
+    """Training seed whose episodes are meant."""
     index: int = 0
-    """Which of its episodes."""
+    """Number of the episode, counted from 0."""
     out: Path = Path("data.png")
     """The picture to write."""
 
@@ -106,13 +107,13 @@ class DataSplit:
     folder: tyro.conf.Positional[Path]
     """The folder that holds a folder of images for each class."""
     seed: int = EpisodeConfig.folder_split_seed
-    """Decides which class goes where."""
+    """Seed that decides which class goes into which split."""
     val: float = EpisodeConfig.folder_shares[0]
-    """Share of the classes for validation, at least two."""
+    """Share of the classes that go to validation, at least two classes."""
     test: float = EpisodeConfig.folder_shares[1]
-    """Share of the classes for test, at least two."""
+    """Share of the classes that go to test, at least two classes."""
     overwrite: bool = False
-    """Replace lists that are there."""
+    """Replace the lists if they exist."""
 
 
 def run_data(arguments: list[str]) -> int:
@@ -139,9 +140,10 @@ def run_data(arguments: list[str]) -> int:
 
 
 def _data_prepare(command: DataPrepare) -> int:
-    from metaheed.data import Request, find_source
-    from metaheed.data.preparing import prepare
-    from metaheed.running.progress import make_watcher
+    with loading_torch():
+        from metaheed.data import Request, find_source
+        from metaheed.data.preparing import prepare
+        from metaheed.running.progress import make_watcher
 
     EpisodeConfig(data=command.name, image_size=command.image_size, split_seed=command.split_seed)
     source = find_source(command.name, Request(command.source, command.image_size, command.split_seed))
@@ -162,7 +164,8 @@ def _data_prepare(command: DataPrepare) -> int:
 
 
 def _data_list(command: DataList) -> int:
-    from metaheed.data import survey
+    with loading_torch():
+        from metaheed.data import survey
 
     for name, state, counts in survey(command.data_root):
         print(f"{name:18}{counts:38}{state}")
@@ -170,8 +173,9 @@ def _data_list(command: DataList) -> int:
 
 
 def _data_verify(command: DataVerify) -> int:
-    from metaheed.data.preparing import stores_in, verify
-    from metaheed.running.progress import make_watcher
+    with loading_torch():
+        from metaheed.data.preparing import stores_in, verify
+        from metaheed.running.progress import make_watcher
 
     for path in stores_in(command.stores):
         manifest, notices = verify(path, make_watcher())
@@ -184,11 +188,14 @@ def _data_verify(command: DataVerify) -> int:
 
 
 def _data_show(command: DataShow) -> int:
-    from metaheed.data import Episodes, load_dataset
-    from metaheed.data.show import draw_classes, draw_episode, write_png
+    with loading_torch():
+        from metaheed.data import Episodes, load_dataset
+        from metaheed.data.show import draw_classes, draw_episode, write_png
+        from metaheed.running.progress import make_watcher
 
     EpisodeConfig(data=command.name, image_size=command.image_size, split_seed=command.split_seed)
-    dataset = load_dataset(command.name, command.data_root, command.image_size, command.split_seed)
+    watcher = make_watcher(brief=True)
+    dataset = load_dataset(command.name, command.data_root, command.image_size, command.split_seed, watcher)
     if command.classes is None:
         shape = (command.ways, command.shots, command.queries)
         image, names = draw_episode(Episodes(dataset, command.split, *shape, command.seed), command.index)
@@ -220,11 +227,14 @@ def _data_download(command: DataDownload) -> int:
 
 
 def _data_episodes(command: DataEpisodes) -> int:
-    from metaheed.data import Episodes, load_dataset
-    from metaheed.data.frozen import freeze, write_episodes
+    with loading_torch():
+        from metaheed.data import Episodes, load_dataset
+        from metaheed.data.frozen import freeze, write_episodes
+        from metaheed.running.progress import make_watcher
 
     which = command.which
-    dataset = load_dataset(which.data, which.data_root, which.image_size, which.split_seed)
+    watcher = make_watcher(brief=True)
+    dataset = load_dataset(which.data, which.data_root, which.image_size, which.split_seed, watcher)
     episodes = Episodes(dataset, which.split, which.ways, which.shots, which.queries, which.episode_seed)
     frozen = freeze(episodes, which.tasks)
     write_episodes(frozen, command.out, which.with_images)

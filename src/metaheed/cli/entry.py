@@ -15,6 +15,7 @@ from typing import Any
 
 import metaheed
 from metaheed.cli.data import run_data
+from metaheed.cli.help import ASKED
 from metaheed.cli.judge import Compare, Evaluate, run_compare, run_evaluate
 from metaheed.cli.parse import find_setting, parse_command, parse_custom
 from metaheed.cli.search import SearchResume, parse_search, run_resumed_search, run_search
@@ -24,7 +25,7 @@ from metaheed.config import (
     ALGORITHMS,
     RunConfig,
 )
-from metaheed.errors import ConfigError, Interrupted, MetaheedError, MetaheedWarning, unknown
+from metaheed.errors import ConfigError, Interrupted, MetaheedError, MetaheedWarning, naming_options, unknown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a console that has no ± still gets the number
     try:
-        with _plain_warnings():
+        with _plain_warnings(), naming_options():
             return _dispatch(arguments)
     except Interrupted as stop:
         print(str(stop), file=sys.stderr)
@@ -126,10 +127,13 @@ def _dispatch(arguments: list[str]) -> int:
             raise unknown("algorithm", named[0], [*ALGORITHMS, "custom"])
         if named and named[0] in ALGORITHMS:
             return run_train(parse_algorithm(named[0], arguments))
+        _require_algorithm("train", arguments)
         return run_train(parse_command(algorithm_kinds(*find_setting(arguments)), "train", arguments, TRAIN))
     if arguments[:1] == ["search"]:
         if resuming:
             return run_resumed_search(parse_command(SearchResume, "search", arguments))
+        if not arguments[1:] or arguments[1].startswith("-"):
+            _require_algorithm("search", arguments)
         return run_search(parse_search(arguments))
     commands: dict[str, tuple[Any, Callable[[Any], int]]] = {
         "evaluate": (Evaluate, run_evaluate),
@@ -141,7 +145,7 @@ def _dispatch(arguments: list[str]) -> int:
     }
     if arguments[:1] == ["data"]:
         return run_data(arguments)
-    if arguments[:1] == ["compare"] and not {"--against", "-h", "--help"} & {a.split("=")[0] for a in arguments}:
+    if arguments[:1] == ["compare"] and not {"--against", *ASKED} & {a.split("=")[0] for a in arguments}:
         raise ConfigError(
             "compare needs evaluated runs and others to set them against: metaheed compare RUN... --against RUN..."
         )
@@ -154,6 +158,16 @@ def _dispatch(arguments: list[str]) -> int:
         raise unknown("command", arguments[0], ["train", "search", "data", *commands])
     print(_USAGE)
     return 0 if arguments in (["-h"], ["--help"]) else 2
+
+
+def _require_algorithm(command: str, arguments: list[str]) -> None:
+    """Raise ConfigError where options, or nothing, stand in the place of the algorithm, unless help is asked for."""
+    if not ASKED & set(arguments):
+        given = shlex.join(arguments[1:]) or "[options]"
+        raise ConfigError(
+            f"{command} needs the name of an algorithm first: metaheed {command} ALGORITHM {given}; "
+            f"'metaheed {command} --help' lists them"
+        )
 
 
 def _check_text(arguments: list[str]) -> None:
@@ -193,4 +207,4 @@ _USAGE = """metaheed: few-shot meta-learning with task attention
   metaheed --version
 
 algorithms: {algorithms}
-Each command has --help.""".format(algorithms=", ".join(sorted(ALGORITHMS)))
+Each command has --help; those with many options also --help-all.""".format(algorithms=", ".join(sorted(ALGORITHMS)))

@@ -62,7 +62,7 @@ def check_options(config: Any, command: str, arguments: Sequence[str]) -> None:
     Raises:
         ConfigError: names the option, what it may have meant, and where all are listed.
     """
-    known = {*options(config), "help"}
+    known = {*options(config), "help", "help-all"}
     for argument in arguments:
         name = argument.split("=")[0].removeprefix("--").replace("_", "-")
         if not argument.startswith("--") or argument == "--" or name in known:
@@ -71,11 +71,11 @@ def check_options(config: Any, command: str, arguments: Sequence[str]) -> None:
         close = difflib.get_close_matches(name, known, n=1, cutoff=0.75)
         others = [algorithm for algorithm in sorted(ALGORITHMS) if name in {*options(default_config(algorithm))}]
         if meant.split(" ")[0] in known:
-            hint = f"here it is called --{meant}. "
+            hint = f"here it is called --{meant}; "
         elif others and command.startswith(("train", "search")):
-            hint = f"it is an option of {', '.join(others)}. "
+            hint = f"it is an option of {', '.join(others)}; "
         elif close:
-            hint = f"did you mean --{close[0]}? "
+            hint = f"did you mean --{close[0]}? If not, "
         else:
             hint = ""
-        raise ConfigError(f"'metaheed {command}' has no option --{name}: {hint}'metaheed {command} --help' lists all")
+        raise ConfigError(f"'metaheed {command}' has no option --{name}: {hint}see 'metaheed {command} --help'")

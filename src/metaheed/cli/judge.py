@@ -11,30 +11,33 @@ from metaheed.cli.parse import tune_process
 from metaheed.config import (
     EvaluationConfig,
     ExecutionName,
+    TrainingConfig,
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Judge a run on frozen tasks: accuracy ± 95% interval, per-task accuracies in its result.json (result-….json)."""
+    """Judge a run on frozen tasks: prints accuracy ± 95% interval and writes per-task accuracies to result.json."""
 
     run: tyro.conf.Positional[Path]
     """The run folder."""
     judging: EvaluationConfig = field(default_factory=EvaluationConfig)
     data_root: Path | None = None
-    """Where the data lies, if it has moved."""
+    """Folder that holds the data now, if it has moved."""
     device: str | None = None
-    """Where to compute; none: as in training, if that device is here."""
+    """Where to compute (cpu, cuda, cuda:N); as in training if not given, or the CPU if that device is not here."""
     execution: ExecutionName | None = None
-    """How tasks are run (as in train --help); none: as in training."""
+    """How tasks are computed (see train --help-all); as in training if not given."""
     chunk_size: int | None = None
-    """Tasks at once under the executions vectorized (taken where only this is given) and im2col."""
+    """Number of tasks computed at once by the executions vectorized and im2col; without --execution, vectorized."""
     threads: int | None = None
-    """CPU threads; none: as in training."""
+    """Number of CPU threads; as in training if not given."""
+    data_cache: bool = TrainingConfig.data_cache
+    """Read the decoded data set from the user's cache, and keep it there, if training did."""
     trust: bool = False
-    """Let the code of the run's network run where that is not one of metaheed's and you did not train it here."""
+    """Let the code of the run's network run if it is not one of metaheed's and you did not train it here."""
     out: Path | None = None
-    """The file to write the result to; none: result.json (result-….json) in the run folder, if that can be written."""
+    """File to write the result to; result.json (or result-….json) in the run folder if not given."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -44,26 +47,27 @@ class Compare:
     """Paired differences of accuracy on the same frozen tasks, over one or several training seeds."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Evaluated runs of one algorithm, one a seed."""
+    """Evaluated runs of one algorithm, one for each seed."""
     against: tuple[Path, ...]
-    """Evaluated runs of another, of the same seeds."""
+    """Evaluated runs of another algorithm, with the same seeds."""
     data: str | None = None
-    """Compare on this data set, on which all were evaluated; none: on the one they were trained on."""
+    """Compare on this data set, on which all runs were evaluated; the one they were trained on if not given."""
     ways: int | None = None
-    """Compare at this N, at which all were evaluated; none: the runs' own test setting."""
+    """Compare at this N, at which all runs were evaluated; that of their test setting if not given."""
     shots: int | None = None
-    """Compare at this K; as --ways."""
+    """Compare at this K, at which all runs were evaluated; that of their test setting if not given."""
     queries: int | None = None
-    """Compare at this Q; as --ways."""
+    """Compare at this Q, at which all runs were evaluated; that of their test setting if not given."""
     json: bool = False
     """Print the result as JSON."""
 
 
 def run_evaluate(command: Evaluate) -> int:
     """metaheed evaluate."""
-    from metaheed.running.evaluate import evaluate_run
-
     tune_process()
+    from metaheed.running.evaluate import evaluate_run
+    from metaheed.running.progress import make_watcher
+
     result = evaluate_run(
         command.run,
         command.judging,
@@ -75,6 +79,8 @@ def run_evaluate(command: Evaluate) -> int:
         trust=command.trust,
         out=command.out,
         notice=lambda text: print(text, file=sys.stderr, flush=True),
+        watcher=make_watcher(brief=True),
+        data_cache=command.data_cache and None,
     )
     if command.json:
         print(json.dumps(result))

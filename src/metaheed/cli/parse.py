@@ -9,7 +9,9 @@ from typing import Any
 
 import tyro
 
+from metaheed.cli.help import ASKED, algorithms_page, help_page
 from metaheed.cli.hints import check_options
+from metaheed.cli.waiting import loading_torch
 from metaheed.config import (
     LEARNERS,
     RULES,
@@ -36,8 +38,15 @@ def parse_command(kind: Any, command: str, arguments: list[str], description: st
         ConfigError: an option is out of its bounds, or is one of another algorithm or library.
         SystemExit: --help, or what the parser refuses.
     """
-    if default or isinstance(kind, type):
-        check_options(default.get("default", kind), command, arguments[1:])
+    known = default.get("default", kind)
+    one = bool(default) or isinstance(kind, type)  # else a choice among algorithms
+    if one:
+        check_options(known, command, arguments[1:])
+    asked = ASKED & set(arguments[1:])
+    if asked:
+        every = "--help-all" in asked
+        print(help_page(known, command, description, every) if one else algorithms_page(command, description or ""))
+        raise SystemExit(0)
     with unchecked():
         parsed = tyro.cli(
             kind,
@@ -88,7 +97,7 @@ def parse_custom(
             f"{command} custom needs both --learner and --rule: any of the learners "
             f"{', '.join(LEARNERS)} with any of the rules {', '.join(RULES)}"
         )
-        if {"-h", "--help"} & set(rest):
+        if ASKED & set(rest):
             print(f"usage: metaheed {command} custom --learner LEARNER --rule RULE [options]\n\n{text}.")
             print(f"Their options: metaheed {command} custom --learner LEARNER --rule RULE --help")
             raise SystemExit(0)
@@ -119,7 +128,8 @@ def find_setting(arguments: list[str]) -> tuple[str, int, int]:
 
 def tune_process() -> None:
     """Make this process fit for training: memory that is freed is kept, and results repeat to the bit."""
-    from metaheed.running.process import keep_freed_memory, make_deterministic
+    with loading_torch():
+        from metaheed.running.process import keep_freed_memory, make_deterministic
 
     keep_freed_memory()
     make_deterministic()

@@ -32,17 +32,17 @@ class SearchResume:
     resume: Path
     """The study folder. Nothing else is needed."""
     trials: int | None = None
-    """Train this many configurations in all instead."""
+    """Try this number of configurations in all instead."""
     storage: str | None = None
-    """URL of its database, where it has moved, or needs a password (which is not written down)."""
+    """URL of the study's database, if it has moved or needs a password, which is not written down."""
     data_root: Path | None = None
-    """Where the data lies, if it has moved."""
+    """Folder that holds the data now, if it has moved."""
     device: str | None = None
-    """Compute here instead (cpu, cuda, cuda:N); for trials that are begun from now on."""
+    """Compute trials that begin from now on here instead (cpu, cuda, cuda:N)."""
     threads: int | None = None
-    """CPU threads of the trials that are begun from now on."""
+    """Number of CPU threads of trials that begin from now on."""
     trust: bool = False
-    """Let the code of the study's network run where that is not one of metaheed's and you did not begin it here."""
+    """Let the code of the study's network run if it is not one of metaheed's and you did not begin the study here."""
 
 
 _SEARCH = (
@@ -88,10 +88,10 @@ def _default_search(config: RunConfig) -> Search:
 
 def run_search(command: Search) -> int:
     """metaheed search."""
+    tune_process()
     from metaheed.running.progress import make_reporter
     from metaheed.studies.search import search
 
-    tune_process()
     done = search(command.run, command.search, lambda: make_reporter(brief=True))
     stopped = f", {done.stopped} stopped early" if done.stopped else ""
     failed = f", {done.failed} failed" if done.failed else ""

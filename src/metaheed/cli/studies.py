@@ -58,9 +58,9 @@ class Toy:
 
 def run_report(command: Report) -> int:
     """metaheed report."""
+    tune_process()
     from metaheed.studies.report import report
 
-    tune_process()
     page = report(command.runs, command.out, command.showing, say=lambda text: print(text, file=sys.stderr, flush=True))
     print(f"report: {page}")
     return 0
@@ -68,9 +68,8 @@ def run_report(command: Report) -> int:
 
 def run_reproduce(command: Reproduce) -> int:
     """metaheed reproduce."""
-    from metaheed.studies.reproduce import dry_run, reproduce
-
     tune_process()
+    from metaheed.studies.reproduce import dry_run, reproduce
 
     def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
@@ -85,18 +84,18 @@ def run_reproduce(command: Reproduce) -> int:
 
 def run_demo(command: Demo) -> int:
     """metaheed demo."""
+    tune_process()
     from metaheed.studies.demo import demo
 
-    tune_process()
     demo(command.out, command.iterations, command.seed)
     return 0
 
 
 def run_toy(command: Toy) -> int:
     """metaheed toy."""
+    tune_process()
     from metaheed.studies.toy import toy
 
-    tune_process()
     for name, trajectory in toy(command.out, command.training).items():
         print(
             f"{name}: {len(trajectory.points) - 1} outer steps, path length {trajectory.path_length:.2f} for a "

@@ -24,19 +24,19 @@ class Resume:
     resume: Path
     """The run folder. Nothing else is needed."""
     iterations: int | None = None
-    """Train to this many iterations instead."""
+    """Train to this number of iterations instead."""
     data_root: Path | None = None
-    """Where the data lies, if it has moved."""
+    """Folder that holds the data now, if it has moved."""
     device: str | None = None
-    """Compute here instead (cpu, cuda, cuda:N); bits then differ from an uninterrupted run's."""
+    """Compute on this device instead (cpu, cuda, cuda:N). The bits then differ from those of an uninterrupted run."""
     execution: ExecutionName | None = None
-    """Run a batch's tasks so instead (as in train --help); bits then differ, too."""
+    """Compute the tasks of a batch this way instead (see train --help-all). The bits then differ, too."""
     chunk_size: int | None = None
-    """This many tasks at once instead, under the executions vectorized and im2col; bits then differ, too."""
+    """Compute this many tasks at once instead (executions vectorized and im2col). The bits then differ, too."""
     capture: Literal["auto", "on", "off"] | None = None
-    """Make the steps so instead (as in train --help)."""
+    """Whether steps are computed in blocks (see train --help-all), if that is to change."""
     trust: bool = False
-    """Let the code of the run's network run where that is not one of metaheed's and you did not train it here."""
+    """Let the code of the run's network run if it is not one of metaheed's and you did not train it here."""
 
 
 TRAIN = (
@@ -94,10 +94,10 @@ def algorithm_kinds(data: str, ways: int, shots: int) -> Any:
 
 def run_train(config: RunConfig, trust: bool = False) -> int:
     """metaheed train."""
+    tune_process()
     from metaheed.running.progress import make_reporter
     from metaheed.running.train import train
 
-    tune_process()
     path = train(config, make_reporter(), trust)
     print(f"{path} is trained; judge it with 'metaheed evaluate {path}'")
     return 0
@@ -105,10 +105,10 @@ def run_train(config: RunConfig, trust: bool = False) -> int:
 
 def run_resumed(command: Resume) -> int:
     """metaheed train --resume."""
+    tune_process()
     from metaheed.running.progress import make_reporter
     from metaheed.running.train import resume
 
-    tune_process()
     path = resume(
         command.resume,
         command.iterations,

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from metaheed.errors import ConfigError, shown
+from metaheed.errors import ConfigError, option, shown
 
 _checking = ContextVar("checking", default=True)
 
@@ -42,9 +42,9 @@ def checked(config: Any) -> Any:
 
 
 def require(condition: bool, name: str, value: object, rule: str) -> None:
-    """Raise ConfigError, which names the option, its value and the rule, unless the condition holds."""
+    """Raise ConfigError, which names the setting, its value and the rule, unless the condition holds."""
     if not condition and _checking.get():
-        raise ConfigError(f"--{name.replace('_', '-')} is {shown(value)}, but {rule}")
+        raise ConfigError(f"{option(name)} is {shown(value)}, but {rule}")
 
 
 def check_types(config: Any) -> None:

@@ -6,6 +6,7 @@ from typing import ClassVar, Literal
 
 from metaheed.config.checks import at_least, check_types, require
 from metaheed.config.presets import USUAL
+from metaheed.errors import option
 
 
 def _check_folder(config: "EpisodeConfig | FreezeConfig") -> None:
@@ -17,7 +18,7 @@ def _check_folder(config: "EpisodeConfig | FreezeConfig") -> None:
             value is None or config.data == "folder",
             name,
             value,
-            f"{config.data} has {what}: leave it out, or use --data folder",
+            f"{config.data} has {what}: leave it out, or use {option('data', 'folder')}",
         )
 
 
@@ -29,29 +30,31 @@ class EpisodeConfig:
     folder_split_seed: ClassVar[int] = 0
     folder_shares: ClassVar[tuple[float, float]] = (0.16, 0.20)  # of the classes, for val and test: miniImageNet's
     data: str = "glyphs"
-    """Data set: glyphs (built in, needs no files), miniimagenet, tieredimagenet, cifar-fs, fc100, omniglot (the paper's
-    split), omniglot-vinyals (another split of it), or folder (pictures of one's own)."""
+    """Data set: glyphs (built in, needs no files), miniimagenet, tieredimagenet, cifar-fs, fc100, omniglot (split like
+    the paper's), omniglot-vinyals (the split of Vinyals et al.), or folder (your own pictures)."""
     data_root: Path | None = None
-    """Folder that holds the published files, or what 'metaheed data prepare' made of them, itself or in their customary
-    subfolder (omniglot/, cifar-100-python/); for folder: the folder, zip or tar of pictures. glyphs needs none."""
+    """Folder that holds the published files, or the store that 'metaheed data prepare' made of them; a customary
+    subfolder such as omniglot/ or cifar-100-python/ is found, too. For --data folder: the folder, zip or tar of
+    pictures. glyphs needs none."""
     image_size: int | None = None
-    """Pixels a side to which the pictures of --data folder are resized; none: 84. Other data sets have their own."""
+    """Pixels a side to which the pictures of --data folder are resized; 84 if not given. Other data sets have a size of
+    their own."""
     split_seed: int | None = None
-    """Seed by which the classes of --data folder are divided into train, val and test where neither its layout nor
-    lists beside it divide them; none: 0."""
+    """Seed by which the classes of --data folder are divided into train, val and test, if neither its layout nor
+    lists beside it divide them; 0 if not given."""
     ways: int = 5
-    """N, classes in a training task."""
+    """N, the number of classes in a training task."""
     shots: int = 1
-    """K, support images per class in a training task."""
+    """K, the number of support images per class in a training task."""
     queries: int = USUAL.queries
-    """Q, query images per class in a training task."""
+    """Q, the number of query images per class in a training task."""
     test_ways: int | None = None
-    """N in validation and test tasks; none: as in training. It may not exceed --ways, except with ProtoNet, whose
-    head has no fixed size."""
+    """N in validation and test tasks; that of training if not given. It may not exceed --ways, except with ProtoNet,
+    whose head has no fixed size."""
     test_shots: int | None = None
-    """K in validation and test tasks; none: as in training."""
+    """K in validation and test tasks; that of training if not given."""
     test_queries: int | None = None
-    """Q in validation and test tasks; none: as in training."""
+    """Q in validation and test tasks; that of training if not given."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -83,21 +86,21 @@ class FreezeConfig:
     data_root: Path | None = None
     """Folder that holds its files, as in training."""
     image_size: int | None = None
-    """Of --data folder, as in training."""
+    """Pixels a side of the pictures of --data folder, as in training; 84 if not given."""
     split_seed: int | None = None
-    """Of --data folder, as in training."""
+    """Seed by which the classes of --data folder are divided, as in training; 0 if not given."""
     split: Literal["test", "val"] = "test"
-    """Whose classes."""
+    """The split whose classes the tasks are drawn from."""
     ways: int = EpisodeConfig.ways
-    """N, classes in a task."""
+    """N, the number of classes in a task."""
     shots: int = EpisodeConfig.shots
-    """K, support images per class."""
+    """K, the number of support images per class."""
     queries: int = EpisodeConfig.queries
-    """Q, query images per class."""
+    """Q, the number of query images per class."""
     tasks: int = 300
-    """How many."""
+    """Number of tasks."""
     episode_seed: int = 0
-    """Which; the same number gives the same ones, those that evaluate draws included."""
+    """Seed of the tasks: the same number gives the same tasks, those that evaluate draws included."""
     with_images: bool = False
     """Put the images that the tasks use into the file, so that whoever reads it needs no data set."""
 
@@ -114,25 +117,27 @@ class EvaluationConfig:
     """How a trained run is judged."""
 
     tasks: int | None = None
-    """Frozen tasks to judge on; none: 300, or all of --episodes."""
+    """Number of frozen tasks to judge on; 300 if not given, or all those in --episodes."""
     split: Literal["test", "val"] | None = None
-    """Whose classes; none: test, or those of --episodes."""
+    """The split whose classes the tasks are drawn from; test if not given, or that of --episodes."""
     checkpoint: Literal["best", "last"] = "best"
-    """The checkpoint chosen on validation, or the newest."""
+    """best: the checkpoint with the best validation accuracy; last: the newest one."""
     episode_seed: int | None = None
-    """Which frozen tasks; the same number gives every run the same ones. None: 0, or those of --episodes."""
+    """Seed of the frozen tasks: the same number gives every run the same tasks; 0 if not given, or that of
+    --episodes."""
     ways: int | None = None
-    """N; none: the run's own test setting. At another one (of --shots and --queries, too) the result is in a file
-    like result-5way5shot15query.json, and result.json is left alone."""
+    """N, the number of classes in a task; that of the run's test setting if not given. If --ways, --shots or --queries
+    differ from it, the result is written to a file like result-5way5shot15query.json, and result.json is left alone."""
     shots: int | None = None
-    """K; none: the run's own test setting."""
+    """K, the number of support images per class; that of the run's test setting if not given."""
     queries: int | None = None
-    """Q; none: the run's own test setting."""
+    """Q, the number of query images per class; that of the run's test setting if not given."""
     data: str | None = None
-    """Another data set than the run was trained on (cross-domain). Its images are made of the run's size and channels,
-    and standardised as in training; the result is written to result-on-DATA.json. None: the run's own."""
+    """Judge on this data set instead of the one that the run was trained on (cross-domain). Its images are converted to
+    the run's size and channels and standardised as in training; the result is written to result-on-DATA.json."""
     episodes: Path | None = None
-    """A file of frozen tasks, written by 'metaheed data episodes'; it decides data set, split, N, K, Q and tasks."""
+    """Judge on the tasks in this file, which 'metaheed data episodes' wrote. It decides data set, split, N, K, Q and
+    the tasks."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -142,4 +147,6 @@ class EvaluationConfig:
         if self.episodes is not None:
             for name in ("data", "split", "ways", "shots", "queries", "tasks", "episode_seed"):
                 value = getattr(self, name)
-                require(value is None, name, value, f"--episodes {self.episodes} decides it: leave it out")
+                require(
+                    value is None, name, value, f"{option('episodes', str(self.episodes))} decides it: leave it out"
+                )

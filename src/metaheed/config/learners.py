@@ -30,14 +30,14 @@ class LearnerConfig:
     any_ways: ClassVar[bool] = False
     """Whether θ serves tasks of any number of ways; else the network's head has one output for each training class."""
     backbone: str = "conv4-32"
-    """Network: conv4-32, conv4-64, conv4-64-strided (Finn et al.'s for Omniglot), or module:Class, called as
-    Class(ways, image_shape) with image_shape = (channels, height, width)."""
+    """Network: conv4-32, conv4-64, conv4-64-strided (that of Finn et al. for Omniglot), or your own as module:Class,
+    which is called as Class(ways, image_shape) with image_shape = (channels, height, width)."""
     backbone_path: Path | None = None
-    """Folder in which the module of module:Class is looked for first; none: the current one. Recorded, so that the
-    run can be continued from anywhere."""
+    """Folder in which the module of module:Class is looked for first; the current folder if not given. It is recorded,
+    so that the run can be continued from any folder."""
     init_from: Path | None = None
-    """Start from these weights instead of drawn ones: a .safetensors file, or a run folder (its best checkpoint). A
-    head of another number of classes is drawn anew. The weights are copied into the run folder."""
+    """Start from these weights instead of random ones: a .safetensors file, or a run folder, whose best checkpoint is
+    taken. A head for another number of classes starts at random. The weights are copied into the run folder."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -67,14 +67,14 @@ class MAMLConfig(LearnerConfig):
         "attended": ("ta-maml", "Task-attended MAML (Aimen et al. 2021): an attention module weighs the tasks."),
     }
     adaptation_steps: int = USUAL.adaptation_steps
-    """T, gradient steps on the support set, the same in training and test."""
+    """T, the number of gradient steps on the support set, the same in training and test."""
     fast_lr: float = 0.1
-    """α, the rate of those steps."""
+    """α, the learning rate of the adaptation steps."""
     first_order: bool = False
     """Drop the second derivatives (FOMAML)."""
     recompute: bool = False
-    """Compute each adaptation step again in the reverse pass instead of keeping it: memory does not grow with T. The
-    results are the same; it takes one more gradient a step."""
+    """Compute each adaptation step again in the reverse pass instead of storing it, so that memory does not grow with
+    T. The results are the same; each step takes one more gradient."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -92,7 +92,7 @@ class ANILConfig(MAMLConfig):
         "attended": ("ta-anil", "Task-attended ANIL."),
     }
     head: str | None = None
-    """Name of the head's module in the network; none: the last one registered that has parameters."""
+    """Name of the head's module in the network; the last registered module with parameters if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class MetaSGDConfig(MAMLConfig):
         "attended": ("ta-metasgd", "Task-attended MetaSGD."),
     }
     fast_lr: float = MAMLConfig.fast_lr
-    """Where the learned rate of every parameter starts."""
+    """Value at which the learned rate of every parameter starts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,16 +131,16 @@ class MetaLSTMConfig(LearnerConfig):
     }
     clip_norm: ClassVar[float | None] = 0.25
     adaptation_steps: int = USUAL.adaptation_steps
-    """T, steps of the learned optimiser on the support set, the same in training and test."""
+    """T, the number of steps of the learned optimiser on the support set, the same in training and test."""
     hidden_size: int = 20
-    """H, hidden units of the lower LSTM."""
+    """H, the number of hidden units of the lower LSTM."""
     forget_bias: tuple[float, float] = (4.0, 5.0)
     """Bounds between which the forget gate's bias is drawn."""
     input_bias: tuple[float, float] = (-5.0, -4.0)
     """Bounds between which the input gate's bias is drawn."""
     recompute: bool = False
-    """Compute each adaptation step again in the reverse pass instead of keeping it: memory does not grow with T. The
-    results are the same."""
+    """Compute each adaptation step again in the reverse pass instead of storing it, so that memory does not grow with
+    T. The results are the same."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -168,7 +168,7 @@ class ProtoNetConfig(LearnerConfig):
     has_closed_form: ClassVar[bool] = False
     any_ways: ClassVar[bool] = True
     head: str | None = None
-    """Name of the head's module in the network; none: the last one registered that has parameters."""
+    """Name of the head's module in the network; the last registered module with parameters if not given."""
 
 
 @dataclass(frozen=True, kw_only=True)

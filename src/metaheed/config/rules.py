@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from metaheed.config.checks import check_types, positive, require
 from metaheed.config.learners import Algorithms
-from metaheed.errors import unknown
+from metaheed.errors import option, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ EQUITY_PARAMETERS: dict[str, float | None] = {
     "gini": None,
     "log-variance": None,
 }
-"""Index of inequality -> its parameter unless one is given; none: it has none."""
+"""Index of inequality -> its parameter unless one is given; None if the index has no parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,15 +77,16 @@ class EquityConfig(RuleConfig):
 
     name: ClassVar[str] = "equity"
     equity_lambda: float = 0.1
-    """λ, the weight of the inequality. The mean of the losses stands beside it, not the sum as in the TAML paper, so
-    that paper's λ is B times this one."""
+    """λ, the weight of the inequality. It is added to the mean of the losses; the TAML paper adds it to their sum, so
+    the λ of that paper is B times this one."""
     equity_index: Literal["theil", "generalized-entropy", "atkinson", "gini", "log-variance"] = "theil"
     """The index of inequality."""
     equity_parameter: float | None = None
-    """a of generalized-entropy (none: 2), ε of atkinson (none: 0.5); the others have none."""
+    """The parameter of the index: a of generalized-entropy (2 if not given) or ε of atkinson (0.5 if not given). The
+    other indices have none."""
     equity_losses: Literal["auto", "query", "support", "adapted"] = "auto"
-    """Whose inequality: losses before adaptation on the query or the support set, or query losses after it. auto:
-    query; adapted for ProtoNet, which before adaptation finds all tasks alike."""
+    """The losses whose inequality is meant. query or support: losses on that set before adaptation; adapted: query
+    losses after adaptation; auto: query, but adapted for ProtoNet, whose losses before adaptation are all alike."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,7 +100,7 @@ class EquityConfig(RuleConfig):
 
 
 def check_equity_parameter(index: str, parameter: float | None) -> None:
-    """Raise ConfigError unless the index exists and takes that parameter (none: its own)."""
+    """Raise ConfigError unless the index exists and takes that parameter; None stands for its default."""
     if index not in EQUITY_PARAMETERS:
         raise unknown("index of inequality", index, EQUITY_PARAMETERS)
     if parameter is None:
@@ -116,7 +117,7 @@ class LossSoftmaxConfig(RuleConfig):
 
     name: ClassVar[str] = "loss-softmax"
     loss_temperature: float = 1.0
-    """τ in softmax(L*ᵀ/τ): the larger, the more alike the weights."""
+    """τ in softmax(L*ᵀ/τ): the larger it is, the more alike are the weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -129,8 +130,8 @@ class ReplayedConfig(RuleConfig):
 
     name: ClassVar[str] = "replayed"
     replay: Path | None = None
-    """Run folder of the attended run: of the same learner, tasks, seed and meta-batch size, and of at least as many
-    iterations. Needed; the weights are copied into the run folder, so resuming it needs nothing else."""
+    """Run folder of the attended run, which must have the same learner, tasks, seed and meta-batch size, and at least
+    as many iterations. Required. The weights are copied into the run folder, so resuming needs nothing else."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,23 +140,25 @@ class AttendedConfig(RuleConfig):
 
     name: ClassVar[str] = "attended"
     attention_lr: float = 1e-3
-    """γ, the rate of Adam on the attention parameters δ."""
+    """γ, the learning rate of Adam on the attention parameters δ."""
     attention_architecture: Literal["paper", "equivariant"] = "paper"
-    """paper: tied to the meta-batch size and to the order of tasks; equivariant: neither."""
+    """Network of the attention module. paper: the paper's, which is tied to the meta-batch size and to the order of the
+    tasks; equivariant: permutation-equivariant, which is tied to neither."""
     attention_jacobian: Literal["sgd", "optimizer"] = "sgd"
-    """Through what δ's gradient is taken: an SGD look-ahead at the meta rate (the authors'), or the real outer step."""
+    """The step through which the gradient of δ is taken. sgd: an SGD look-ahead at the meta rate, as the authors do;
+    optimizer: the real outer step."""
     attention_standardize: bool = False
     """Standardise each attention input over the tasks of the batch."""
     attention_omit: Literal["grad_norm", "query_loss", "query_accuracy", "loss_ratio"] | None = None
-    """An input that attention does not get to see (a control)."""
+    """Hide this input from the attention module (a control). All inputs are seen if not given."""
     attention_reuse_probe: bool = False
-    """Probe with the batch that the next iteration trains on, which then has its gradients already: attention at nearly
-    no cost. The paper draws a batch of its own instead."""
+    """Use the next iteration's training batch as the probe batch: its gradients are then already computed, and
+    attention costs almost nothing. The paper draws a separate probe batch."""
     faithful_to_release: bool = False
-    """Repeat, in an idealised form, a defect of the code that the authors released: the look-ahead on which the probe
-    batch is judged stays connected to θ, so that θ descends the summed loss of that batch as well, and training sees
-    2B tasks an iteration. It is not the whole released step, which also adapts the probe tasks one after another on a
-    shared copy. For maml and metasgd only: the released TA-MetaLSTM++ has no such leak."""
+    """Repeat, in an idealised form, a defect of the code that the authors released: the look-ahead stays connected to
+    θ, so that θ also descends the summed loss of the probe batch, and training sees 2B tasks in each iteration. The
+    released code also adapts the probe tasks one after another on a shared copy, which is not repeated. For maml and
+    metasgd only; the released TA-MetaLSTM++ has no such leak."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -166,7 +169,7 @@ class AttendedConfig(RuleConfig):
                 not self.faithful_to_release or value == other,
                 name,
                 value,
-                f"the released code has no such thing: with --faithful-to-release leave it {other}",
+                f"the released code has no such thing: with {option('faithful_to_release')} leave it {other}",
             )
 
     @property

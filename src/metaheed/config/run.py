@@ -9,7 +9,7 @@ from metaheed.config.learners import LEARNERS, LearnerConfig, MAMLConfig, MetaSG
 from metaheed.config.presets import preset
 from metaheed.config.rules import RULES, AttendedConfig, EquityConfig, RuleConfig
 from metaheed.config.training import OuterConfig, TrainingConfig
-from metaheed.errors import unknown
+from metaheed.errors import option, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,15 +44,15 @@ class RunConfig:
                 f"before adaptation {self.learner.name} finds all tasks alike: use adapted",
             )
 
-    def check_ways(self, ways: int, option: str = "ways") -> None:
-        """Raise ConfigError, naming the option, if the learner cannot be judged on tasks of so many ways."""
+    def check_ways(self, ways: int, named: str = "ways") -> None:
+        """Raise ConfigError, naming the setting, if the learner cannot be judged on tasks of so many ways."""
         most = self.episodes.ways
         require(
             ways <= most or self.learner.any_ways,
-            option,
+            named,
             ways,
             f"{self.learner.name}'s head has one output for each of the {most} training classes: "
-            f"use at most {most}, or train with more --ways (or protonet, which takes any number)",
+            f"use at most {most}, or train with more {option('ways')} (or protonet, which takes any number)",
         )
 
     @property

@@ -14,32 +14,34 @@ class ReproduceConfig:
     """Which runs of an experiment are made, and how."""
 
     only: tuple[str, ...] = ()
-    """Words that choose: data sets (miniimagenet, cifar-fs), settings (5way1shot), algorithms (ta-maml), toy (of the
-    figures), or whole recipes by name. Words of one kind add up, different kinds narrow each other. None: every cell on
-    the paper's own data sets; cifar-fs and fc100 must be named."""
+    """Words that choose runs: data sets (miniimagenet, cifar-fs), settings (5way1shot), algorithms (ta-maml), toy (of
+    the figures), or whole recipes by name. Words of the same kind form a union; different kinds intersect. If not
+    given, every cell on the paper's own data sets is chosen; cifar-fs and fc100 must be named."""
     seeds: tuple[int, ...] = (0,)
-    """Training seeds, a run each. With several the seed is the unit of every comparison."""
+    """Training seeds; each gives a run of its own. With several, the seed is the unit of every comparison."""
     iterations: int | None = None
-    """Outer steps of every run; none: the recipe's (the paper's 55,000). Runs that have fewer are trained on."""
+    """Number of outer steps of every run; the recipe's if not given (55,000 in the paper). Runs with fewer are trained
+    on."""
     tasks: int = FreezeConfig.tasks
-    """Frozen test tasks that every run is judged on (the paper: 300)."""
+    """Number of frozen test tasks that every run is judged on (the paper: 300)."""
     out: Path = Path("runs/reproduce")
     """Folder of the runs, their logs and the report."""
     data_root: Path | None = None
     """Folder that holds the data sets, as in training."""
     recipes: Path | None = None
-    """A folder of recipes of one's own instead of the package's: all in it whose algorithm the experiment has."""
+    """A folder of your own recipes, taken instead of the package's: all those whose algorithm the experiment has."""
     jobs: int | None = None
-    """Runs trained at a time; none: one a GPU, or as many as there are cores for --threads each."""
+    """Number of runs trained at a time. If not given, one on each GPU, or as many as there are cores for --threads
+    each."""
     threads: int | None = None
-    """CPU threads of each run; none: the cores divided by --jobs, which without it is one run a core. A run that is
-    continued keeps its own."""
+    """Number of CPU threads of each run. If not given, the cores are divided by --jobs; without --jobs each run has one
+    core. A run that is continued keeps its number."""
     device: str = "auto"
     """cpu, cuda:N, or auto: every GPU in turn where there are some (also: cuda), else the CPU."""
     trust: bool = False
-    """Let the code of networks run that recipes of one's own name, where you have not allowed it before."""
+    """Let the code of the networks run that your own recipes name, if you have not allowed it before."""
     dry_run: bool = False
-    """Only list the runs, what each still needs, and for how long it would keep this machine busy."""
+    """Only list the runs, what each of them still needs, and how long that would take on this machine."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -54,40 +56,41 @@ class ReproduceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """Which configurations are tried, and where the study is kept. The ranges are those of every algorithm: what one
-    does not have is drawn for it and not used, so that the same seed draws all algorithms the same. They stand for
+    """Which configurations are tried, and where the study is kept. All ranges are sampled for every algorithm, and
+    unused values are ignored, so that the same seed draws the same values for all algorithms. The ranges replace
     --fast-lr, --meta-lr, --attention-lr and --equity-lambda, which cannot be given."""
 
     trials: int = 30
-    """Configurations in all, those of all workers together; may be raised later."""
+    """Number of configurations that all workers try together; it may be raised later."""
     sampler: Literal["random", "tpe"] = "random"
-    """random: each trial log-uniform, a function of --search-seed and the trial's number alone, so that several workers
-    draw what one would; tpe: learns from the trials that are finished (Optuna's multivariate TPE)."""
+    """How configurations are drawn. random: log-uniformly, from --search-seed and the trial's number alone, so that
+    several workers draw what one would; tpe: Optuna's multivariate TPE, which learns from finished trials."""
     pruner: Literal["none", "halving"] = "none"
-    """halving: stop trials early by successive halving on their validation accuracy. Stopped ones count as trials."""
+    """halving stops trials early by successive halving on their validation accuracy. Stopped trials count as trials."""
     halving_factor: int = 3
-    """η of --pruner halving: at each rung about one trial in η goes on, for η times the iterations."""
+    """η of --pruner halving: at each rung about one trial in η goes on, for η times as many iterations."""
     halving_start: int | None = None
-    """Iterations to the first rung of --pruner halving; none: a tenth of --iterations. A rung is judged at the first
-    validation (--val-every) that gets there."""
+    """Number of iterations before the first rung of --pruner halving; a tenth of --iterations if not given. A rung is
+    judged at the first validation (--val-every) at or after it."""
     storage: str | None = None
     """Database that holds the study, as an SQLAlchemy URL: workers that name the same one, on any machine, work on one
-    study. None: the SQLite file study.db in the study folder."""
+    study. The SQLite file study.db in the study folder if not given."""
     study: str | None = None
-    """Name of the study in the database; none: search-DATA-NwayKshot-ALGORITHM."""
+    """Name of the study in the database; search-DATA-NwayKshot-ALGORITHM if not given."""
     search_seed: int = 0
-    """Decides what is drawn."""
+    """Seed of the configurations that are drawn."""
     lost_after: int = 120
-    """Seconds without a sign of life after which a trial is taken over by another worker. On one machine, the end of a
-    process is seen at once."""
+    """Number of seconds without a sign of life after which another worker takes a trial over. On one machine, the end
+    of a process is seen at once."""
     fast_lr_range: tuple[float, float] = (1e-2, 5e-1)
-    """α, log-uniform (MetaSGD: where every learned rate starts). The same number twice fixes it."""
+    """Bounds of α, which is drawn log-uniformly; for MetaSGD it is where every learned rate starts. The same number
+    twice fixes it."""
     meta_lr_range: tuple[float, float] = (1e-4, 1e-2)
-    """β, log-uniform."""
+    """Bounds of β, which is drawn log-uniformly."""
     attention_lr_range: tuple[float, float] = (1e-4, 1e-2)
-    """γ, log-uniform."""
+    """Bounds of γ, which is drawn log-uniformly."""
     equity_lambda_range: tuple[float, float] = (1e-2, 1.0)
-    """λ, log-uniform."""
+    """Bounds of λ, which is drawn log-uniformly."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -120,13 +123,14 @@ class ToyConfig:
     """MetaLSTM against MetaLSTM++ on four problems of two parameters."""
 
     iterations: int = 150
-    """Meta-batches."""
+    """Number of meta-batches."""
     meta_lr: float = 1.0
-    """β, the rate of MetaLSTM's outer step; MetaLSTM++ has B times that, making one step where MetaLSTM makes B."""
+    """β, the learning rate of MetaLSTM's outer step. MetaLSTM++ has B times that, because it makes one step where
+    MetaLSTM makes B."""
     meta_optimizer: Literal["sgd", "adam"] = "sgd"
     """The outer optimiser. SGD shows each task's own pull; Adam's momentum averages over the tasks before it."""
     seed: int = 0
-    """Decides the points, the order of tasks and the start of the learned optimiser."""
+    """Seed of the points, the order of tasks and the start of the learned optimiser."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -140,11 +144,11 @@ class ReportConfig:
     """What a report shows beside what it finds."""
 
     thresholds: tuple[float, ...] = ()
-    """Validation accuracies in % for which it is shown how long each algorithm took to them; none: 5 points and 1 point
-    below the best of the counterpart without attention."""
-    toy: bool = True
-    """Draw figure 1; the toy is computed, in half a minute, where none of the folders holds one that 'metaheed toy'
-    wrote."""
+    """Validation accuracies in % for which the report shows how long each algorithm took to reach them. If not given, 5
+    points and 1 point below the best of the counterpart without attention."""
+    toy: bool = False
+    """Draw the toy figure (the paper's Figure 1), which takes half a minute, even if none of the folders holds one that
+    'metaheed toy' wrote."""
 
     def __post_init__(self) -> None:
         check_types(self)

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from metaheed.config.checks import at_least, check_types, positive, require
 from metaheed.config.presets import USUAL
+from metaheed.errors import option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,13 +14,13 @@ class OuterConfig:
     """The outer step on θ."""
 
     meta_batch_size: int = USUAL.meta_batch_size
-    """B, tasks in a meta-batch."""
+    """B, the number of tasks in a meta-batch."""
     meta_lr: float = 1e-3
-    """β, the rate of the outer step."""
+    """β, the learning rate of the outer step."""
     meta_optimizer: Literal["adam", "sgd"] = "adam"
     """The outer optimiser."""
     clip_norm: float | None = None
-    """Clip the combined gradient to this Euclidean norm before the outer step; none: do not."""
+    """Clip the combined gradient to this Euclidean norm before the outer step. No clipping if not given."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -43,47 +44,55 @@ class TrainingConfig:
     """The training loop."""
 
     iterations: int = 5000
-    """Outer steps in all (the paper: 55,000)."""
+    """Number of outer steps (the paper: 55,000)."""
     seed: int = 0
-    """Decides θ's and δ's start and every training task; evaluation tasks are the same for all seeds."""
+    """Seed of the training tasks and of the start of θ and δ. Evaluation tasks are the same for all seeds."""
     out: Path | None = None
-    """Run folder; none: runs/DATA-NwayKshot-ALGORITHM-seedSEED."""
+    """Run folder; runs/DATA-NwayKshot-ALGORITHM-seedSEED if not given."""
     val_every: int = 500
-    """Iterations between validations; one more follows the last iteration."""
+    """Number of iterations between validations; one more follows the last iteration."""
     val_tasks: int = 300
-    """Frozen validation tasks; the checkpoint with their best mean accuracy is kept as best."""
+    """Number of frozen validation tasks. The checkpoint with the best mean accuracy on them is kept as best."""
     checkpoint_every: int = 100
-    """Iterations between checkpoints; the newest two are kept."""
+    """Number of iterations between checkpoints; the newest two are kept."""
     device: str = "auto"
-    """cpu, cuda, cuda:N, or auto: cuda where there is one."""
+    """Where to compute: cpu, cuda, cuda:N, or auto, which takes cuda if there is one."""
     threads: int | None = None
-    """CPU threads; none: PyTorch's choice, which is then recorded, for the sums' order depends on it."""
+    """Number of CPU threads. If not given, PyTorch chooses, and the number is recorded, because the order of summation
+    depends on it."""
     execution: ExecutionName = "auto"
-    """How the tasks of a batch are run: looped, one after another; threaded, each on one of --threads threads;
-    vectorized, as one program; processes, on as many as there are tasks and --threads, each vectorized (Linux, CPU);
-    im2col, vectorized with products of patch matrices; streamed, each on a CUDA stream of its own. auto: on CUDA
-    vectorized; on a CPU processes where learner and network have a closed form, threaded for ProtoNet, looped for a
-    network of one's own or one task.
-    Printed at the start."""
+    """How the tasks of a batch are computed. looped: one after another; threaded: each on one of --threads threads;
+    vectorized: all in one program; processes: on worker processes, as many as there are tasks and --threads, each
+    vectorized (Linux, CPU); im2col: vectorized, with products of patch matrices; streamed: each on its own CUDA
+    stream. auto takes vectorized on CUDA, but streamed for your own network; on a CPU it takes processes if learner and
+    network have a closed form, threaded for ProtoNet, and looped for your own network or a single task. The choice is
+    printed at the start."""
     chunk_size: int | None = None
-    """Tasks at once under the executions vectorized (auto's choice where this is given) and im2col; none: the whole
-    meta-batch, but a few on a CPU where learner and network have a closed form."""
+    """Number of tasks computed at once by the executions vectorized and im2col; auto then takes vectorized. If not
+    given, it is the whole meta-batch, but a few tasks on a CPU if learner and network have a closed form."""
     log_initial_loss: bool = False
-    """Log every task's loss before adaptation also under rules that do not need it (all but attended): a forward pass
-    of the query set more for each task."""
+    """Also log every task's loss before adaptation under rules that do not need it, which are all but attended. It
+    takes one more forward pass of the query set for each task."""
     capture: Literal["auto", "on", "off"] = "auto"
-    """Make the steps in blocks, on the device alone, captured in a CUDA graph; auto: on CUDA. A network that cannot be
-    captured is trained step by step, with a notice. on without CUDA: the same blocks without a graph, the same bits."""
+    """Compute blocks of iterations on the device alone, captured in a CUDA graph; auto does so on CUDA. A network that
+    cannot be captured is trained step by step, and a notice says so. Without CUDA, on computes the same blocks without
+    a graph, with the same results."""
     block: int = 100
-    """Captured iterations between two looks at the device, at most: what is logged in between is logged then. A block
-    ends at each validation and checkpoint, too; the results are the same at any number."""
+    """Largest number of captured iterations in a block. Logs are written at its end. A block also ends at each
+    validation and checkpoint; the results do not depend on this number."""
     tf32: bool = False
-    """Let CUDA round what it multiplies to TF32's 10 bits: faster, and less exact than float32. No effect on a CPU."""
+    """Let CUDA round the factors of products to TF32's 10 bits, which is faster and less exact than float32. No effect
+    on a CPU."""
     check_gradient: bool = True
-    """Before training on a network of one's own, compare the meta-gradient of one small task with finite differences in
-    float64, which finds operations whose derivatives are wrong. It takes a few passes over eight images."""
+    """Compare the meta-gradient of one small task with finite differences in float64 before your own network is
+    trained, which finds operations whose derivatives are wrong. It takes a few passes over eight images."""
+    cached_after: ClassVar[float] = 3.0  # seconds that reading a data set takes before it is worth keeping
+    data_cache: bool = True
+    """Keep a data set that took more than three seconds to read and decode in the user's cache, and read it from there
+    next time. The cache is the folder METAHEED_CACHE if that is set, else ~/.cache/metaheed. The results are the
+    same."""
     tensorboard: bool = False
-    """Also write TensorBoard events into the run folder (needs the extra metaheed[tensorboard])."""
+    """Also write TensorBoard events into the run folder; needs the extra metaheed[tensorboard]."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -94,7 +103,7 @@ class TrainingConfig:
             self.chunk_size is None or self.execution in ("auto", *CHUNKED),
             "chunk_size",
             self.chunk_size,
-            f"the {self.execution} execution has no chunks: leave it out, or set --execution vectorized",
+            f"the {self.execution} execution has no chunks: leave it out, or set {option('execution', 'vectorized')}",
         )
 
 
@@ -103,8 +112,8 @@ class TrialConfig(TrainingConfig):
     """The training loop of each trial of a search: what is meant otherwise there."""
 
     iterations: int = 5000
-    """Outer steps of each trial."""
+    """Number of outer steps of each trial."""
     seed: int = 0
-    """Training seed, the same in every trial: θ's and δ's start and the training tasks are then the same, too."""
+    """Training seed, the same in every trial, so that the training tasks and the start of θ and δ are the same, too."""
     out: Path | None = None
-    """Study folder; none: runs/search-DATA-NwayKshot-ALGORITHM."""
+    """Study folder; runs/search-DATA-NwayKshot-ALGORITHM if not given."""

@@ -10,7 +10,7 @@ from metaheed.config.learners import LEARNERS, LearnerConfig
 from metaheed.config.rules import RULES, RuleConfig
 from metaheed.config.run import RunConfig
 from metaheed.config.training import OuterConfig, TrainingConfig
-from metaheed.errors import ConfigError, shown, unknown
+from metaheed.errors import ConfigError, naming_fields, shown, unknown
 from metaheed.files.trust import NamedByFile
 
 
@@ -37,6 +37,11 @@ def from_dict(values: Any) -> RunConfig:
     Raises:
         ConfigError: a group or field is missing, unknown, or out of its bounds.
     """
+    with naming_fields():
+        return _run_config(values)
+
+
+def _run_config(values: Any) -> RunConfig:
     groups = dict(_mapping(values, "config"))
     algorithm = groups.pop("algorithm", None)
     learner = dict(_mapping(groups.pop("learner", None), "learner"))
@@ -78,6 +83,11 @@ def build(kind: type[Any], values: Any, what: str) -> Any:
     Raises:
         ConfigError: a field is unknown, missing, or out of its bounds.
     """
+    with naming_fields():
+        return _built(kind, values, what)
+
+
+def _built(kind: type[Any], values: Any, what: str) -> Any:
     values = dict(_mapping(values, what))
     hints = typing.get_type_hints(kind)
     names = [f.name for f in dataclasses.fields(kind)]

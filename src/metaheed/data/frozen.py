@@ -33,7 +33,7 @@ from metaheed.data.episodes import Episodes, fingerprint
 from metaheed.data.images import SPLITS, Dataset, Split
 from metaheed.data.output import write_output
 from metaheed.data.reading.names import composed
-from metaheed.errors import DataError, brief, shown
+from metaheed.errors import DataError, brief, option, shown
 
 _FORMAT = 1
 _LARGEST = 1 << 33  # bytes of all arrays; 600 tasks of 84×84 RGB images need one eighth of it
@@ -91,7 +91,7 @@ class FrozenTasks:
         where = f"split {self.split!r} of {dataset.name}"
         remedy = (
             "the file was made from another version of it. Use the data set that it was made from, or have it made "
-            "--with-images"
+            f"{option('with_images', True)}"
         )
         if int(self.rows[-1]) >= len(split.images):
             raise DataError(

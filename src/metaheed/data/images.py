@@ -66,6 +66,10 @@ class Dataset:
     device: torch.device | None = None
     """The device on which batches are made; where the images lie if None."""
 
+    def renamed(self, origin: str) -> "Dataset":
+        """The same data set, said to have been read from `origin`."""
+        return replace(self, origin=origin)
+
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
-from metaheed.errors import DataError, MissingDataError, shown
+from metaheed.errors import DataError, MissingDataError, option, shown
 
 
 def class_list(name: str) -> list[str]:
@@ -33,18 +33,18 @@ def candidate_folders(
     """
     if root is None:
         raise MissingDataError(
-            f"{dataset} needs --data-root, the folder that contains {expected} (in 'data prepare' it is called "
-            f"--from); published at {published}"
+            f"{dataset} needs {option('data_root')}, the folder that contains {expected} (in 'data prepare' it is "
+            f"called --from); published at {published}"
         )
     if root.is_file():
         raise MissingDataError(
-            f"--data-root (or --from) {root} is a file, but {dataset} is looked for in a folder: unpack it if it is an "
-            f"archive, and give the folder that contains {expected}; published at {published}"
+            f"{option('data_root')} (or --from) {root} is a file, but {dataset} is looked for in a folder: unpack it "
+            f"if it is an archive, and give the folder that contains {expected}; published at {published}"
         )
     if not root.is_dir():
         raise MissingDataError(
-            f"--data-root (or --from) {root} is not a folder, but {dataset} needs one that contains {expected}; "
-            f"published at {published}"
+            f"{option('data_root')} (or --from) {root} is not a folder, but {dataset} needs one that contains "
+            f"{expected}; published at {published}"
         )
     return [root, *(place for sub in subfolders for place in _matching_folders(root, sub))]
 

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from metaheed.config import EpisodeConfig
+from metaheed.config import EpisodeConfig, TrainingConfig
+from metaheed.data.cache import cached_or_read
 from metaheed.data.images import Dataset
 from metaheed.data.sets import cifar, folder, glyphs, miniimagenet, omniglot, tieredimagenet
-from metaheed.data.sources import Request, Source, Watcher, check_memory, read_into_memory
+from metaheed.data.sources import Request, Source, Watcher, check_memory
 from metaheed.data.store import SUFFIX, Manifest, find_store, open_store, read_manifest, store_name, stores_under
-from metaheed.errors import DataError, MissingDataError, unknown
+from metaheed.errors import DataError, MissingDataError, option, unknown
 
 DATASETS: dict[str, Callable[[Request], Source]] = {
     "glyphs": lambda request: glyphs.find(),
@@ -48,16 +49,19 @@ def load_dataset(
     image_size: int | None = None,
     split_seed: int | None = None,
     watcher: Watcher | None = None,
+    cache: bool = TrainingConfig.data_cache,
 ) -> Dataset:
     """Load a data set by name.
 
-    If there is a store of it under `root`, the store is mapped into memory. Otherwise the published files are read.
+    If there is a store of it under `root`, the store is mapped into memory. Otherwise the published files are read, or
+    what an earlier reading of them left in the user's cache.
 
     Args:
         name: a key of DATASETS.
         root: the folder to look in; its customary subfolders are searched, too.
         image_size, split_seed: settings of the data set "folder" (your own pictures); see EpisodeConfig.
-        watcher: told of images that appear in two classes.
+        watcher: told what is read and how far it is, and of images that appear in two classes.
+        cache: whether decoded images are kept in the user's cache, and read from there; see TrainingConfig.data_cache.
 
     Raises:
         ConfigError: no data set has that name.
@@ -66,7 +70,9 @@ def load_dataset(
     check_name(name)
     request = Request(None if root is None else Path(root), image_size, split_seed)
     path = _find_store(name, request)
-    return open_store(path, request) if path is not None else read_into_memory(find_source(name, request), watcher)
+    if path is not None:
+        return open_store(path, request)
+    return cached_or_read(find_source(name, request), watcher, cache)
 
 
 def find_shape(
@@ -103,7 +109,9 @@ def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
     """
     root = None if root is None else Path(root)
     if root is not None and not root.exists():
-        raise MissingDataError(f"--data-root {root} is not a folder or archive: nothing of that name is there")
+        raise MissingDataError(
+            f"{option('data_root')} {root} is not a folder or archive: nothing of that name is there"
+        )
     stores: list[Manifest] = []
     for path in stores_under(root) if root is not None else []:
         try:
@@ -127,7 +135,7 @@ def survey(root: str | Path | None) -> Iterator[tuple[str, str, str]]:
             source = DATASETS[name](Request(root))
         except MissingDataError:
             if not found:
-                yield name, "not found" if root else "not looked for: no --data-root", ""
+                yield name, "not found" if root else f"not looked for: no {option('data_root')}", ""
         except (DataError, OSError) as error:
             yield name, f"cannot be used: {error}", ""
         else:

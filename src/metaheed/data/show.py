@@ -10,7 +10,7 @@ from metaheed.data.episodes import Episodes
 from metaheed.data.images import Dataset
 from metaheed.data.output import write_output
 from metaheed.data.sets.glyphs import font_file
-from metaheed.errors import ConfigError, shown
+from metaheed.errors import ConfigError, option, shown
 
 _TILE = 64  # smallest side of a drawn image in pixels; images are enlarged by whole factors
 _GAP, _LINE, _NAME = 4, 18, 190  # pixels between images, height of a line of text, width of the column of names
@@ -29,7 +29,7 @@ def draw_episode(episodes: Episodes, index: int) -> tuple[Image.Image, list[str]
         ConfigError: no task has that index, or the picture would be too large.
     """
     if not 0 <= index < _TASKS:
-        raise ConfigError(f"--index is {shown(index)}, but it must be at least 0 and below 2**63")
+        raise ConfigError(f"{option('index')} is {shown(index)}, but it must be at least 0 and below 2**63")
     rows = episodes.rows(index)
     starts = episodes.split.starts
     names = [episodes.split.classes[int(np.searchsorted(starts, row[0], side="right")) - 1] for row in rows]
@@ -58,7 +58,7 @@ def draw_classes(dataset: Dataset, split: str, classes: int, images: int) -> tup
     """
     if classes < 1 or images < 1:
         raise ConfigError(
-            f"--classes is {shown(classes)} with {shown(images)} images each, but both must be at least 1"
+            f"{option('classes')} is {shown(classes)} with {shown(images)} images each, but both must be at least 1"
         )
     part = dataset.split(split)
     chosen = np.unique(np.linspace(0, len(part.classes) - 1, min(classes, len(part.classes))).round().astype(int))
@@ -96,8 +96,8 @@ def _sheet(title: str, names: Sequence[str], rows: Sequence[np.ndarray], framed:
     if size[0] * size[1] > _MOST_PIXELS:
         raise ConfigError(
             f"a sheet of {len(rows)} classes with up to {max(map(len, rows))} images each would have "
-            f"{size[0]}×{size[1]} pixels, more than can be looked at: choose fewer --ways, --shots, --queries or "
-            "--classes"
+            f"{size[0]}×{size[1]} pixels, more than can be looked at: choose fewer {option('ways')}, "
+            f"{option('shots')}, {option('queries')} or {option('classes')}"
         )
     page = Image.new("RGB", size, _PAPER)
     pen = ImageDraw.Draw(page)

@@ -72,6 +72,8 @@ class Source:
     """The settings of the request on which the images or the split depend."""
     notices: tuple[str, ...] = ()
     """Lines of text that the user should see."""
+    keeps_itself: bool = False
+    """Whether its images are quick to read, or cached by the data set's own module, so that no cache is needed."""
 
     def __post_init__(self) -> None:
         for split in SPLITS:
@@ -93,8 +95,8 @@ class Request(NamedTuple):
 class Watcher(Protocol):
     """Is told about the progress of long work on images."""
 
-    def start(self, what: str, items: int, done: int) -> None:
-        """The work `what` begins: it has `items` items in all, of which `done` are done already."""
+    def start(self, what: str, items: int, done: int, unit: str = "images") -> None:
+        """The work `what` begins, on `items` items in all, called by their unit; `done` of them are done already."""
 
     def advance(self, items: int) -> None:
         """`items` more items are done."""
@@ -109,7 +111,7 @@ class Watcher(Protocol):
 class Quiet:
     """A watcher that prints messages to standard error and shows no progress."""
 
-    def start(self, what: str, items: int, done: int) -> None:  # noqa: D102
+    def start(self, what: str, items: int, done: int, unit: str = "images") -> None:  # noqa: D102
         pass
 
     def advance(self, items: int) -> None:  # noqa: D102
@@ -144,12 +146,17 @@ def read_into_memory(source: Source, watcher: Watcher | None = None) -> Dataset:
         watcher.message(f"{source.name}: {notice}")
     problems: list[str] = []
     splits = {}
-    for name, split in source.splits.items():
-        images = np.empty((sum(split.counts), *split.shape), np.uint8)
-        for chunk in split.read(0):
-            images[chunk.rows] = chunk.images
-            problems += chunk.problems
-        splits[name] = Split(name, split.classes, split.counts, torch.from_numpy(images))
+    watcher.start(f"reading {source.name}", sum(split.items for split in source.splits.values()), 0)
+    try:
+        for name, split in source.splits.items():
+            images = np.empty((sum(split.counts), *split.shape), np.uint8)
+            for chunk in split.read(0):
+                images[chunk.rows] = chunk.images
+                problems += chunk.problems
+                watcher.advance(chunk.items)
+            splits[name] = Split(name, split.classes, split.counts, torch.from_numpy(images))
+    finally:
+        watcher.stop()
     raise_unreadable(problems, source)
     # Warn about duplicates only in the user's own data; published data sets are used as they were published.
     if source.published is None and any(split.name_of for split in source.splits.values()):

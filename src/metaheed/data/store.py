@@ -22,7 +22,7 @@ from metaheed.data.images import SPLITS, Dataset, Split
 from metaheed.data.reading.names import composed
 from metaheed.data.reading.trees import Unreadable, read_file
 from metaheed.data.sources import Request
-from metaheed.errors import DataError, brief, shown
+from metaheed.errors import DataError, brief, option, shown
 
 SUFFIX = ".metaheed"
 FORMAT = 1
@@ -180,8 +180,8 @@ def find_store(name: str, request: Request, image_size: int | None) -> Path | No
         found = read_manifest(root)
         if store_name(found.name, found.settings) != wanted:
             raise DataError(
-                f"--data-root {root} is a store of {found.name} with images {found.shape}: use --data {found.name} "
-                "with its --image-size, or another --data-root"
+                f"{option('data_root')} {root} is a store of {found.name} with images {found.shape}: "
+                f"use {option('data')} {found.name} with its {option('image_size')}, or another {option('data_root')}"
             )
         return root
     return root / wanted if is_store(root / wanted) else None
@@ -200,7 +200,7 @@ def open_store(path: str | Path, request: Request = Request()) -> Dataset:  # no
         raise DataError(
             f"the store {path} was split "
             + ("as its folder was" if seed is None else f"by seed {seed}")
-            + f", not by seed {request.split_seed}: leave --split-seed out, or prepare another store with it"
+            + f", not by seed {request.split_seed}: leave {option('split_seed')} out, or prepare another store with it"
         )
     splits = {}
     for split, (classes, counts, fingerprint) in manifest.splits.items():

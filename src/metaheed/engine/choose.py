@@ -16,7 +16,7 @@ from metaheed.engine.executions.processes import AVAILABLE as PROCESSES_AVAILABL
 from metaheed.engine.executions.processes import Workers, workers_and_threads
 from metaheed.engine.executions.streams import map_streamed
 from metaheed.engine.steps import Interrupting, OneByOne, Steps, Streams
-from metaheed.errors import ConfigError
+from metaheed.errors import ConfigError, option
 from metaheed.learners.learner import Learner, NetworkLearner
 from metaheed.rules.rule import OuterState, Rule, Tools
 from metaheed.types import Episode, Params
@@ -155,9 +155,10 @@ def describe_execution(
         where = str(device)
     line = f"execution: {config.execution}, {what} at a time on {where}"
     if not (images_there and _buffered(config, device)):
-        return f"{line}; --execution overrides"
+        return f"{line}; {option('execution')} overrides"
     form = "captured" if _capturable(config, device) else "not captured"
-    return f"{line}, {form}, in blocks of at most {config.block} iterations; --execution and --capture override"
+    overriding = f"{option('execution')} and {option('capture')} override"
+    return f"{line}, {form}, in blocks of at most {config.block} iterations; {overriding}"
 
 
 def build_steps(

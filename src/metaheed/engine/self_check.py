@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from metaheed.engine.estimate import evaluate_adapted, evaluate_initial, initial_gradient, task_gradient
 from metaheed.engine.executions.basic import Execution, map_looped
-from metaheed.errors import ConfigError, MetaheedError
+from metaheed.errors import ConfigError, MetaheedError, option
 from metaheed.learners.learner import Learner, NetworkLearner
 from metaheed.types import Episode, Params
 
@@ -98,7 +98,7 @@ def check_gradient(learner: Learner, meta: Params, episode: Episode, executed: E
         f"the {'meta-gradient' if exact else 'gradient'} of the network is wrong: along a random direction it is "
         f"{claimed:.6g}, but finite differences give {found:.6g}. It is off for {_listed(wrong or list(direction))}: "
         f"{_cause(learner, meta, batch, exact, slope)}. If that is meant (a straight-through estimator, a part that is "
-        "detached on purpose), skip this check with --no-check-gradient"
+        f"detached on purpose), skip this check with {option('check_gradient', False)}"
     )
 
 
@@ -112,7 +112,7 @@ def _cause(learner: Learner, meta: Params, batch: Episode, exact: bool, slope: P
         if _compare(lambda at: float(judged(at, batch)[0]), meta, slope, _direction(meta)) is None:
             return (
                 "the first derivative is right, so the second derivative of an operation that they go through is "
-                "wrong: train with --first-order, or write that operation in plain tensor operations"
+                f"wrong: train with {option('first_order', True)}, or write that operation in plain tensor operations"
             )
     return (
         "the derivative of an operation that they go through is wrong: write that operation in plain tensor operations"
@@ -255,15 +255,15 @@ def explain_failure(
 
     def settings() -> Iterator[tuple[str, Executed, Learner]]:
         if execution != "looped":
-            yield "--execution looped", _looped, learner
+            yield option("execution", "looped"), _looped, learner
         if not judging and getattr(learner, "first_order", True) is False:
             first_order = copy.copy(learner)
             first_order.first_order = True  # type: ignore[attr-defined]  # checked by getattr above
-            yield "--first-order", executed, first_order
+            yield option("first_order", True), executed, first_order
             if execution != "looped":
-                yield "--execution looped --first-order", _looped, first_order
+                yield f"{option('execution', 'looped')} {option('first_order', True)}", _looped, first_order
 
-    helping = next((option for option, how, who in settings() if works(how, who)), None)
+    helping = next((setting for setting, how, who in settings() if works(how, who)), None)
     advice = [f"it works with {helping}"] if helping else []
     said = str(error)
     hooked = _with_backward_hooks(learner)
@@ -274,7 +274,9 @@ def explain_failure(
             "attention has second derivatives with torch.nn.attention.sdpa_kernel(SDPBackend.MATH) in its forward"
         )
     elif "checkpoint" in said or "saved tensor" in said or _went_through(error, "checkpoint.py"):
-        advice.append("remove torch.utils.checkpoint from it, and save memory with --recompute instead")
+        advice.append(
+            f"remove torch.utils.checkpoint from it, and save memory with {option('recompute', True)} instead"
+        )
     elif "setup_context" in said:
         advice.append("give its autograd.Function a setup_context method, as PyTorch's torch.func asks for")
     elif "doesn't have storage" in said or "numpy()" in said:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metaheed.config import ProtoNetConfig
-from metaheed.errors import ConfigError
+from metaheed.errors import ConfigError, option
 from metaheed.learners.learner import NetworkLearner
 from metaheed.networks.derivatives import transformed
 from metaheed.networks.functional import Backbone
@@ -48,7 +48,7 @@ class ProtoNet(NetworkLearner):
         if not isinstance(linear, nn.Linear) or not self.head:
             raise ConfigError(
                 f"ProtoNet replaces the network's linear head, but {self.head or 'the network'!r} is "
-                f"{type(linear).__name__}: name a torch.nn.Linear inside the network with --head (in Python: head=...)"
+                f"{type(linear).__name__}: name a torch.nn.Linear inside the network with {option('head')}"
             )
         self.ways, self.features = linear.out_features, linear.in_features
         head_names = plain.names_of(self.head)

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from metaheed.errors import ConfigError, brief, shown, unknown
+from metaheed.errors import ConfigError, brief, option, shown, unknown
 from metaheed.files import trust
 from metaheed.networks.conversion import copied, refuse
 from metaheed.networks.examination import check_logits
@@ -141,7 +141,7 @@ def find_backbone(name: str, folder: Path | None = None) -> Callable[[int, Image
     except Exception as error:  # a user's module may raise anything while it is imported
         raise ConfigError(
             f"backbone {shown(str(name))}: importing {shown(module_name)} failed with {type(error).__name__}: "
-            f"{brief(str(error), 400)}. Name its folder with --backbone-path"
+            f"{brief(str(error), 400)}. Name its folder with {option('backbone_path')}"
         ) from error
     builder = getattr(module, attribute, None)
     if not callable(builder):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metaheed.errors import ConfigError, unknown
+from metaheed.errors import ConfigError, option, unknown
 from metaheed.networks.closed_form.cpu import ClosedForm, closed_form
 from metaheed.networks.closed_form.cuda import ClosedFormCUDA
 from metaheed.networks.conversion import (
@@ -143,7 +143,7 @@ class Backbone:
         if not seen or seen[-1][1] is not logits or seen[-1][2] != logits._version:
             raise ConfigError(
                 f"the network's logits are not the output of its module {head!r}, so that is not its head: name the "
-                "head's module with --head (in Python: head=...), or return that module's output unchanged"
+                f"head's module with {option('head')}, or return that module's output unchanged"
             )
         return seen[-1][0]
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from metaheed.config import CHUNKED, EvaluationConfig, ExecutionName, FreezeConf
 from metaheed.data import Episodes, load_dataset
 from metaheed.data.convert import convert
 from metaheed.data.frozen import FrozenEpisodes, FrozenTasks, freeze, read_episodes
-from metaheed.errors import ConfigError, DataError, NonFiniteError
+from metaheed.data.sources import Quiet, Watcher
+from metaheed.errors import ConfigError, DataError, NonFiniteError, option
 from metaheed.files.seals import seal_values
 from metaheed.files.writing import check_writable, is_writable, write_whole
 from metaheed.learners import find_backbone, place_constants
@@ -97,6 +99,8 @@ def evaluate_run(
     trust: bool = False,
     out: str | Path | None = None,
     notice: Callable[[str], None] | None = None,
+    watcher: Watcher | None = None,
+    data_cache: bool | None = None,
 ) -> dict[str, Any]:
     """Evaluate a run and write the result into its folder.
 
@@ -116,7 +120,9 @@ def evaluate_run(
         threads: number of CPU threads; by default as in training.
         trust: allow the code of the network that the run folder names, if it is not metaheed's and not allowed yet.
         out: the file to write instead of one in the run folder.
-        notice: called with a message if the result is not kept.
+        notice: called with a message that says which file the result is in, or that it is not kept.
+        watcher: told how reading the data set and judging go.
+        data_cache: whether decoded images are kept in the user's cache and read from there; as in training if None.
 
     Returns:
         The content of the result file: accuracy and its half-width, the accuracy of each task, the hash of the tasks,
@@ -139,12 +145,12 @@ def evaluate_run(
     shape = setting.ways, setting.shots, setting.queries
     file = Path(out) if out is not None else result_file(folder, run, setting.data, shape, setting.split)
     if out is not None and folder.needs(file):
-        raise ConfigError(f"--out is {out}, which is a file of the run itself: name another file")
+        raise ConfigError(f"{option('out')} is {out}, which is a file of the run itself: name another file")
     kept = True
     if out is None and not is_writable(file):
         kept = False
         if notice is not None:
-            notice(f"{path} cannot be written: the result is not kept there (--out FILE keeps it elsewhere)")
+            notice(f"{path} cannot be written: the result is not kept there ({option('out')} FILE keeps it elsewhere)")
     else:
         check_writable(file)
     run.check_ways(setting.ways)
@@ -153,7 +159,9 @@ def evaluate_run(
     meta = {name: p.to(where) for name, p in meta.items()}
     place_constants(learner, where)
     run = replace(run, training=_resolve_training(run, execution, chunk_size, threads, where))
-    episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where)
+    if data_cache is not None:
+        run = replace(run, training=replace(run.training, data_cache=data_cache))
+    episodes, conversion = _episodes(path, setting, frozen, run, about, data_root, where, watcher)
     folder.check_classes(episodes.dataset, setting.split)
     with (
         closing_workers(),
@@ -163,8 +171,23 @@ def evaluate_run(
         translate_network_errors(run, where, learner, meta, lambda: episodes.batch(0, 1), judging=True),
     ):
         adapted, initial = (
-            evaluate(build_execution(run.training, where, learner, outcome), meta, episodes, setting.tasks, told)
-            for outcome, told in ((evaluate_adapted, on_tasks), (evaluate_initial, None))
+            _watched(
+                watcher or Quiet(),
+                what,
+                told,
+                partial(
+                    evaluate,
+                    build_execution(run.training, where, learner, outcome),
+                    meta,
+                    episodes,
+                    setting.tasks,
+                ),
+                setting.tasks,
+            )
+            for what, outcome, told in (
+                ("after adaptation", evaluate_adapted, on_tasks),
+                ("before adaptation", evaluate_initial, None),
+            )
         )
     accuracy, half_width = interval(adapted.accuracies)
     initial_accuracy, initial_half_width = interval(initial.accuracies)
@@ -189,7 +212,33 @@ def evaluate_run(
     result = seal_values(result)
     if kept:
         write_whole(file, (json.dumps(result, indent=1) + "\n").encode())
+        if notice is not None:
+            notice(f"the result is in {file}")
     return result
+
+
+def _watched(
+    watcher: Watcher,
+    what: str,
+    on_tasks: Callable[[int], None] | None,
+    judge: Callable[[Callable[[int], None]], Outcomes],
+    tasks: int,
+) -> Outcomes:
+    """What `judge` gives, while the watcher is told of its tasks."""
+    done = 0
+
+    def told(count: int) -> None:
+        nonlocal done
+        watcher.advance(count - done)
+        done = count
+        if on_tasks is not None:
+            on_tasks(count)
+
+    watcher.start(f"judging {what}", tasks, 0, "tasks")
+    try:
+        return judge(told)
+    finally:
+        watcher.stop()
 
 
 def _resolve_training(
@@ -246,6 +295,7 @@ def _episodes(
     about: dict[str, Any],
     data_root: Path | None,
     where: torch.device,
+    watcher: Watcher | None,
 ) -> tuple[Episodes, str | None]:
     """The tasks with images as the run's network takes them, and how these were converted, if they were."""
     elsewhere = setting.data != run.episodes.data
@@ -254,7 +304,8 @@ def _episodes(
     if frozen is None or frozen.images is None:
         own = run.episodes
         of_folder = (None, None) if elsewhere else (own.image_size, own.split_seed)
-        dataset = load_dataset(setting.data, data_root or own.data_root, *of_folder)
+        cache = run.training.data_cache
+        dataset = load_dataset(setting.data, data_root or own.data_root, *of_folder, watcher=watcher, cache=cache)
         if frozen is not None:
             frozen = frozen.with_images_from(dataset)
         elif elsewhere:

@@ -33,7 +33,7 @@ from torch import Tensor
 from metaheed.config import RunConfig, from_dict, to_dict
 from metaheed.data import Dataset
 from metaheed.data.reading.names import composed
-from metaheed.errors import RunError, brief, shown
+from metaheed.errors import RunError, brief, option, shown
 from metaheed.files.opening import (
     JSON_BYTES,
     YAML_BYTES,
@@ -133,7 +133,7 @@ class RunFolder:
                 file.seek(0)
                 raise RunError(
                     f"{self.path} is being trained by another process ({brief(file.read(200)) or 'unknown'}): "
-                    "wait for it, stop it, or choose another --out"
+                    f"wait for it, stop it, or choose another {option('out')}"
                 )
             with _writing(self.path):
                 file.truncate(0)
@@ -311,7 +311,7 @@ class RunFolder:
         if not checkpoint.best:
             raise RunError(
                 f"{self.path} has not been validated yet, so it has no best checkpoint: "
-                "train on, or use --checkpoint last"
+                f"train on, or use {option('checkpoint', 'last')}"
             )
         return checkpoint.best, {"iteration": checkpoint.progress.best_iteration, **shape}
 

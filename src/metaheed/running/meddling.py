@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from metaheed.errors import RunError, brief
+from metaheed.errors import RunError, brief, option
 
 
 class KnownFile(NamedTuple):
@@ -25,7 +25,7 @@ def meddling_error(path: Path, how: str) -> RunError:
     """The error that says that another program removed or changed a file."""
     return RunError(
         f"{path} was {how} by another program while the run trained, so training ended without writing a checkpoint. "
-        "Put it back and resume from the checkpoint before, or choose another --out and train anew"
+        f"Put it back and resume from the checkpoint before, or choose another {option('out')} and train anew"
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from metaheed.config import CHUNKED, RunConfig, TrainingConfig
-from metaheed.errors import ConfigError, MetaheedError, OutOfMemoryError, StartError, WorkerError
+from metaheed.errors import ConfigError, MetaheedError, OutOfMemoryError, StartError, WorkerError, option
 from metaheed.learners import Learner, NetworkLearner
 from metaheed.outer import build_execution, explain_failure, tasks_at_once
 from metaheed.types import Episode, Params
@@ -45,12 +45,15 @@ def pick_device(name: str, fall_back: bool = False) -> torch.device:
     if device is not None and device.type == "cpu" and not device.index:
         return torch.device("cpu")
     if device is None or device.type != "cuda":
-        raise ConfigError(f"--device is {name[:60]!r}, but it must be cpu, cuda, cuda:N or auto")
+        raise ConfigError(f"{option('device')} is {name[:60]!r}, but it must be cpu, cuda, cuda:N or auto")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
         if fall_back:
             return torch.device("cpu")
-        raise ConfigError(f"--device is {name!r}, but PyTorch finds {count} CUDA devices here: use --device cpu")
+        raise ConfigError(
+            f"{option('device')} is {name!r}, but PyTorch finds {count} CUDA devices here: use "
+            f"{option('device', 'cpu')}"
+        )
     return device
 
 
@@ -205,15 +208,17 @@ def check_batch_fits(
         there = available_memory(where)
         if there is not None and B * task > there:
             raise ConfigError(
-                f"--meta-batch-size is {B}: {images} images of {'×'.join(map(str, image_shape))} a task and its "
-                f"gradient take at least {B * task / 2**30:,.1f} GiB in all, but {where} has {there / 2**30:,.1f} GiB: "
-                "set a smaller --meta-batch-size, or fewer --ways, --shots or --queries"
+                f"{option('meta_batch_size')} is {B}: {images} images of {'×'.join(map(str, image_shape))} a task "
+                f"and its gradient take at least {B * task / 2**30:,.1f} GiB in all, but {where} has "
+                f"{there / 2**30:,.1f} GiB: set a smaller "
+                f"{option('meta_batch_size')}, or fewer {option('ways')}, {option('shots')} or "
+                f"{option('queries')}"
             )
     there, accuracy_and_loss = available_memory(torch.device("cpu")), 16
     if there is not None and config.training.val_tasks * accuracy_and_loss > there:
         raise ConfigError(
-            f"--val-tasks is {config.training.val_tasks}: their results do not fit into {there / 2**30:,.1f} GiB of "
-            "memory: set fewer"
+            f"{option('val_tasks')} is {config.training.val_tasks}: their results do not fit into "
+            f"{there / 2**30:,.1f} GiB of memory: set fewer"
         )
 
 
@@ -321,19 +326,20 @@ def suggest_chunk(at_once: int, available: int | None, task_bytes: int | None) -
 def _less_memory(config: RunConfig, at_once: int, chunk: int) -> str:
     execution = config.training.execution
     if at_once > 1 and execution in CHUNKED:
-        return f"set --chunk-size {chunk}"
+        return f"set {option('chunk_size', chunk)}"
     if at_once > 1 and execution == "threaded":
-        return "set --execution looped"
+        return f"set {option('execution', 'looped')}"
     if at_once > 1:
-        return f"set --execution vectorized --chunk-size {chunk}"
+        return f"set {option('execution', 'vectorized')} {option('chunk_size', chunk)}"
     learner, advice = config.learner, []
     if not getattr(learner, "recompute", True):  # the learner can recompute its inner steps instead of storing them
-        advice.append("--recompute")
+        advice.append(option("recompute", True))
     if not getattr(learner, "first_order", True):
-        advice.append("--first-order")
+        advice.append(option("first_order", True))
     if hasattr(learner, "adaptation_steps"):
-        advice.append("fewer --adaptation-steps")
-    return f"try {', '.join([*advice, 'fewer --queries'])} or a smaller --backbone in a new run"
+        advice.append(f"fewer {option('adaptation_steps')}")
+    advice.append(f"fewer {option('queries')}")
+    return f"try {', '.join(advice)} or a smaller {option('backbone')} in a new run"
 
 
 def keep_freed_memory() -> None:

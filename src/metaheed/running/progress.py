@@ -33,36 +33,43 @@ class Bar(Reporter):
         self._console, self._transient = console, transient
         self._progress: Progress | None = None
         self._task = TaskID(0)
-        self._smooth = _Smooth()
-        self._rate = _Rate()
+        self._pace = _TrainingPace()
+        self._note = ""
+
+    def watcher(self) -> "Work":
+        """A bar that vanishes once the data set is read."""
+        return Work(self._console, transient=True)
 
     def start(self, iteration: int, iterations: int) -> None:
         """Show the bar."""
         self._progress = Progress(
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  accuracy {task.fields[accuracy]:.3f}"),
-            TextColumn("{task.fields[rate]:.2f} it/s  left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
             console=self._console,
             transient=self._transient,
         )
-        nan = float("nan")
-        self._task = self._progress.add_task(
-            "train", total=iterations, completed=iteration, loss=nan, accuracy=nan, rate=0.0
-        )
+        self._task = self._progress.add_task("train", total=iterations, completed=iteration, note="")
         self._progress.start()
-        self._rate.start(iteration)
+        self._pace.start(iteration, iterations)
 
     def step(self, iteration: int, loss: float, accuracy: float) -> None:
         """Advance."""
         assert self._progress is not None
-        loss, accuracy = self._smooth(loss, accuracy)
-        rate = self._rate(iteration)
-        self._progress.update(self._task, completed=iteration, loss=loss, accuracy=accuracy, rate=rate)
+        self._note = self._pace.step(iteration, loss, accuracy)
+        self._progress.update(self._task, completed=iteration, note=self._note)
+
+    def validating(self, done: int, tasks: int) -> None:
+        """Say beside the bar how far the validation is."""
+        assert self._progress is not None
+        self._pace.pause()
+        self._progress.update(self._task, note=f"validating {done}/{tasks}")
 
     def validation(self, iteration: int, accuracy: float, half_width: float, best: bool) -> None:
         """A line above the bar."""
+        self._pace.go_on()
+        if self._progress is not None:
+            self._progress.update(self._task, note=self._note)
         self._console.print(_validation(iteration, accuracy, half_width, best), highlight=False)
 
     def message(self, text: str) -> None:
@@ -82,30 +89,36 @@ class Lines(Reporter):
     def __init__(self, every: float = 10.0) -> None:
         self._every = every
         self._iterations = 0
-        self._smooth = _Smooth()
-        self._rate = _Rate()
+        self._pace = _TrainingPace()
         self._said = 0.0
+
+    def watcher(self) -> "WorkLines":
+        """Lines on how reading the data set goes."""
+        return WorkLines(brief=True)
 
     def start(self, iteration: int, iterations: int) -> None:
         """Begin the clock."""
         self._iterations = iterations
-        self._rate.start(iteration)
+        self._pace.start(iteration, iterations)
         self._said = time.monotonic()
 
     def step(self, iteration: int, loss: float, accuracy: float) -> None:
         """Say how it stands, now and then."""
-        loss, accuracy = self._smooth(loss, accuracy)
-        rate = self._rate(iteration)
+        note = self._pace.step(iteration, loss, accuracy)
         if time.monotonic() - self._said >= self._every or iteration == self._iterations:
             self._said = time.monotonic()
-            left = int((self._iterations - iteration) / rate) if rate else 0
-            self.message(
-                f"iteration {iteration}/{self._iterations}  loss {loss:.3f}  accuracy {accuracy:.3f}  "
-                f"{rate:.2f} it/s  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            )
+            self.message(f"iteration {iteration}/{self._iterations}  {note}")
+
+    def validating(self, done: int, tasks: int) -> None:
+        """Say how far the validation is, now and then."""
+        self._pace.pause()
+        if time.monotonic() - self._said >= self._every:
+            self._said = time.monotonic()
+            self.message(f"validating {done}/{tasks}")
 
     def validation(self, iteration: int, accuracy: float, half_width: float, best: bool) -> None:
         """Say it."""
+        self._pace.go_on()
         self.message(_validation(iteration, accuracy, half_width, best))
 
     def message(self, text: str) -> None:
@@ -117,29 +130,39 @@ class Lines(Reporter):
         """Nothing to put away."""
 
 
-def make_watcher() -> "Work | WorkLines":
-    """Who tells of work on images: a bar if standard error is a terminal, else lines."""
+def make_watcher(brief: bool = False) -> "Work | WorkLines":
+    """Who tells of work on images or tasks: a bar if standard error is a terminal, else lines.
+
+    Args:
+        brief: whether the bar vanishes at its end, and no line is said of work that takes less than a second.
+    """
     console = Console(stderr=True)
-    return Work(console) if console.is_terminal else WorkLines()
+    return Work(console, brief) if console.is_terminal else WorkLines(brief)
 
 
 class Work:
-    """A live progress bar with images done and time left."""
+    """A live progress bar with the items done and the time left.
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    Args:
+        console: where to draw it.
+        transient: whether it vanishes at its end.
+    """
+
+    def __init__(self, console: Console, transient: bool = False) -> None:
+        self._console, self._transient = console, transient
         self._progress: Progress | None = None
         self._task = TaskID(0)
 
-    def start(self, what: str, items: int, done: int) -> None:
+    def start(self, what: str, items: int, done: int, unit: str = "images") -> None:
         """Show the bar."""
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("images  left"),
+            TextColumn(f"{unit}  left"),
             TimeRemainingColumn(),
             console=self._console,
+            transient=self._transient,
         )
         self._task = self._progress.add_task(what, total=items, completed=done)
         self._progress.start()
@@ -161,31 +184,35 @@ class Work:
 
 
 class WorkLines:
-    """A line every ten seconds at most."""
+    """A line after the first second and then every ten seconds at most.
 
-    def __init__(self) -> None:
-        self._what, self._items, self._done, self._first = "", 0, 0, 0
-        self._since = self._said = 0.0
+    Args:
+        brief: whether nothing is said of work that takes less than a second.
+    """
 
-    def start(self, what: str, items: int, done: int) -> None:
+    def __init__(self, brief: bool = False) -> None:
+        self._brief = brief
+        self._what, self._unit, self._items, self._done, self._first = "", "", 0, 0, 0
+        self._since = self._due = 0.0
+
+    def start(self, what: str, items: int, done: int, unit: str = "images") -> None:
         """Begin the clock."""
-        self._what, self._items, self._done, self._first = what, items, done, done
-        self._since = self._said = time.monotonic()
+        self._what, self._unit, self._items, self._done, self._first = what, unit, items, done, done
+        self._since = time.monotonic()
+        self._due = self._since + 1
         if done:
-            self.message(f"{what}: going on after {done} of {items} images")
+            self.message(f"{what}: going on after {done} of {items} {unit}")
 
     def advance(self, items: int) -> None:
         """Say how it stands, now and then."""
         self._done += items
         now = time.monotonic()
-        if now - self._said >= 10 or self._done == self._items:
-            self._said = now
+        short = self._brief and now - self._since < 1
+        if now >= self._due or (self._done == self._items and not short):
+            self._due = now + 10
             rate = (self._done - self._first) / max(now - self._since, 1e-9)
-            left = int((self._items - self._done) / rate) if rate else 0
-            self.message(
-                f"{self._what}: {self._done}/{self._items} images  "
-                f"left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            )
+            left = _clock((self._items - self._done) / rate if rate else 0)
+            self.message(f"{self._what}: {self._done}/{self._items} {self._unit}  left {left}")
 
     def message(self, text: str) -> None:
         """Say it, if anybody is left to hear it."""
@@ -301,8 +328,7 @@ class _Pace:
         rate = 0.0 if self._rate is None else self._rate(iteration)
         parts = [self._what]
         if rate:
-            left = int((self.iterations - iteration) / rate)
-            parts.append(f"{rate:.2f} it/s  left {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}")
+            parts.append(f"{rate:.2f} it/s  left {_clock((self.iterations - iteration) / rate)}")
         if validation is not None:
             parts.append(f"validation {validation:.2%}")
         return "  ".join(parts)
@@ -362,6 +388,11 @@ def _validation(iteration: int, accuracy: float, half_width: float, best: bool) 
     return f"validation after {iteration}: {accuracy:.2%}{spread}{' (best so far)' if best else ''}"
 
 
+def _clock(seconds: float) -> str:
+    whole = int(seconds)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
 class _Smooth:
     """Running means of loss and accuracy: single batches of few tasks say little."""
 
@@ -375,10 +406,43 @@ class _Smooth:
 
 
 class _Rate:
-    """Iterations a second since the start of this process's work, validations included."""
+    """Iterations a second since the start of this process's work, without the time between `pause` and `go_on`."""
 
     def start(self, iteration: int) -> None:
         self._first, self._since = iteration, time.monotonic()
+        self._paused: float | None = None
+
+    def pause(self) -> None:
+        if self._paused is None:
+            self._paused = time.monotonic()
+
+    def go_on(self) -> None:
+        if self._paused is not None:
+            self._since += time.monotonic() - self._paused
+            self._paused = None
 
     def __call__(self, iteration: int) -> float:
         return (iteration - self._first) / max(time.monotonic() - self._since, 1e-9)
+
+
+class _TrainingPace:
+    """What is said of an iteration: smoothed loss and accuracy, iterations a second without validations, time left."""
+
+    def __init__(self) -> None:
+        self._smooth, self._rate, self._iterations = _Smooth(), _Rate(), 0
+
+    def start(self, iteration: int, iterations: int) -> None:
+        self._iterations = iterations
+        self._rate.start(iteration)
+
+    def step(self, iteration: int, loss: float, accuracy: float) -> str:
+        loss, accuracy = self._smooth(loss, accuracy)
+        rate = self._rate(iteration)
+        left = _clock((self._iterations - iteration) / rate if rate else 0)
+        return f"loss {loss:.3f}  accuracy {accuracy:.2%}  {rate:.2f} it/s  left {left}"
+
+    def pause(self) -> None:
+        self._rate.pause()
+
+    def go_on(self) -> None:
+        self._rate.go_on()

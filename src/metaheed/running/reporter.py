@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from metaheed.data.sources import Watcher
+
 
 class Reporter:
     """A listener to one training run. Every method does nothing: subclass it and override what you want to know of.
@@ -15,6 +17,9 @@ class Reporter:
     def step(self, iteration: int, loss: float, accuracy: float) -> None:
         """An outer step is done; query loss in nats and accuracy in [0, 1] are means over the meta-batch."""
 
+    def validating(self, done: int, tasks: int) -> None:
+        """A validation has judged `done` of its tasks; 0 when it begins."""
+
     def validation(self, iteration: int, accuracy: float, half_width: float, best: bool) -> None:
         """A validation is done; accuracy and the half-width of its 95% interval are in [0, 1]."""
 
@@ -26,6 +31,26 @@ class Reporter:
 
     def stop(self) -> None:
         """Training has ended, for whatever reason; nothing more will be told."""
+
+    def watcher(self) -> Watcher:
+        """Who is told how reading the data set goes; a listener that passes on its messages unless overridden."""
+        return _MessagesOnly(self)
+
+
+class _MessagesOnly:
+    """A watcher that hands messages to a reporter and ignores how far the work is."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.message = reporter.message
+
+    def start(self, what: str, items: int, done: int, unit: str = "images") -> None:
+        pass
+
+    def advance(self, items: int) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
 
 
 class Several(Reporter):
@@ -41,6 +66,10 @@ class Several(Reporter):
     def step(self, iteration: int, loss: float, accuracy: float) -> None:  # noqa: D102
         for reporter in self._reporters:
             reporter.step(iteration, loss, accuracy)
+
+    def validating(self, done: int, tasks: int) -> None:  # noqa: D102
+        for reporter in self._reporters:
+            reporter.validating(done, tasks)
 
     def validation(self, iteration: int, accuracy: float, half_width: float, best: bool) -> None:  # noqa: D102
         for reporter in self._reporters:

@@ -8,7 +8,7 @@ import torch
 
 from metaheed.config import AttendedConfig, ReplayedConfig, RunConfig
 from metaheed.data import Dataset, Episodes, load_dataset
-from metaheed.errors import ConfigError, OutOfMemoryError
+from metaheed.errors import ConfigError, OutOfMemoryError, option
 from metaheed.learners import Learner, NetworkLearner, build_learner, place_constants
 from metaheed.outer import (
     OuterState,
@@ -71,7 +71,14 @@ class Session:
 def prepare(config: RunConfig, folder: RunFolder, reporter: Reporter) -> tuple[Session, Checkpoint]:
     """Build and check a run's data, network and rule; returns them with the checkpoint before the first iteration."""
     data = config.episodes
-    dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
+    dataset = load_dataset(
+        data.data,
+        data.data_root,
+        data.image_size,
+        data.split_seed,
+        watcher=reporter.watcher(),
+        cache=config.training.data_cache,
+    )
     dataset = on_device(dataset, pick_device(config.training.device))
     folder.record_classes(dataset)
     session = set_up(config, dataset, folder)
@@ -142,7 +149,7 @@ def on_device(dataset: Dataset, device: torch.device) -> Dataset:
         size = sum(split.images.numel() for split in dataset.splits.values()) / 2**30
         raise OutOfMemoryError(
             f"the images of {dataset.name} take {size:.1f} GiB, which the memory of {device} does not hold: "
-            "set --device cpu, or another device"
+            f"set {option('device', 'cpu')}, or another device"
         ) from error
 
 
@@ -154,7 +161,9 @@ def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
         return copied
     assert isinstance(config.rule, ReplayedConfig)
     if config.rule.replay is None:
-        raise ConfigError("--replay is missing: name the folder of the attended run whose weights are to be replayed")
+        raise ConfigError(
+            f"{option('replay')} is missing: name the folder of the attended run whose weights are to be replayed"
+        )
     source = RunFolder(config.rule.replay)
     theirs = source.read_config()
     ours = (config.learner.name, replace(config.episodes, data_root=None), config.training.seed, B)
@@ -173,7 +182,7 @@ def _logged_weights(folder: RunFolder, config: RunConfig) -> torch.Tensor:
     if len(weights) < needed or weights.shape[1] != B:
         raise ConfigError(
             f"{source.path} logged the weights of {len(weights)} batches of {weights.shape[1]} tasks, but this run "
-            f"needs {needed} of {B}: lower --iterations, or train that run on"
+            f"needs {needed} of {B}: lower {option('iterations')}, or train that run on"
         )
     folder.write_replayed(weights)
     return weights

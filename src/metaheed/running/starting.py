@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from metaheed.errors import ConfigError
+from metaheed.errors import ConfigError, option
 from metaheed.files.opening import read_bounded
 from metaheed.learners import Learner, NetworkLearner
 from metaheed.running.folder import RunFolder
@@ -29,15 +29,17 @@ def read_weights(path: str | Path) -> Params:
         return RunFolder(path).read_weights("best")[0]
     if path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".pkl"):
         raise ConfigError(
-            f"--init-from is {path}, which looks like a pickle, and a pickle can run code: convert it once with "
-            "safetensors.torch.save_file(torch.load(PATH, weights_only=True), 'weights.safetensors')"
+            f"{option('init_from')} is {path}, which looks like a pickle, and a pickle can run code: convert it once "
+            "with safetensors.torch.save_file(torch.load(PATH, weights_only=True), 'weights.safetensors')"
         )
     if not path.exists():
-        raise ConfigError(f"--init-from is {path}, but there is no such file: name a .safetensors file or a run folder")
+        raise ConfigError(
+            f"{option('init_from')} is {path}, but there is no such file: name a .safetensors file or a run folder"
+        )
     try:
         return dict(load_tensors(read_bounded(path)))
     except (OSError, SafetensorError, ValueError) as error:
-        raise ConfigError(f"--init-from is {path}, but it is no safetensors file ({error})") from error
+        raise ConfigError(f"{option('init_from')} is {path}, but it is no safetensors file ({error})") from error
 
 
 def start_from(found: Params, learner: Learner, drawn: Params, what: str, notice: Callable[[str], None]) -> Params:
@@ -61,7 +63,7 @@ def start_from(found: Params, learner: Learner, drawn: Params, what: str, notice
         missing: list[str] = []
     else:
         if not isinstance(learner, NetworkLearner):
-            raise ConfigError(f"--init-from: {what} does not hold this learner's parameters")
+            raise ConfigError(f"{option('init_from')}: {what} does not hold this learner's parameters")
         prefix = next(iter(drawn)).startswith("initial.") * "initial."
         wanted = {name.removeprefix(prefix): p for name, p in drawn.items() if name.startswith(prefix)}
         found = _best_prefix(found, wanted, what)
@@ -73,15 +75,18 @@ def start_from(found: Params, learner: Learner, drawn: Params, what: str, notice
             name = (wrong or missing)[0]
             there = tuple(found[name].shape) if name in found else "absent"
             raise ConfigError(
-                f"--init-from: {what} does not fit the network: {name!r} is {there} there and "
-                f"{tuple(wanted[name].shape)} in the network. Choose the --backbone that the weights were trained with"
+                f"{option('init_from')}: {what} does not fit the network: {name!r} is {there} there and "
+                f"{tuple(wanted[name].shape)} in the network. Choose the {option('backbone')} that the weights were "
+                "trained with"
             )
         taken = {f"{prefix}{name}": p for name, p in fitting.items()}
     for name, p in taken.items():
         if not p.is_floating_point():
-            raise ConfigError(f"--init-from: {name!r} in {what} is of type {p.dtype}, but weights are floating-point")
+            raise ConfigError(
+                f"{option('init_from')}: {name!r} in {what} is of type {p.dtype}, but weights are floating-point"
+            )
         if not bool(torch.isfinite(p).all()):
-            raise ConfigError(f"--init-from: {name!r} in {what} holds values that are not finite numbers")
+            raise ConfigError(f"{option('init_from')}: {name!r} in {what} holds values that are not finite numbers")
     left = f"; the head ({', '.join(missing)}) is drawn anew" if missing else ""
     notice(f"starting from {what}: {len(taken)} of {len(drawn)} parameters{left}")
     return {name: taken[name].to(p) if name in taken else p for name, p in drawn.items()}
@@ -105,8 +110,8 @@ def _best_prefix(found: Params, wanted: Params, what: str) -> Params:
     differ = [p for p, tree in zip(equal, trees[1:], strict=True) if any(not _alike(tree, trees[0], n) for n in wanted)]
     if best and chosen not in ("", "initial.") and differ:
         raise ConfigError(
-            f"--init-from: {what} has the network's weights twice, under {chosen!r} and under {differ[0]!r}: save the "
-            "ones that are meant to a file of their own"
+            f"{option('init_from')}: {what} has the network's weights twice, under {chosen!r} and under {differ[0]!r}: "
+            "save the ones that are meant to a file of their own"
         )
     return trees[0]
 

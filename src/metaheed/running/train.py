@@ -13,7 +13,7 @@ import torch
 
 from metaheed.config import CHUNKED, ExecutionName, ReplayedConfig, RunConfig
 from metaheed.data import check_name
-from metaheed.errors import ConfigError, Interrupted, NonFiniteError, RunError
+from metaheed.errors import ConfigError, Interrupted, NonFiniteError, RunError, option
 from metaheed.files.trust import allow
 from metaheed.learners import find_backbone
 from metaheed.outer import OuterState, build_steps, closing_workers, describe_execution, pick_for_run
@@ -90,7 +90,7 @@ def train(config: RunConfig, reporter: Reporter | None = None, trust: bool = Fal
             if folder.holds_a_run():
                 raise RunError(
                     f"{folder.path} holds a run already: continue it with 'metaheed train --resume {folder.path}', "
-                    "or choose another --out"
+                    f"or choose another {option('out')}"
                 )
             try:
                 folder.write_config(config)
@@ -193,7 +193,7 @@ def _run(folder: RunFolder, config: RunConfig, reporter: Reporter) -> None:
         done = checkpoint.progress.iteration if checkpoint else 0
         if config.training.iterations < done:
             raise ConfigError(
-                f"--iterations is {config.training.iterations}, but {folder.path} has done {done}: "
+                f"{option('iterations')} is {config.training.iterations}, but {folder.path} has done {done}: "
                 "it can be raised, not lowered"
             )
         if checkpoint is not None and _finished(checkpoint.progress, config):
@@ -236,7 +236,11 @@ def _finished(progress: RunProgress, config: RunConfig) -> bool:
     return progress.iteration >= total and progress.validated >= total
 
 
-_REMEDY = "Checkpoints before it, if any, are kept; lower --fast-lr or --meta-lr, or set --clip-norm"
+def _remedy() -> str:
+    return (
+        f"Checkpoints before it, if any, are kept; lower {option('fast_lr')} or {option('meta_lr')}, or set "
+        f"{option('clip_norm')}"
+    )
 
 
 def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Reporter, received: Signals) -> None:
@@ -275,6 +279,11 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
 
     if training.tensorboard:
         reporter = Several(reporter, TensorBoard(folder.events))
+
+    def judged_so_far(tasks: int) -> None:
+        check_stop()
+        reporter.validating(tasks, training.val_tasks)
+
     reporter.start(progress.iteration, training.iterations)
     try:
         while not _finished(progress, session.config):
@@ -284,9 +293,10 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
                 meta = steps.state.meta
                 try:
                     with received.interrupting():
-                        judged = session.validation(meta, check_stop)
+                        judged_so_far(0)
+                        judged = session.validation(meta, judged_so_far)
                 except NonFiniteError as error:
-                    raise NonFiniteError(f"validation after iteration {done}: {error}. {_REMEDY}") from error
+                    raise NonFiniteError(f"validation after iteration {done}: {error}. {_remedy()}") from error
                 accuracy, half_width, loss = judged
                 better = accuracy > progress.best_accuracy
                 progress = progress._replace(validated=done)
@@ -310,7 +320,7 @@ def _loop(session: Session, folder: RunFolder, start: Checkpoint, reporter: Repo
                         loss, accuracy = log_step(record, progress.iteration, metrics, tasks, reporter)
                         reporter.step(progress.iteration, loss, accuracy)
             except NonFiniteError as error:
-                raise NonFiniteError(f"iteration {progress.iteration + 1}: {error}. {_REMEDY}") from error
+                raise NonFiniteError(f"iteration {progress.iteration + 1}: {error}. {_remedy()}") from error
             if progress.iteration > done and progress.iteration % training.checkpoint_every == 0:
                 save()
     except StopRequested:

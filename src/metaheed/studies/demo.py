@@ -18,7 +18,7 @@ from metaheed.running.compare import compare
 from metaheed.running.evaluate import evaluate, evaluate_run
 from metaheed.running.folder import RunFolder
 from metaheed.running.load import load
-from metaheed.running.progress import make_reporter
+from metaheed.running.progress import make_reporter, make_watcher
 from metaheed.running.statistics import interval
 from metaheed.running.train import resume, train
 from metaheed.studies.figures import training_figure
@@ -58,7 +58,8 @@ def demo(out: str | Path, iterations: int, seed: int, tasks: int = 300) -> Path:
         else:
             runs[algorithm] = train(config, make_reporter())
 
-    judged = {a: evaluate_run(path, EvaluationConfig(tasks=tasks)) for a, path in runs.items()}
+    watcher = make_watcher(brief=True)
+    judged = {a: evaluate_run(path, EvaluationConfig(tasks=tasks), watcher=watcher) for a, path in runs.items()}
     table = Table(title=f"Accuracy on {tasks} test tasks of unseen scripts, ± 95% interval over tasks")
     for column in ("", "before adaptation", "after adaptation"):
         table.add_column(column, justify="left" if not column else "right")

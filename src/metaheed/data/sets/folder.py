@@ -30,7 +30,7 @@ from metaheed.data.reading.decode import FORMATS, SUFFIXES, Encoded, decode_rgb
 from metaheed.data.reading.names import composed, decode_text
 from metaheed.data.reading.trees import Entry, Tree, Unreadable, is_clutter, open_tree
 from metaheed.data.sources import Request, Source, SourceSplit, encoded_stream, stamp
-from metaheed.errors import ConfigError, DataError, MissingDataError, shown
+from metaheed.errors import ConfigError, DataError, MissingDataError, option, shown
 from metaheed.files.opening import put_in_place, write_synced
 
 _SPLITS = {**{split: split for split in SPLITS}, "valid": "val", "validation": "val", "dev": "val"}
@@ -50,8 +50,8 @@ def find(request: Request) -> Source:
     """
     if request.root is None:
         raise MissingDataError(
-            "folder needs --data-root, the folder (or zip, or tar) that has a folder of images for each class, or "
-            "train/, val/ and test/ with such folders (in 'data prepare' it is called --from)"
+            f"folder needs {option('data_root')}, the folder (or zip, or tar) that has a folder of images for each "
+            "class, or train/, val/ and test/ with such folders (in 'data prepare' it is called --from)"
         )
     tree = open_tree(request.root)
     parts, around = _path_parts(tree)
@@ -174,10 +174,11 @@ def write_lists(folder: Path, seed: int, val: float, test: float, overwrite: boo
     """
     if not (0 < val < 1 and 0 < test < 1 and val + test < 1):
         raise ConfigError(
-            f"--val is {val} and --test {test}, but they must be shares above 0 that leave some for training"
+            f"{option('val')} is {val} and {option('test')} {test}, but they must be shares above 0 that leave some "
+            "for training"
         )
     if not 0 <= seed < 2**63:
-        raise ConfigError(f"--seed is {seed}, but it must be in [0, 2**63)")
+        raise ConfigError(f"{option('seed')} is {seed}, but it must be in [0, 2**63)")
     if not folder.is_dir():
         raise MissingDataError(f"{folder} is not a folder: lists are written into the folder of classes")
     tree = open_tree(folder)

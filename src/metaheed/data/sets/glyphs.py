@@ -61,6 +61,9 @@ def find() -> Source:
         path = None if folder is None else folder / f"glyphs-{_cache_key(names)}.npy"
         found = None if path is None else _read_cache(path, (len(names), INSTANCES, 1, SIDE, SIDE))
         if found is None:
+            print(
+                "glyphs: drawing the characters, which takes some seconds the first time", file=sys.stderr, flush=True
+            )
             found = build(names)
             if path is not None:
                 _write_cache(path, found)
@@ -75,7 +78,9 @@ def find() -> Source:
         stream = array_stream(np.arange(count), partial(chunks, first, first + count))
         splits[split] = SourceSplit(chosen, (INSTANCES,) * len(chosen), (1, SIDE, SIDE), count, stream)
         first += count
-    return Source("glyphs", "built in", splits, stamp(_cache_key(names)), standardize="glyphs" not in UNSCALED)
+    stamped = stamp(_cache_key(names))
+    scaled = "glyphs" not in UNSCALED
+    return Source("glyphs", "built in", splits, stamped, standardize=scaled, keeps_itself=True)
 
 
 def build(names: list[str]) -> np.ndarray:

@@ -33,7 +33,7 @@ OF_A_RUN: dict[str, tuple[str, ...]] = {
     "rule": ("replay",),
     "training": (
         *("seed", "out", "device", "threads", "execution", "chunk_size", "capture", "block", "tf32"),
-        *("checkpoint_every", "log_initial_loss", "check_gradient", "tensorboard"),
+        *("checkpoint_every", "log_initial_loss", "check_gradient", "data_cache", "tensorboard"),
     ),
 }
 """Group of the config -> its fields that belong to one machine or one run, and so not to a recipe."""

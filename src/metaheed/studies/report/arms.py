@@ -1,15 +1,14 @@
-"""Which runs are repetitions of each other, and which may be set against which.
+"""Which runs are repetitions of each other, and what they are called.
 
 Runs of one config but for the seed (and what belongs to a machine) are an *arm*; arms are compared within a *setting*
-(data set, ways, shots). Two arms are paired only where the protocol is the same on both sides: the tasks of training,
-validation and test, the network, T, B and the number of iterations. What prevents a pair is named, never passed over.
+(data set, ways, shots).
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from metaheed.config import (
     ALGORITHMS,
@@ -20,12 +19,12 @@ from metaheed.config import (
     RunConfig,
     to_dict,
 )
-from metaheed.errors import RunError
-from metaheed.running.compare import Difference, compare
-from metaheed.studies.paper import ANALOGOUS, COUNTERPART, LABELS, NATURAL, Setting
+from metaheed.studies.paper import ANALOGOUS, LABELS, NATURAL, Setting
 from metaheed.studies.recipes import OF_A_RUN
 from metaheed.studies.report.reading import Judged, Result, Run, plain
 
+_LONGEST_LABEL = 32
+"""Characters of an arm's name, of which every table and legend has many."""
 _WITHOUT_EFFECT = ("learner.recompute",)
 """Settings that change where memory goes, and no number."""
 RATES = (
@@ -54,6 +53,9 @@ class Arm:
     judged: Judged | None
     """What those that are judged were judged on; none: none is."""
     label: str
+    """What the page calls it; short."""
+    described: str = ""
+    """What the label stands for, if it does not say so itself."""
 
     @property
     def config(self) -> RunConfig:
@@ -99,32 +101,6 @@ class Arm:
     def updates_per_iteration(self) -> int:
         """Outer steps on θ in an iteration."""
         return self.config.rule.updates(self.config.outer.meta_batch_size)
-
-
-class Comparison(NamedTuple):
-    """Two arms on the same test tasks, over the seeds that both have."""
-
-    arm: Arm
-    against: Arm
-    difference: Difference
-    notes: tuple[str, ...]
-    """What else differs between them, and seeds that only one has."""
-
-
-class NotCompared(NamedTuple):
-    """A pair that was looked for, and why there is none."""
-
-    setting: Setting
-    label: str
-    against: str
-    reason: str
-
-
-class Pairs(NamedTuple):
-    """A family of comparisons: one table."""
-
-    compared: tuple[Comparison, ...]
-    missing: tuple[NotCompared, ...]
 
 
 def title(setting: Setting) -> str:
@@ -210,7 +186,7 @@ def _settings_with_sources(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
             attended[run.path.name].add(_label(run.config))
     replaying: dict[str, dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
-        replayed = _replayed(run)
+        replayed = replayed_folder(run)
         if replayed is not None:
             names = attended.get(replayed, set())
             source = min(names) if len(names) == 1 else ""
@@ -223,7 +199,7 @@ def _settings_with_sources(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
     return settings
 
 
-def _replayed(run: Run) -> str | None:
+def replayed_folder(run: Run) -> str | None:
     """Of a run that replays another, the other's folder by its name: runs are moved later, all of a study together."""
     rule = run.config.rule
     return rule.replay.name if isinstance(rule, ReplayedConfig) and rule.replay is not None else None
@@ -283,162 +259,14 @@ def _told_apart(arms: Sequence[Arm]) -> list[Arm]:
     return labelled
 
 
-def counterparts(arms: Sequence[Arm], wanted: Callable[[Arm], str | None]) -> Pairs:
-    """Every arm against the one of its learner under the rule that `wanted` names (none: it is in no pair)."""
-    compared: list[Comparison] = []
-    missing: list[NotCompared] = []
-    for arm in arms:
-        rule = wanted(arm)
-        if rule is None:
-            continue
-        candidates = [
-            a for a in arms if (a.setting, a.learner, a.rule) == (arm.setting, arm.learner, rule) and a is not arm
-        ]
-        found, reasons = _partner(arm, candidates)
-        if isinstance(found, Comparison):
-            compared.append(found)
-        else:
-            name = _rule_label(arm, rule)
-            missing += [
-                NotCompared(arm.setting, arm.label, label, reason) for label, reason in reasons or [(name, found)]
-            ]
-    return Pairs(tuple(compared), tuple(missing))
-
-
-def _rule_label(arm: Arm, rule: str) -> str:
-    return algorithm_label(replace(arm.config, rule=RULES[rule]()))
-
-
-Outcome = tuple[Comparison | str, list[tuple[str, str]]]
-"""A comparison; or why there is none, in a word or for each candidate's label."""
-
-
-def _partner(arm: Arm, candidates: Sequence[Arm]) -> Outcome:
-    """The arm beside the candidate that is nearest."""
-    if not arm.results:
-        return "it is not judged", []
-    if not candidates:
-        return "there is no such run in this setting", []
-    reasons = [(c.label, "; ".join(mismatches(arm, c))) for c in candidates]
-    fitting = [c for c, (_, reason) in zip(candidates, reasons, strict=True) if not reason]
-    if not fitting:
-        return "", reasons
-    fewest = min(len(_differing_rates(arm, c)) for c in fitting)
-    nearest = [c for c in fitting if len(_differing_rates(arm, c)) == fewest]
-    if len(nearest) > 1:
-        return "", [(c.label, "there are several that would do: report on one of them at a time") for c in nearest]
-    return pair(arm, nearest[0])
-
-
-def mismatches(arm: Arm, other: Arm) -> list[str]:
-    """What forbids to pair two arms of a setting and learner, the first of which is judged."""
-    if not other.results:
-        return ["it is not judged"]
-    found = protocol_mismatches(arm, other)
-    for what, a, b in zip(Judged._fields, arm.judged or (), other.judged or (), strict=True):
-        if a != b:
-            words = {"tasks": "test tasks", "checkpoint": "checkpoint judged"}
-            found.append(plain(f"{words[what]}: {a} against {b}") if what in words else "other test episodes")
-    if not {*arm.results} & {*other.results}:
-        found.append(f"no seed in common: {_seeds(arm.results)} against {_seeds(other.results)}")
-    return found
-
-
-def protocol_mismatches(arm: Arm, other: Arm) -> list[str]:
-    """In what two arms of a learner differ beside the rule and what is tuned."""
+def shortened(arms: Sequence[Arm]) -> list[Arm]:
+    """Arms whose names would widen every table are called by algorithm and number, and say what that stands for."""
+    numbers: dict[tuple[Setting, str], int] = defaultdict(int)
     found = []
-    for name in {**arm.settings, **other.settings}:
-        ours, theirs = arm.settings.get(name), other.settings.get(name)
-        if ours != theirs and not name.startswith("rule.") and name not in RATES:
-            option = name.partition(".")[2].replace("_", "-")
-            found.append(plain(f"{option} is {_value(ours)} against {_value(theirs)}"))
-    return found
-
-
-def pair(arm: Arm, other: Arm) -> Outcome:
-    """The paired difference of two arms without mismatches, over the seeds that both have."""
-    common = sorted({*arm.results} & {*other.results})
-    notes = []
-    for side, label in ((arm, arm.label), (other, other.label)):
-        alone = [seed for seed in side.results if seed not in common]
-        if alone:
-            notes.append(f"{_seeds(alone)} of {label} left out, for the other side lacks {_it(alone)}")
-    for name in _differing_rates(arm, other):
-        option = name.partition(".")[2].replace("_", "-")
-        notes.append(f"{option} is {_value(arm.settings[name])} against {_value(other.settings[name])}")
-    try:
-        ours, theirs = ([side.judged_runs[seed].path for seed in common] for side in (arm, other))
-        difference = compare(ours, theirs)
-    except RunError as error:
-        return "", [(other.label, plain(str(error)))]
-    return Comparison(arm, other, difference, tuple(notes)), []
-
-
-def _differing_rates(arm: Arm, other: Arm) -> list[str]:
-    """Tuned values that both sides have, and not the same."""
-    both = (name for name in RATES if name in arm.settings and name in other.settings)
-    return [name for name in both if arm.settings[name] != other.settings[name]]
-
-
-def _value(value: Any) -> str:
-    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _seeds(seeds: Iterable[int]) -> str:
-    listed = sorted(seeds)
-    return f"seed{'s' * (len(listed) != 1)} {', '.join(map(str, listed))}"
-
-
-def _it(things: Sequence[Any]) -> str:
-    return "it" if len(things) == 1 else "them"
-
-
-def metalstm_pairs(arms: Sequence[Arm]) -> Pairs:
-    """Table 1's: MetaLSTM++ against MetaLSTM."""
-    return counterparts(arms, lambda arm: _paper_rule(arm) if arm.algorithm == "metalstm++" else None)
-
-
-def attention_pairs(arms: Sequence[Arm]) -> Pairs:
-    """Table 2's: attention and TAML, of any learner, against the same learner under the uniform rule."""
-    return counterparts(arms, lambda arm: _paper_rule(arm) or "uniform" if arm.rule in ("attended", "equity") else None)
-
-
-def _paper_rule(arm: Arm) -> str | None:
-    name = COUNTERPART.get(arm.algorithm)
-    return None if name is None else ALGORITHMS[name][1]
-
-
-def control_pairs(arms: Sequence[Arm]) -> Pairs:
-    """Attention against each control of its learner that there is; each control against the uniform rule.
-
-    Replayed weights are a control for those that are replayed.
-    """
-    compared: list[Comparison] = []
-    missing: list[NotCompared] = []
-    for arm, control in _with_controls(arms):
-        reasons = _replays_others(arm, control, arms)
-        reasons += mismatches(arm, control) if arm.results else ["it is not judged"]
-        nothing: Outcome = ("", [(control.label, "; ".join(reasons))])
-        found, more = nothing if reasons else pair(arm, control)
-        if isinstance(found, Comparison):
-            compared.append(found)
-        else:
-            missing += [NotCompared(arm.setting, arm.label, *each) for each in more]
-    plain_ones = counterparts(arms, lambda arm: "uniform" if arm.rule in CONTROLS else None)
-    return Pairs((*compared, *plain_ones.compared), (*missing, *plain_ones.missing))
-
-
-def _replays_others(arm: Arm, control: Arm, arms: Sequence[Arm]) -> list[str]:
-    """Why a control that replays weights is none for an arm: they are another arm's of those that are here."""
-    replayed = {_replayed(run) for run in control.runs} - {None}
-    sources = [a for a in arms if a.rule == "attended" and replayed & {run.path.name for run in a.runs}]
-    if not sources or any(source is arm for source in sources):
-        return []
-    return [f"it replays the weights of {' and '.join(source.label for source in sources)}"]
-
-
-def _with_controls(arms: Sequence[Arm]) -> Iterator[tuple[Arm, Arm]]:
     for arm in arms:
-        for control in arms if arm.rule == "attended" else ():
-            if control.rule in CONTROLS and (control.setting, control.learner) == (arm.setting, arm.learner):
-                yield arm, control
+        base = algorithm_label(arm.config)
+        if len(arm.label) > _LONGEST_LABEL and arm.label != base:
+            numbers[arm.setting, base] += 1
+            arm = replace(arm, label=f"{base} #{numbers[arm.setting, base]}", described=arm.label)
+        found.append(arm)
+    return found

@@ -4,8 +4,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 
-from metaheed.studies.report.arms import Arm, protocol_mismatches, title
+from metaheed.studies.report.arms import Arm, title
 from metaheed.studies.report.measures import first_reaching, mean_curve
+from metaheed.studies.report.pairs import protocol_mismatches
 from metaheed.studies.report.table import MISSING, Table, _range, _ratio, listed, percent
 
 

@@ -156,9 +156,15 @@ def _learner_title(arm: Arm) -> str:
     return f"learner {plain(label.partition(',')[0].removeprefix('TA-').removesuffix('++'))}"
 
 
-def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
-    """Figure 3."""
-    learners = _by_learner(arms)
+def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None:
+    """Figure 3; None if no arm has a line, which takes two validations."""
+    learners = {
+        learner: members
+        for learner, members in _by_learner(arms).items()
+        if any(len(mean_curve([run.validations for run in arm.runs]).values) > 1 for arm, _, _ in members)
+    }
+    if not learners:
+        return None
     figure, panels = _panels(len(learners), _height(learners.values(), 1))
     for axes, members in zip(panels, learners.values(), strict=True):
         for arm, colour, marker in members:
@@ -195,7 +201,7 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn:
 def _attended(arms: Sequence[Arm], logs: Logs) -> dict[str, list[tuple[Arm, str, str]]]:
     """As `_by_learner`, of the attended arms only, each with the colour that it has among all."""
     found = {
-        learner: [member for member in members if logs.get(id(member[0]))]
+        learner: [member for member in members if any(log.batches > 1 for log in logs.get(id(member[0]), ()))]
         for learner, members in _by_learner(arms).items()
     }
     return {learner: members for learner, members in found.items() if members}

@@ -13,14 +13,25 @@ import numpy as np
 from metaheed.errors import RunError, brief, shown
 from metaheed.running.log import stream_lines
 from metaheed.studies.report.reading import Validation
+from metaheed.types import TaskInfo
 
-INPUTS = {
+_WORDS = {
     "grad_norm": "gradient norm",
     "query_loss": "loss after adaptation",
     "query_accuracy": "accuracy after adaptation",
     "loss_ratio": "loss after / before",
 }
-"""Attention's four inputs and what a reader calls them."""
+_ALWAYS = ("query_loss", "query_accuracy", "initial_loss", "grad_norm")  # in every log
+
+
+def inputs_of(fields: Sequence[str]) -> dict[str, str]:
+    """What a reader calls each input of attention, given the fields of TaskInfo; the loss before is in the ratio."""
+    names = [*_WORDS, *(name for name in fields if name not in _ALWAYS)]
+    return {name: _WORDS.get(name, name.replace("_", " ")) for name in names}
+
+
+INPUTS = inputs_of(TaskInfo._fields)
+"""Attention's inputs and what a reader calls them."""
 _POINTS = 200  # of a curve: a figure has no more pixels to show
 _RANK_POINTS = 50  # of a rank, which jumps from batch to batch
 _STRETCH = 20  # batches in a stretch at least, where there are enough for ten
@@ -280,7 +291,7 @@ def _merged(parts: Sequence[_Pooled]) -> _Pooled:
 
 def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.ndarray]]:
     """Iterations, attention's inputs and the weights of a thousand batches at a time."""
-    names = ("weights", "grad_norm", "query_loss", "query_accuracy", "initial_loss")
+    names = ("weights", *_ALWAYS, *(name for name in INPUTS if name not in _WORDS))
     iterations: list[int] = []
     columns: dict[str, list[list[float]]] = {name: [] for name in names}
 
@@ -309,7 +320,9 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
                 raise ValueError(f"iteration {shown(line['iteration'])}")
             iterations.append(int(line["iteration"]))
             for name in names:
-                columns[name].append([math.nan if v is None else v for v in line[name]])
+                # Inputs that came later are not in earlier logs.
+                values = line[name] if name == "weights" or name in _ALWAYS else line.get(name, [None] * B)
+                columns[name].append([math.nan if v is None else v for v in values])
             if len(iterations) == _AT_ONCE:
                 yield packed()
                 iterations.clear()

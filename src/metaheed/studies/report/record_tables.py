@@ -89,6 +89,16 @@ def _mean_text(values: Sequence[float]) -> str:
     return f"{statistics.fmean(finite):+.3f}{ends}"
 
 
+def legend_table(arms: Sequence[Arm]) -> Table:
+    """What the short names of arms stand for."""
+    return Table(
+        "What the numbered names stand for",
+        "Options that are not the defaults are in round brackets; what tells arms of one name apart is in square ones.",
+        ("setting", "arm", "stands for"),
+        tuple((title(arm.setting), arm.label, arm.described) for arm in arms if arm.described),
+    )
+
+
 def settings_table(arms: Sequence[Arm]) -> Table:
     """What the arms' configs are: in the caption what all share, in the rows the rest."""
     names = list(dict.fromkeys(name for arm in arms for name in arm.settings))

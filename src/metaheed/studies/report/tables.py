@@ -7,16 +7,33 @@ from metaheed.config import default_config
 from metaheed.running.statistics import t_interval
 from metaheed.studies.paper import ITERATIONS, LABELS, Cell, Setting, accuracy
 from metaheed.studies.paper import TABLES as PAPER_TABLES
-from metaheed.studies.report.arms import RATES, Arm, Comparison, NotCompared, Pairs, settings_of, title
+from metaheed.studies.report.arms import RATES, Arm, settings_of, title
 from metaheed.studies.report.measures import holm
+from metaheed.studies.report.pairs import Comparison, NotCompared, Pairs
 from metaheed.studies.report.reading import plain
-from metaheed.studies.report.table import MISSING, Table, _range, count, listed, mean_accuracy, p_text, percent, points
+from metaheed.studies.report.table import (
+    MISSING,
+    Table,
+    _range,
+    count,
+    few_seeds,
+    listed,
+    mean_accuracy,
+    p_text,
+    percent,
+    points,
+)
 
 
-def paper_table(name: str, arms: Sequence[Arm]) -> Table:
-    """A table of the paper, every algorithm twice: the paper's numbers, and ours below them."""
+def paper_table(name: str, arms: Sequence[Arm]) -> Table | None:
+    """A table of the paper, every algorithm twice: the paper's numbers, and ours below them.
+
+    None if no run fills a cell of it.
+    """
     paper = PAPER_TABLES[name]
     ours, filled, remarks = _our_cells(tuple(paper.rows), paper.columns, arms)
+    if not filled:
+        return None
     rows: list[tuple[str, ...]] = []
     for algorithm, values in paper.rows.items():
         rows.append((LABELS[algorithm], "paper", *(f"{value:.2f}" for value in values)))
@@ -25,14 +42,18 @@ def paper_table(name: str, arms: Sequence[Arm]) -> Table:
         f"Test accuracy in %. Ours: the mean over training seeds ± the half-width of its 95% t-interval over seeds; "
         f"{filled} of {len(paper.rows) * len(paper.columns)} cells are filled, {MISSING} is missing. {remarks}"
         "Most of the ± that the paper prints for 5 and 10 ways cannot be 95% intervals of a mean over 300 tasks "
-        "(binomial noise alone gives more), so they are not repeated here."
+        "(binomial noise alone gives more), so they are not repeated here." + few_seeds(_seeds_of(arms))
     )
     columns = ("", "", *map(_head, paper.columns))
     return Table(f"Table {name.removeprefix('table')} of the paper, and ours", caption, columns, tuple(rows))
 
 
+def _seeds_of(arms: Sequence[Arm]) -> list[int]:
+    return [len(arm.results) for arm in arms]
+
+
 def elsewhere_table(arms: Sequence[Arm]) -> Table | None:
-    """The algorithms of the paper's tables in settings that these lack; none: there is no such run."""
+    """The algorithms of the paper's tables in settings that these lack; None if there is no such run."""
     papers = {setting for paper in PAPER_TABLES.values() for setting in paper.columns}
     columns = [s for s in dict.fromkeys(arm.setting for arm in arms) if s not in papers]
     ours, filled, remarks = _our_cells(tuple(LABELS), columns, arms)
@@ -44,8 +65,9 @@ def elsewhere_table(arms: Sequence[Arm]) -> Table | None:
         "Test accuracy in %: the mean over training seeds ± the half-width of its 95% t-interval over seeds; "
         f"{filled} of {len(rows) * len(there)} cells are filled, {MISSING} is missing. {remarks}"
     )
+    caption = caption.strip() + few_seeds(_seeds_of(arms))
     heads = ("", *(_head(columns[k]) for k in there))
-    return Table("The same algorithms in settings that the paper's tables lack", caption.strip(), heads, tuple(rows))
+    return Table("The same algorithms in settings that the paper's tables lack", caption, heads, tuple(rows))
 
 
 def _head(setting: Setting) -> str:
@@ -126,7 +148,8 @@ def accuracy_table(arms: Sequence[Arm]) -> Table:
         "Test accuracy of every arm",
         "Accuracy in % after adaptation, transductive: batch norm sees all query images of a task. An arm is the runs "
         "of one config, one a seed. Of the two intervals only the one over training seeds says where another training "
-        "run would lie; the one over test tasks is each run's own 1.96·s/√n (smallest – largest over seeds).",
+        "run would lie; the one over test tasks is each run's own 1.96·s/√n (smallest – largest over seeds)."
+        + few_seeds(_seeds_of(arms)),
         (
             *("setting", "arm", "iterations", "seeds", "mean", "± 95%, training seeds", "± 95%, test tasks only"),
             *("test tasks", "each seed"),
@@ -151,6 +174,7 @@ def difference_table(name: str, about: str, pairs: Pairs, beside_the_paper: bool
         "the unit: a t-interval over the per-seed differences, and the paired t-test's two-sided p. Holm: adjusted "
         f"over the {count(len(tested), 'test')} of this table. Beside them the interval over test tasks, these "
         "training runs taken as given: it says nothing about another training run."
+        + few_seeds(len(c.difference.per_seed) for c in pairs.compared)
     )
     columns: tuple[str, ...] = (
         *("setting", "arm", "against", "accuracy", "seeds", "difference", "± 95%, training seeds", "p", "p (Holm)"),

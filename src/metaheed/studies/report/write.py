@@ -1,7 +1,8 @@
 """Runs as tables and figures: one HTML page that needs nothing beside it, the same as Markdown, and figures as files.
 
     reading    run folders: config, validations, result, cost
-    arms       which runs are repetitions, which arms may be paired, and why others may not
+    arms       which runs are repetitions, and what they are called
+    pairs      which arms may be paired, and why others may not
     measures   Holm's adjustment, curves over seeds, what attention did with its inputs
     tables     the paper's tables beside ours, differences, cost, iterations to an accuracy
     figures    the paper's figures 1, 3, 4, 5
@@ -19,20 +20,22 @@ import metaheed
 from metaheed.config import ReportConfig, ToyConfig
 from metaheed.errors import RunError
 from metaheed.files.opening import put_in_place, write_synced
-from metaheed.studies.report.arms import Arm, attention_pairs, control_pairs, group, metalstm_pairs
+from metaheed.studies.report.arms import Arm, group, shortened
 from metaheed.studies.report.cost_tables import cost_table, reach_table
 from metaheed.studies.report.figures import Logs, Picture, Toy, all_figures, read_toy
 from metaheed.studies.report.measures import AttentionLog, attention_log
 from metaheed.studies.report.page import FIGURES, Note, Report, Section, to_html, to_markdown
+from metaheed.studies.report.pairs import attention_pairs, control_pairs, metalstm_pairs
 from metaheed.studies.report.reading import Found, find, plain
 from metaheed.studies.report.record_tables import (
     correlation_table,
     left_out_table,
+    legend_table,
     runs_table,
     settings_table,
     weights_table,
 )
-from metaheed.studies.report.table import count
+from metaheed.studies.report.table import Table, count
 from metaheed.studies.report.tables import (
     accuracy_table,
     difference_table,
@@ -76,6 +79,7 @@ def report(
         reasons = [*((run.name, run.problem or "") for run in found.runs), *found.unreadable]
         shown = "; ".join(f"{name}: {reason}" for name, reason in reasons[:3])
         raise RunError(f"none of the {count(len(reasons), 'run')} that were found is finished and judged ({shown})")
+    arms = shortened(arms)
     with _beside(place) as part:
         logs, notes = _attention_logs(arms, say)
         toy, toy_from, of_toys = _toy(found, config, say)
@@ -107,68 +111,72 @@ def _report(
     table1, attention, controls = metalstm_pairs(arms), attention_pairs(arms), control_pairs(arms)
     attended = [(arm, logs[id(arm)]) for arm in arms if logs.get(id(arm))]
     unfinished = [run for run in found.runs if not run.finished]
-    lacked = elsewhere_table(arms)
-    elsewhere = () if lacked is None else (lacked,)
     of_weights = (weights_table(attended), correlation_table(attended)) if attended else ()
     figures: list[Picture | Note] = []
     for number, absent in MISSING_FIGURES.items():
         drawn = [picture for picture in pictures if picture.name.startswith(f"figure{number}")]
         figures += drawn or [Note(f"Figure {number}: {absent}")]
-    return Report(
-        "Task attention: results",
-        (
-            f"{count(judged, 'judged run')} of {count(total, 'run folder')}, {count(len(arms), 'arm')} (runs of one "
-            f"config but for the seed) in {count(len(settings), 'setting')}, {count(len(seeds), 'training seed')}. "
-            f"Written by metaheed {metaheed.__version__}.",
-            "The unit of every comparison is the training seed. An interval over test tasks alone is labelled so: it "
-            "does not cover another training run. Nothing is paired that was not trained and tested alike; what could "
-            "not be paired is listed with the reason.",
+    title_line = "Task attention: results"
+    summary = (
+        f"{count(judged, 'judged run')} of {count(total, 'run folder')}, {count(len(arms), 'arm')} (runs of one "
+        f"config but for the seed) in {count(len(settings), 'setting')}, {count(len(seeds), 'training seed')}. "
+        f"Written by metaheed {metaheed.__version__}.",
+        "The unit of every comparison is the training seed. An interval over test tasks alone is labelled so: it "
+        "does not cover another training run. Nothing is paired that was not trained and tested alike; what could "
+        "not be paired is listed with the reason.",
+    )
+    sections = (
+        _section("Your results", accuracy_table(arms), legend_table(arms)),
+        _section(
+            "Differences",
+            difference_table(
+                "A step on the meta-batch",
+                "MetaLSTM++ against MetaLSTM (Table 1's).",
+                table1,
+                beside_the_paper=True,
+            ),
+            difference_table(
+                "Attention and TAML",
+                "Each against the same learner under the uniform rule (Table 2's comparison, any learner).",
+                attention,
+                beside_the_paper=True,
+            ),
+            difference_table(
+                "Controls",
+                "Attention against its controls, and these against the uniform rule. Attention without probe "
+                "reuse sees 2B tasks an iteration: uniform over 2B is its counterpart at equal tasks seen.",
+                controls,
+            ),
+            not_compared_table([*table1.missing, *attention.missing, *controls.missing]),
         ),
-        (
-            Section("The paper's tables", (paper_table("table1", arms), paper_table("table2", arms), *elsewhere)),
-            Section(
-                "Differences",
-                (
-                    accuracy_table(arms),
-                    difference_table(
-                        "A step on the meta-batch",
-                        "MetaLSTM++ against MetaLSTM (Table 1's).",
-                        table1,
-                        beside_the_paper=True,
-                    ),
-                    difference_table(
-                        "Attention and TAML",
-                        "Each against the same learner under the uniform rule (Table 2's comparison, any learner).",
-                        attention,
-                        beside_the_paper=True,
-                    ),
-                    difference_table(
-                        "Controls",
-                        "Attention against its controls, and these against the uniform rule. Attention without probe "
-                        "reuse sees 2B tasks an iteration: uniform over 2B is its counterpart at equal tasks seen.",
-                        controls,
-                    ),
-                    not_compared_table([*table1.missing, *attention.missing, *controls.missing]),
-                ),
-            ),
-            Section("Figures", (*figures, *of_weights)),
-            Section("Cost of attention", (cost_table(arms),)),
-            Section("Iterations to an accuracy", (reach_table(arms, [t / 100 for t in config.thresholds]),)),
-            Section(
-                "Runs",
-                (
-                    left_out_table(unfinished, [*found.unreadable, *_unjudged(arms), *doubled, *notes, *found.studies]),
-                    settings_table(arms),
-                    runs_table(arms),
-                ),
-            ),
+        _section(
+            "Beside the paper",
+            paper_table("table1", arms),
+            paper_table("table2", arms),
+            elsewhere_table(arms),
+        ),
+        _section("Figures", *figures, *of_weights),
+        _section("Cost of attention", cost_table(arms)),
+        _section("Iterations to an accuracy", reach_table(arms, [t / 100 for t in config.thresholds])),
+        _section(
+            "Runs",
+            left_out_table(unfinished, [*found.unreadable, *_unjudged(arms), *doubled, *notes, *found.studies]),
+            settings_table(arms),
+            runs_table(arms),
         ),
     )
+    return Report(title_line, summary, tuple(section for section in sections if section.blocks))
+
+
+def _section(heading: str, *blocks: Table | Picture | Note | None) -> Section:
+    """A section without what is absent or empty."""
+    shown = (b for b in blocks if b is not None and not (isinstance(b, Table) and not b.rows))
+    return Section(heading, tuple(shown))
 
 
 MISSING_FIGURES = {
-    "1": "not drawn; run 'metaheed toy --out DIR' and name DIR among the runs.",
-    "3": "there is no finished run.",
+    "1": "not drawn; ask for it with --toy, or run 'metaheed toy --out DIR' and name DIR among the runs.",
+    "3": "there is no finished run with two validations, and one makes no line.",
     "4": "there is no finished run under attention whose weights can be read.",
     "5": "there is no finished run under attention whose weights can be read.",
 }
@@ -206,8 +214,6 @@ def _toy(
     found: Found, config: ReportConfig, say: Callable[[str], None]
 ) -> tuple[Toy | None, str, list[tuple[str, str]]]:
     """What figure 1 draws, and where it is from; and what is to be said of toys that it does not draw."""
-    if not config.toy:
-        return None, "", []
     notes: list[tuple[str, str]] = []
     drawn: tuple[Toy, Path] | None = None
     for file in found.toys:
@@ -222,6 +228,8 @@ def _toy(
                 notes.append((plain(str(file.parent)), f"a second toy; figure 1 is of {plain(str(drawn[1].parent))}"))
     if drawn is not None:
         return drawn[0], f"Read from {plain(str(drawn[1]))}.", notes
+    if not config.toy:
+        return None, "", notes
     say("computing the toy of figure 1, which takes half a minute")
     followed = {name: follow(rule(), ToyConfig(), factor) for name, (rule, factor) in RULES.items()}
     numbers = {name: (t.path_length, t.displacement) for name, t in followed.items()}

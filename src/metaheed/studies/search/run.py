@@ -63,8 +63,9 @@ def search(config: RunConfig, settings: SearchConfig, reporters: Callable[[], Re
     """
     out = config.training.out or Path("runs") / search_name(config)
     config, settings = _with_absolute_paths(config, settings)
-    _check(config, settings, out)
-    tell = reporters().message
+    reporter = reporters()
+    _check(config, settings, out, reporter)
+    tell = reporter.message
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         with SharedStudy.opened(config, settings, out) as shared, Presence(out) as presence:
@@ -156,7 +157,7 @@ def _with_absolute_paths(config: RunConfig, settings: SearchConfig) -> tuple[Run
     return config, replace(settings, storage=storage, study=settings.study or search_name(config))
 
 
-def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
+def _check(config: RunConfig, settings: SearchConfig, out: Path, reporter: Reporter) -> None:
     """Refuse a config with which every trial would fail, before a study is made.
 
     Raises:
@@ -176,7 +177,9 @@ def _check(config: RunConfig, settings: SearchConfig, out: Path) -> None:
     pick_device(training.device)
     if (out / STUDY_FILE).exists():
         return  # the study has begun, so its config was checked
-    dataset = load_dataset(data.data, data.data_root, data.image_size, data.split_seed)
+    dataset = load_dataset(
+        data.data, data.data_root, data.image_size, data.split_seed, reporter.watcher(), training.data_cache
+    )
     for split, shape in (("train", data.train_shape), ("val", data.test_shape), ("test", data.test_shape)):
         Episodes(dataset, split, *shape, training.seed)
     learner = build_learner(config.learner, data.ways, dataset.image_shape, training.seed)
