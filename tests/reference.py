@@ -69,6 +69,29 @@ def meta_lstm_query_loss(network: nn.Module, meta: Params, episode: Episode, ste
     return F.cross_entropy(functional_call(network, phi, (episode.query_x,)), episode.query_y), phi
 
 
+def reptile_query_loss(
+    network: nn.Module, meta: Params, episode: Episode, steps: int, rate: float
+) -> tuple[Tensor, Params]:
+    """The query loss after `steps` steps on the support set, and the adapted parameters.
+
+    Reptile's meta-gradient is the sum of the gradients of these steps and of as many on the query set after them. It is
+    made the loss's gradient by a term that is zero.
+    """
+    phi = {n: p.detach() for n, p in meta.items()}
+    total = {n: torch.zeros_like(p) for n, p in phi.items()}
+    judged = phi
+    for step in range(2 * steps):
+        judged = phi if step == steps else judged
+        x, y = (episode.support_x, episode.support_y) if step < steps else (episode.query_x, episode.query_y)
+        at = with_grad(phi)
+        slope = gradient(F.cross_entropy(functional_call(network, at, (x,)), y), at)
+        total = {n: total[n] + g for n, g in slope.items()}
+        phi = {n: p - rate * slope[n] for n, p in phi.items()}
+    judged = with_grad(judged)
+    loss = F.cross_entropy(functional_call(network, judged, (episode.query_x,)), episode.query_y)
+    return loss + sum(((p - p.detach()) * total[n].detach()).sum() for n, p in meta.items()), judged
+
+
 def _prepared(values: Tensor) -> Tensor:
     rows = []
     for v in values.tolist():
