@@ -170,10 +170,10 @@ def test_too_little_memory_for_one_task(metaheed: Run, tmp_path: Path, monkeypat
 @pytest.mark.parametrize(
     ("execution", "remedy"),
     [
-        ("vectorized", "set --chunk-size 8"),
-        ("im2col", "set --chunk-size 8"),
-        ("streamed", "set --execution vectorized --chunk-size 8"),
-        ("threaded", "set --execution looped"),
+        ("vectorized", "set chunk_size=8"),
+        ("im2col", "set chunk_size=8"),
+        ("streamed", "set execution='vectorized'.*chunk_size=8"),
+        ("threaded", "set execution='looped'"),
     ],
 )
 def test_every_execution_has_its_remedy(execution: Any, remedy: str) -> None:

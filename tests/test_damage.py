@@ -261,7 +261,7 @@ def test_every_rename_brings_its_folder_to_the_disk(tmp_path: Path, monkeypatch:
                 renames = called.attr == "rename" or (called.attr == "replace" and len(node.args) == 1)
                 named = ast.unparse(called)
                 # `dataclasses.replace` takes keywords beside its one argument
-                assert not (renames and not node.keywords) or path.name == "files.py", f"{path}: {named}"
+                assert not (renames and not node.keywords) or path.name == "opening.py", f"{path}: {named}"
     synced: list[os.stat_result] = []
     monkeypatch.setattr(os, "fsync", lambda number: synced.append(os.fstat(number)))
     (tmp_path / "part").write_text("x")

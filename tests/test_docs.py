@@ -249,12 +249,8 @@ def test_links_of_readme_work_from_the_package_page() -> None:
     readme = _text("README.md")
     links = re.findall(r"\]\(\s*([^)\s]+)\s*\)", readme)
     assert all(link.startswith("https://") for link in links), "a relative link leads nowhere on the package's page"
-    pages = [link.removeprefix(SITE) for link in links if link.startswith(SITE)]
-    assert len(pages) >= 8
-    for page in pages:
-        assert (DOCS / page.replace(".html", ".md")).exists() or page == "", page
     paths = [link.removeprefix(f"{REPOSITORY}/") for link in links if link.startswith(REPOSITORY)]
-    assert len(paths) >= 3
+    assert len(paths) >= 12
     for path in paths:
         kind, branch, name = path.split("/", 2)
         assert branch == "main"

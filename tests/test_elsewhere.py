@@ -64,7 +64,7 @@ def test_on_another_data_set(runs: Runs, metaheed: Run, cifar_folder: Path) -> N
     before = (run / "result.json").read_bytes()
     elsewhere = ["--data", "cifar-fs", "--data-root", cifar_folder, "--tasks", 10]
     status, out, err = metaheed("evaluate", run, *elsewhere)
-    assert (status, err) == (0, "")
+    assert (status, err) == (0, f"the result is in {run / 'result-on-cifar-fs.json'}\n")
     assert "maml trained on glyphs, on cifar-fs test, 5-way 1-shot: " in out
     assert "images: luminance, Lanczos from 32×32 to 28×28; scaled as glyphs was in training" in out
     assert (run / "result.json").read_bytes() == before, "the run's own result stays"

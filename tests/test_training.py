@@ -622,7 +622,7 @@ def test_memory_stays_flat(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """θ is 120 KB: one copy of it kept at every iteration makes more than 5 MB; without, it is a quarter of one."""
-    monkeypatch.setattr(training, "load_dataset", lambda *_: small_dataset)
+    monkeypatch.setattr(training, "load_dataset", lambda *_, **__: small_dataset)
     config = default_config(algorithm)
     options = {"val_every": 20, "val_tasks": 2, "block": 20, "threads": 1, "device": "cpu", **options}
     config = replace(

@@ -31,7 +31,7 @@ def files() -> dict[Path, str]:
 def adopt(study: Path) -> Path:
     """Make what a study found its cell's recipe; the file."""
     recipe = recipes.adopt(recipes.read(study))
-    path = recipes.SHIPPED / f"{recipe.name}.yaml"
+    path = recipes.recipe.SHIPPED / f"{recipe.name}.yaml"
     before = recipes.read(path).provenance["study"] if path.exists() else "untuned"
     recipes.write(recipe, path)
     print(f"{recipe.name}: {before} -> study {recipe.provenance['study']}")

@@ -3,7 +3,6 @@
 from metaheed.studies.recipes.recipe import (
     OF_A_RUN,
     PAPERS_SEARCH,
-    SHIPPED,
     Recipe,
     adopt,
     difference,
@@ -20,7 +19,6 @@ from metaheed.studies.recipes.recipe import (
 __all__ = [
     "OF_A_RUN",
     "PAPERS_SEARCH",
-    "SHIPPED",
     "Recipe",
     "adopt",
     "difference",
