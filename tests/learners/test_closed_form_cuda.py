@@ -4,14 +4,11 @@ What only a device can show is in tests/test_on_cuda.py.
 """
 
 import contextlib
-import hashlib
 import importlib.util
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from metaheed.engine.batching import takes_batches
-from metaheed.files.writing import write_whole
 from metaheed.learners import ANIL, BOIL, MAML, Conv4, Learner, MetaLSTM, MetaSGD
 from metaheed.networks.closed_form import cuda as module
 from metaheed.networks.closed_form.cpu import closed_form
 from metaheed.networks.closed_form.cuda import ClosedFormCUDA
 from metaheed.outer import looped, map_together, task_gradient
 from metaheed.types import Params
-from tests.conftest import ROOT, make_batch
+from tests.conftest import make_batch
+from tests.learners import kernel_builds
 from tests.learners.test_closed_form import autograd
 
 pytestmark = [
@@ -323,95 +320,24 @@ def test_a_gradient_that_is_changed_changes_no_derivative() -> None:
     assert all(map(torch.equal, *products))
 
 
-_BUILD = """
-import sys
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from metaheed.learners import Conv4
-from metaheed.networks.closed_form import kernels
-from metaheed.networks.closed_form.cpu import closed_form
-from metaheed.networks.closed_form.cuda import ClosedFormCUDA
-
-KINDS = {torch.float32: "*fp32", torch.int8: "*i8", torch.int64: "*i64"}
-built = {}
-
-class Build:
-    def __init__(self, function):
-        self.function = function
-
-    def __getitem__(self, grid):
-        def build(*args, num_warps=4, num_stages=3):
-            signature, constants = {}, {}
-            for parameter, value in zip(self.function.params, args, strict=True):
-                name = parameter.name
-                if parameter.is_constexpr:
-                    signature[name], constants[name] = "constexpr", value
-                elif isinstance(value, torch.Tensor):
-                    signature[name] = KINDS[value.dtype]
-                else:
-                    signature[name] = "fp32" if isinstance(value, float) else "i32"
-            key = (self.function.__name__, num_warps, num_stages, *constants.items())
-            if key not in built:
-                source = ASTSource(self.function, signature, constants)
-                options = {"num_warps": num_warps, "num_stages": num_stages}
-                made = triton.compile(source, target=GPUTarget("cuda", int(sys.argv[3]), 32), options=options)
-                built[key] = made.metadata.shared
-        return build
-
-for name, value in list(vars(kernels).items()):
-    if isinstance(value, triton.runtime.JITFunction) and name != "_tap":
-        setattr(kernels, name, Build(value))
-kernels.precision = lambda x: sys.argv[1]
-net = Conv4(5, (3, 32, 32), hidden=int(sys.argv[2]))
-form = closed_form(net, ClosedFormCUDA)
-params = {n: torch.randn(4, *p.shape) for n, p in net.named_parameters()}
-for images in map(int, sys.argv[4:]):
-    x, y = torch.randn(4, images, 3, 32, 32), torch.zeros(4, images, dtype=torch.int64)
-    tape = form.gradient(params, x, y, keep=True)[3]
-    form.hessian_product(params, tape, params)
-    form.logits(params, x)
-print(len(built), max(built.values()))
-"""
-
-
-DEVICES: dict[str, tuple[str, int, int, tuple[int, ...], int]] = {
-    "float32 on Ampere": ("tf32x3", 32, 86, (5, 75), 99),
-    "TF32 on Hopper": ("tf32", 64, 90, (75,), 227),
-    "float32 on Turing": ("ieee", 32, 75, (75,), 64),
-}
-"""Products, filters, compute capability, images a task; KiB of shared memory that a block may have there."""
-
-
-def _marker(products: str, hidden: int, capability: int, images: tuple[int, ...]) -> Path:
-    """Where it is noted what came of building what the sources, the compiler and this test now say."""
-    sources = sorted((ROOT / "src" / "metaheed" / "networks").rglob("*.py"))
-    said = [_BUILD, metadata.version("triton"), torch.__version__, str((products, hidden, capability, images))]
-    digest = hashlib.sha256(b"\0".join([*(path.read_bytes() for path in sources), *(text.encode() for text in said)]))
-    given, home = os.environ.get("METAHEED_TEST_CACHE"), os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
-    return Path(given or f"{home}/metaheed-tests") / "kernels" / f"{digest.hexdigest()}.txt"
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_every_kernel_is_built_for_a_device(device: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", kernel_builds.DEVICES)
+def test_every_kernel_is_built_for_a_device(device: str) -> None:
     """And asks for no more shared memory than it has."""
-    products, hidden, capability, images, kib = DEVICES[device]
-    marker = _marker(products, hidden, capability, images)
-    if not marker.exists():
-        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-        done = subprocess.run(
-            [sys.executable, "-c", _BUILD, products, str(hidden), str(capability), *map(str, images)],
-            env={**environment, "PYTHONPATH": str(ROOT / "src"), "TRITON_CACHE_DIR": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(marker, done.stdout.encode())
-    count, shared = map(int, marker.read_text().split())
+    count, shared = kernel_builds.outcome(device)
     assert count >= 20
-    assert shared <= kib * 1024
+    assert shared <= kernel_builds.DEVICES[device][4] * 1024
+
+
+def test_a_change_of_the_kernels_is_noticed_and_one_of_words_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "kernels.py"
+    monkeypatch.setattr(kernel_builds, "SOURCES", (source,))
+    found = []
+    for text in ('"""One."""\nx = 1\n', '"""Another."""\nx = 1  # why\n', '"""One."""\nx = 2\n'):
+        source.write_text(text)
+        found.append(kernel_builds.digest("TF32 on Hopper"))
+    assert found[0] == found[1] != found[2]
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
