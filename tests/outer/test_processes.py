@@ -214,7 +214,7 @@ def test_a_killed_worker_may_have_had_too_little_memory_and_another_death_is_sai
     cpu = torch.device("cpu")
     remedy = (
         r"^a worker process was killed \(signal 9\), which most often means that memory ran out; if so: "
-        r"set --execution vectorized --chunk-size 2\. Checkpoints, if any, are kept$"
+        r"set execution='vectorized' chunk_size=2\. Checkpoints, if any, are kept$"
     )
     with (
         pytest.raises(WorkerError, match=remedy) as caught,
