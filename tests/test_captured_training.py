@@ -3,8 +3,6 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +19,10 @@ from metaheed.learners import MAML, Learner
 from metaheed.outer import map_looped, map_together
 from metaheed.running.process import float32_products, suggest_chunk, translate_memory_errors
 from metaheed.types import Episode, Params
-from tests.conftest import Run
+from tests.conftest import Begin, Run
 from tests.networks import Tiny
-from tests.test_training import KILLER, SMALL, command, content, environment
+from tests.test_training import KILLER, SMALL, content
+from tests.warm import wait_for
 
 BLOCKS = [*SMALL, "--iterations", "10", "--capture", "on"]
 
@@ -67,30 +66,26 @@ def test_blocks_leave_the_same_files(
 
 @pytest.mark.parametrize("kill_at", [9, 27])
 def test_killed_within_a_block_it_ends_the_same(
-    kill_at: int, single: Callable[..., Path], metaheed: Run, tmp_path: Path
+    kill_at: int, single: Callable[..., Path], metaheed: Run, begin: Begin, tmp_path: Path
 ) -> None:
     """Killed at the n-th sync, rename or line; and resumed with other blocks, which changes nothing either."""
     run, reuse = tmp_path / "run", ("ta-maml", "--attention-reuse-probe")
     arguments = ["train", *reuse, *BLOCKS, "--out", str(run)]
-    killer = [sys.executable, "-c", KILLER.format(kill_at=kill_at), *arguments]
-    died = subprocess.run(killer, env=environment(), capture_output=True, check=False)
-    assert died.returncode == -signal.SIGKILL, died.stderr.decode()
+    died = begin(*arguments, program=KILLER.format(kill_at=kill_at))
+    assert died.wait() == -signal.SIGKILL, died.err
     config = unseal_text((run / "config.yaml").read_bytes())
     (run / "config.yaml").write_bytes(seal_text(config.replace(b"block: 100", b"block: 2")))
     assert metaheed("train", "--resume", run)[0] == 0
     assert results(run) == results(single(*reuse))
 
 
-def test_a_signal_ends_a_block(metaheed: Run, tmp_path: Path) -> None:
+def test_a_signal_ends_a_block(metaheed: Run, begin: Begin, tmp_path: Path) -> None:
     run = tmp_path / "run"
     long = [*BLOCKS, "--iterations", 100_000, "--val-every", 90_000, "--checkpoint-every", 90_000, "--block", 10_000]
-    process = subprocess.Popen(
-        command("train", "maml", *long, "--out", run), env=environment(), stderr=subprocess.PIPE, text=True
-    )
+    process = begin("train", "maml", *long, "--out", run)
     tasks = run / "tasks.jsonl"
-    while process.poll() is None and not (tasks.exists() and tasks.stat().st_size):  # the first step, by itself
-        time.sleep(0.02)
-    time.sleep(0.3)
+    wait_for(lambda: tasks.exists() and tasks.stat().st_size, process)  # the first step, by itself
+    time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGINT
