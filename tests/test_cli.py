@@ -8,7 +8,7 @@ import pytest
 
 from metaheed.studies.demo import demo
 from tests.conftest import ROOT, Begin, Run
-from tests.test_training import SMALL, environment
+from tests.test_training import SMALL
 
 
 @pytest.mark.parametrize(
@@ -111,15 +111,15 @@ def test_help_does_not_wait_for_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 0
 
 
-def test_plain_lines_when_not_a_terminal(in_folder: Path) -> None:
-    arguments = [sys.executable, "-m", "metaheed", "train", "maml", *SMALL, "--iterations", "5", "--out", "run"]
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, check=True)
-    assert "iteration 5/5  loss" in done.stderr
-    assert "it/s  left 0:00:00" in done.stderr
-    assert "validation after 4" in done.stderr
-    assert "validation after 5" in done.stderr, "one more after the last iteration"
-    assert "\x1b" not in done.stderr
-    assert done.stdout == "run is trained; judge it with 'metaheed evaluate run'\n"
+def test_plain_lines_when_not_a_terminal(begin: Begin, in_folder: Path) -> None:
+    done = begin("train", "maml", *SMALL, "--iterations", "5", "--out", "run")
+    assert done.wait() == 0, done.err
+    assert "iteration 5/5  loss" in done.err
+    assert "it/s  left 0:00:00" in done.err
+    assert "validation after 4" in done.err
+    assert "validation after 5" in done.err, "one more after the last iteration"
+    assert "\x1b" not in done.err
+    assert done.out == "run is trained; judge it with 'metaheed evaluate run'\n"
 
 
 def test_a_network_beside_the_user_is_found(begin: Begin, in_folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Omniglot and CIFAR-FS from their published files: what is read, and what is said of damaged ones."""
 
+import functools
 import gzip
 import io
 import pickle
@@ -72,9 +73,15 @@ def test_omniglot_split_is_the_documented_permutation() -> None:
     assert [sorted(lists)[i] for i in order] == lists
 
 
+@functools.cache
+def read_once(root: Path) -> Dataset:
+    """Omniglot of a folder, for tests that only look at it. It is read within a test, where the cache is the tests'."""
+    return load_dataset("omniglot", root)
+
+
 class TestOmniglot:
     def test_read(self, omniglot_zips: Path) -> None:
-        dataset = load_dataset("omniglot", omniglot_zips)
+        dataset = read_once(omniglot_zips)
         assert dataset.image_shape == (1, 28, 28)
         assert [len(dataset.split(s).classes) for s in SPLITS] == [4 * 980, 4 * 220, 4 * 423]
         assert dataset.split("val").classes[:1] == tuple(class_list("omniglot_val")[:1])
@@ -144,14 +151,14 @@ class TestOmniglot:
                 file.extractall(tmp_path / "omniglot")
         dataset = load_dataset("omniglot", tmp_path)
         assert "the folders images_background and images_evaluation" in dataset.origin
-        zips = load_dataset("omniglot", omniglot_zips)
+        zips = read_once(omniglot_zips)
         assert "the zip files" in zips.origin
         assert [s.fingerprint for s in dataset.splits.values()] == [s.fingerprint for s in zips.splits.values()]
 
     def test_vinyals(self, omniglot_zips: Path) -> None:
         dataset = load_dataset("omniglot-vinyals", omniglot_zips)
         assert [len(dataset.split(s).classes) for s in SPLITS] == [4 * 1028, 4 * 172, 4 * 423]
-        ours = load_dataset("omniglot", omniglot_zips)
+        ours = read_once(omniglot_zips)
 
         def drawings(data: Dataset, split: str, name: str) -> torch.Tensor:
             part = data.split(split)
@@ -161,7 +168,7 @@ class TestOmniglot:
         assert torch.equal(drawings(dataset, "test", name), drawings(ours, "train", name))
 
     def test_rotations_are_extra_classes(self, omniglot_zips: Path) -> None:
-        split = load_dataset("omniglot", omniglot_zips).split("val")
+        split = read_once(omniglot_zips).split("val")
         assert split.classes[220] == split.classes[0] + "@90"
         assert split.classes[440 + 7] == split.classes[7] + "@180"
         for turn in range(4):

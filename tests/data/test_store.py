@@ -570,9 +570,8 @@ class TestShowAndList:
         first = dataset.split("train").images[episodes.rows(0)[0, 0]].numpy().transpose(1, 2, 0)
         found = [
             (y, x)
-            for y in range(pixels.shape[0] - 83)
-            for x in range(150, 250)
-            if np.array_equal(pixels[y : y + 84, x : x + 84], first)
+            for y, x in np.argwhere((pixels[:-83, :250] == first[0, 0]).all(-1))
+            if x >= 150 and np.array_equal(pixels[y : y + 84, x : x + 84], first)
         ]
         assert len(found) == 1
 

@@ -87,6 +87,13 @@ def study(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports without figures, for tests that read tables and text alone: drawing is most of a report's time."""
+    monkeypatch.setattr(package, "all_figures", lambda *_: [])
+
+
+@pytest.mark.usefixtures("undrawn")
 def test_differences_p_values_and_labels(study: Path, metaheed: Run, tmp_path: Path) -> None:
     status, out, _ = metaheed("report", study, "--out", tmp_path / "r")
     assert (status, out) == (0, f"report: {tmp_path / 'r' / 'report.html'}\n")
@@ -139,6 +146,7 @@ def test_the_papers_tables_with_missing_cells(tmp_path: Path) -> None:
     assert "Figure 1: not drawn" in text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_what_is_not_as_in_the_paper_is_said_below_its_tables(tmp_path: Path) -> None:
     small: dict[str, Any] = {"learner": {"backbone": "conv4-64"}, "episodes": {"queries": 3}}
     make_run(tmp_path / "in" / "m", "maml", data="miniimagenet", learner={"fast_lr": 0.3})
@@ -156,6 +164,7 @@ def test_what_is_not_as_in_the_paper_is_said_below_its_tables(tmp_path: Path) ->
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_settings_that_the_paper_lacks_have_a_table_of_their_own(tmp_path: Path) -> None:
     for data, shift in (("cifar-fs", 0.1), ("fc100", 0.2), ("miniimagenet", 0.0)):
         make_run(tmp_path / "in" / data, "ta-maml", accuracies=shifted(shift), data=data)
@@ -170,6 +179,7 @@ def test_settings_that_the_paper_lacks_have_a_table_of_their_own(tmp_path: Path)
     assert "that the paper's tables lack" not in (tmp_path / "paper" / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_papers_differences_beside_ours(tmp_path: Path) -> None:
     for algorithm in ("maml", "ta-maml", "taml"):
         make_run(tmp_path / "in" / algorithm, algorithm, data="miniimagenet")
@@ -179,6 +189,7 @@ def test_the_papers_differences_beside_ours(tmp_path: Path) -> None:
     assert found == {"TA-MAML": "+2.26", "TAML": "+0.16", "TA-MAML (attention-reuse-probe)": "—"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_mismatches_are_named_on_the_page(tmp_path: Path) -> None:
     make_run(tmp_path / "in" / "m")
     make_run(tmp_path / "in" / "t", "ta-maml", training={"iterations": 6}, tasks=attention_lines(6))
@@ -202,6 +213,7 @@ def test_one_run_is_enough(tmp_path: Path, metaheed: Run) -> None:
     assert names == ["figure3-cifar-fs-5way1shot.png", "figure3-cifar-fs-5way1shot.svg"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_iterations_to_an_accuracy(tmp_path: Path, metaheed: Run) -> None:
     slow = {2: 0.2, 4: 0.30, 6: 0.40, 8: 0.50}
     quick = {2: 0.3, 4: 0.45, 6: 0.46, 8: 0.47}
@@ -229,6 +241,7 @@ def test_iterations_to_an_accuracy(tmp_path: Path, metaheed: Run) -> None:
     assert (status, "each must be a percentage above 0" in err) == (1, True)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_multiples_are_over_the_seeds_that_both_sides_have(tmp_path: Path) -> None:
     slow, quick = {2: 0.1, 4: 0.3, 6: 0.4, 8: 0.6}, {2: 0.5, 4: 0.6, 6: 0.6, 8: 0.7}
     steps: dict[str, Any] = {"training": {"iterations": 8}}
@@ -250,6 +263,7 @@ def test_multiples_are_over_the_seeds_that_both_sides_have(tmp_path: Path) -> No
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_of_several_uniform_arms_the_nearest_is_the_measure(tmp_path: Path) -> None:
     slow, quick = {2: 0.2, 4: 0.3}, {2: 0.3, 4: 0.4}
     make_run(tmp_path / "in" / "a", "maml", learner={"fast_lr": 0.01}, validations=slow)
@@ -265,6 +279,7 @@ def test_of_several_uniform_arms_the_nearest_is_the_measure(tmp_path: Path) -> N
     }
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_cost(tmp_path: Path) -> None:
     here = {"device": "cpu", "processor": "P", "threads": 1, "execution": "looped"}
 
@@ -577,6 +592,7 @@ def test_long_names_are_numbered_and_said_in_a_legend(tmp_path: Path) -> None:
     assert rows_with(page, "TA-MAML #1", "MAML", "+0.00")
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(("seeds", "said"), [(1, None), (2, "one degree of freedom"), (3, "two degrees of freedom")])
 def test_an_interval_over_few_seeds_is_explained_beside_it(tmp_path: Path, seeds: int, said: str | None) -> None:
     for seed in range(seeds):
