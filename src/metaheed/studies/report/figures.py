@@ -185,9 +185,9 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None
         )
         _legend(axes)
     caption = (
-        "Mean accuracy on the validation tasks, which are the same for every seed. Thick lines: mean over seeds, at the "
-        "iterations at which all seeds were validated (dashed with attention). Thin lines: single seeds. Algorithms "
-        "differ in the number of tasks per iteration, see the table of costs."
+        "Mean accuracy on the validation tasks, which are the same for every seed. Thick lines: mean over seeds, at "
+        "the iterations at which all seeds were validated (dashed with attention). Thin lines: single seeds. "
+        "Algorithms differ in the number of tasks per iteration: see Cost of attention."
     )
     ends = []
     for arm in arms:
@@ -230,9 +230,9 @@ def _weights(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None:
         axes.set(title=_learner_title(members[0][0]), xlabel="iteration", ylabel="weight of a task", ylim=(0, None))
         _legend(axes)
     caption = (
-        "The largest and the smallest weight in each meta-batch. A run is divided into up to 200 stretches of successive "
-        "batches. Lines: mean over the batches of a stretch and over seeds. Bands: 5th to 95th percentile of the batches "
-        "of a stretch. The weights of a batch sum to 1, so their mean is 1/B."
+        "The largest and the smallest weight in each meta-batch. A run is divided into up to 200 stretches of "
+        "successive batches. Lines: mean over the batches of a stretch and over seeds. Bands: 5th to 95th percentile "
+        "of the batches of a stretch. The weights of a batch sum to 1, so their mean is 1/B."
     )
     return figure, "Largest and smallest attention weight", caption, f"Line plot of weights. {'; '.join(said)}."
 
@@ -276,10 +276,11 @@ def _attention(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | Non
         _legend(right)
     caption = (
         "(a) Pearson's correlation of each input of attention with the weights. Filled markers: over the tasks of each "
-        "batch, averaged over batches; batches in which the input or the weights are the same for all tasks are skipped, "
-        "and the table below counts them. Hollow markers: over the tasks of all batches together. Large markers: mean "
-        "over seeds. Small markers: single seeds. (b) The rank, by weight, of the task with the largest loss after "
-        "adaptation in each batch, averaged over each of up to 50 stretches of the run. Thick lines: mean over seeds."
+        "batch, averaged over batches; batches in which the input or the weights are the same for all tasks are "
+        "skipped, and the table below counts them. Hollow markers: over the tasks of all batches together. Large "
+        "markers: mean over seeds. Small markers: single seeds. (b) The rank, by weight, of the task with the largest "
+        "loss after adaptation in each batch, averaged over each of up to 50 stretches of the run. Thick lines: mean "
+        "over seeds."
     )
     seen = f"Dot plot of correlations; line plot of ranks: {'; '.join(said)}."
     return figure, "What attention attends to", caption, seen
