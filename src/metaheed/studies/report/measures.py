@@ -148,8 +148,8 @@ class AttentionLog(NamedTuple):
     stretches of about 100 batches, so weights independent of position give about 1%. NaN if all weights are 1/B."""
     apart_from_position: dict[str, float]
     """Input -> its pooled correlation with the weights after the effect of position is removed: the mean of each
-    position over a stretch is subtracted from the weights, and the mean of each batch from the input. It shows how the weights
-    depend on the tasks even if most of their variance is due to position. NaN if undefined."""
+    position over a stretch is subtracted from the weights, and the mean of each batch from the input. It shows how the
+    weights depend on the tasks even if most of their variance is due to position. NaN if undefined."""
     deviation: Ends
     """Root mean square deviation of the weights from 1/B."""
     apart_at_ends: dict[str, Ends]
