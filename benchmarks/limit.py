@@ -68,7 +68,7 @@ class _Layer(NamedTuple):
 
 
 def conv_flops(images: int, inputs: int, outputs: int, kernel: int, height: int, width: int) -> int:
-    """Floating point operations of a convolution with a height × width output; its padding is counted as if it were image."""
+    """Floating point operations of a convolution with a height × width output, with padding counted as image."""
     return 2 * images * outputs * height * width * inputs * kernel**2
 
 
