@@ -1,4 +1,4 @@
-"""What is stepped and timed."""
+"""The interface between the benchmark and a library that it times."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,4 +14,4 @@ class Entry(NamedTuple):
     step: Callable[[int], None]
     """t -> one whole outer iteration on training batch t: from images in memory to the next θ. This is timed."""
     gradient: Callable[[], tuple[Params, Tensor]]
-    """Of the last step: Σ_i w_i g_i by the names of `tasks.start`, and w, (B,)."""
+    """The last step's meta-gradient Σ_i w_i g_i, with the names of `tasks.start`, and the weights w, (B,)."""

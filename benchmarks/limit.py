@@ -33,7 +33,7 @@ _FLOAT = 4
 
 
 class Machine(NamedTuple):
-    """What the machine reaches."""
+    """The measured peak rates of the machine."""
 
     flops: float
     """Floating point operations a second of a large float32 matrix product."""
@@ -42,13 +42,13 @@ class Machine(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What must be done."""
+    """Necessary work: floating point operations and bytes moved."""
 
     flops: float
     bytes: float
 
     def times(self, factor: float) -> "Work":
-        """As much, so many times."""
+        """The work multiplied by a factor."""
         return Work(self.flops * factor, self.bytes * factor)
 
     def plus(self, *others: "Work") -> "Work":
@@ -68,7 +68,7 @@ class _Layer(NamedTuple):
 
 
 def conv_flops(images: int, inputs: int, outputs: int, kernel: int, height: int, width: int) -> int:
-    """Of a convolution with a height × width output; its padding is counted as if it were image."""
+    """Floating point operations of a convolution with a height × width output, with padding counted as image."""
     return 2 * images * outputs * height * width * inputs * kernel**2
 
 
@@ -116,7 +116,7 @@ def _lstm(setting: Setting) -> Work:
 
 
 def step_work(setting: Setting, algorithm: str) -> Work:
-    """Of one outer iteration."""
+    """The necessary work of one outer iteration."""
     support, query = setting.ways * setting.shots, setting.ways * setting.queries
     inner = forward(setting, support).plus(backward(setting, support))
     outer = forward(setting, query).plus(backward(setting, query))

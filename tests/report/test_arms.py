@@ -199,8 +199,8 @@ def test_seeds_that_one_side_lacks_are_named(tmp_path: Path) -> None:
     (comparison,) = attention_pairs(arms_of(tmp_path)).compared
     assert set(comparison.difference.per_seed) == {1, 2}
     assert comparison.notes == (
-        "seed 5 of TA-MAML left out, for the other side lacks it",
-        "seed 0 of MAML left out, for the other side lacks it",
+        "seed 5 of TA-MAML left out because the other arm lacks it",
+        "seed 0 of MAML left out because the other arm lacks it",
     )
 
 

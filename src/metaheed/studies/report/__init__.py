@@ -1,4 +1,4 @@
-"""Runs as tables and figures."""
+"""Reports that show runs as tables and figures."""
 
 from metaheed.studies.report.write import report
 

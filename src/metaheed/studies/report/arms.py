@@ -1,7 +1,7 @@
-"""Which runs are repetitions of each other, and what they are called.
+"""Group runs that repeat one config with different seeds, and name the groups.
 
-Runs of one config but for the seed (and what belongs to a machine) are an *arm*; arms are compared within a *setting*
-(data set, ways, shots).
+An *arm* is the runs whose configs differ only in the seed and in options of the machine. Arms are compared within a
+*setting*: data set, ways and shots.
 """
 
 from collections import defaultdict
@@ -24,47 +24,47 @@ from metaheed.studies.recipes import OF_A_RUN
 from metaheed.studies.report.reading import Judged, Result, Run, plain
 
 _LONGEST_LABEL = 32
-"""Characters of an arm's name, of which every table and legend has many."""
+"""Maximum number of characters in an arm's name, because every table and legend repeats it."""
 _WITHOUT_EFFECT = ("learner.recompute",)
-"""Settings that change where memory goes, and no number."""
+"""Settings that change the use of memory but no result."""
 RATES = (
     *("learner.fast_lr", "learner.forget_bias", "learner.input_bias", "outer.meta_lr", "outer.clip_norm"),
     *("rule.attention_lr", "rule.equity_lambda", "rule.loss_temperature", "rule.ascent_rate"),
 )
-"""What is tuned for each algorithm alone: it may differ between the sides of a pair, and is then said."""
+"""Settings that are tuned for each algorithm separately: the two arms of a pair may differ in them, which is noted."""
 
 CONTROLS = {
     "uniform-2b": "uniform over 2B tasks",
     "loss-softmax": "softmax of the loss",
     "replayed": "replayed and permuted",
 }
-"""Rule -> what it controls attention for."""
+"""Name of a control rule for attention -> how the page describes it."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """Runs of one config, one a seed."""
+    """Runs of one config, one for each seed."""
 
     setting: Setting
     runs: tuple[Run, ...]
-    """In the order of their seeds; those not judged too."""
+    """Ordered by seed; includes runs that are not evaluated yet."""
     settings: Mapping[str, Any]
-    """GROUP.FIELD -> value, without the seed and what belongs to a machine."""
+    """GROUP.FIELD -> value, without the seed and the options of the machine."""
     judged: Judged | None
-    """What those that are judged were judged on; none: none is."""
+    """Evaluation protocol of the evaluated runs; None if there are none."""
     label: str
-    """What the page calls it; short."""
+    """Short name on the page."""
     described: str = ""
-    """What the label stands for, if it does not say so itself."""
+    """What the label stands for; empty if the label is already complete."""
 
     @property
     def config(self) -> RunConfig:
-        """Of one of its runs."""
+        """The config of its first run."""
         return self.runs[0].config
 
     @property
     def algorithm(self) -> str:
-        """As `RunConfig.algorithm`."""
+        """The algorithm's name, see `RunConfig.algorithm`."""
         return self.config.algorithm
 
     @property
@@ -79,27 +79,27 @@ class Arm:
 
     @property
     def judged_runs(self) -> dict[int, Run]:
-        """Seed -> run, of those that are judged."""
+        """Seed -> run, for the evaluated runs."""
         return {run.seed: run for run in self.runs if run.result is not None}
 
     @property
     def results(self) -> dict[int, Result]:
-        """Seed -> result, of those that are judged."""
+        """Seed -> result, for the evaluated runs."""
         return {run.seed: run.result for run in self.runs if run.result is not None}
 
     @property
     def plain_rule(self) -> bool:
-        """Whether learner and rule have their defaults but for what is tuned: what a table of the paper has."""
+        """Whether learner and rule have their defaults, tuned settings aside, as in the paper's tables."""
         return not _options(self.config)
 
     @property
     def tasks_per_iteration(self) -> int:
-        """Tasks that training sees in an iteration: B, or 2B where the rule draws a second batch that is not reused."""
+        """Tasks that training sees in an iteration: B, or 2B if the rule draws a second batch."""
         return self.config.rule.batches * self.config.outer.meta_batch_size
 
     @property
     def updates_per_iteration(self) -> int:
-        """Outer steps on θ in an iteration."""
+        """Number of outer steps on θ in an iteration."""
         return self.config.rule.updates(self.config.outer.meta_batch_size)
 
 
@@ -109,7 +109,7 @@ def title(setting: Setting) -> str:
 
 
 def algorithm_label(config: RunConfig) -> str:
-    """What an algorithm is called: as in the paper where it has it."""
+    """The name of an algorithm on the page; the paper's name if the paper has this algorithm."""
     name, learner, rule = config.algorithm, config.learner.name, config.rule.name
     if name in LABELS:
         return LABELS[name]
@@ -125,7 +125,7 @@ def _stated_name(description: str) -> str:
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """GROUP.FIELD -> value, without what belongs to one run or machine; the shape of test tasks as it is in effect."""
+    """GROUP.FIELD -> value, without the options of one run or machine, and with the actual shape of the test tasks."""
     found: dict[str, Any] = {}
     for group, values in to_dict(config).items():
         for name, value in values.items() if isinstance(values, dict) else ():
@@ -135,17 +135,19 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
         found[f"episodes.test_{name}"] = count
     episodes = config.episodes
     if episodes.data == "folder" and episodes.data_root is not None:
-        # Own images, which the name of the data set does not tell apart; by the last name, for folders are moved.
+        # All folders of images have the same data set name. Only the last part of the path counts: folders are moved.
         found["episodes.images"] = episodes.data_root.name
-    if config.learner.init_from is not None:  # by the last name, too
+    if config.learner.init_from is not None:  # the last part of the path, as above
         found["learner.init_from"] = config.learner.init_from.name
     return found
 
 
 def group(runs: Iterable[Run]) -> tuple[list[Arm], list[tuple[str, str]]]:
-    """The arms, by setting and algorithm, and the runs that are a seed's second one, each with what to say of it.
+    """Group finished runs into arms.
 
-    Unfinished runs are in none.
+    Returns:
+        The arms, ordered by setting and algorithm; and (run, reason) for each run that is not used because its arm
+        already has a run with the same seed.
     """
     by_config: dict[str, list[Run]] = defaultdict(list)
     runs = [*runs]
@@ -160,7 +162,7 @@ def group(runs: Iterable[Run]) -> tuple[list[Arm], list[tuple[str, str]]]:
         for run in members:
             by_judged[None if run.result is None else run.result.judged].append(run)
         unjudged = by_judged.pop(None, [])
-        # Most runs first; what is not judged belongs to those.
+        # The protocol with most runs comes first. Runs that are not evaluated yet are counted with it.
         parts = sorted(by_judged.items(), key=lambda item: (-len(item[1]), item[0])) or [(None, [])]
         for index, (judged, part) in enumerate(parts):
             by_seed: dict[int, Run] = {}
@@ -178,7 +180,10 @@ def group(runs: Iterable[Run]) -> tuple[list[Arm], list[tuple[str, str]]]:
 
 
 def _settings_with_sources(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
-    """Run -> its settings; with what it replays, where runs of one config are known to replay different algorithms."""
+    """Path of a run -> its settings.
+
+    If runs of one config are known to replay different algorithms, the replayed algorithm is one of the settings.
+    """
     settings = {run.path: settings_of(run.config) for run in runs}
     attended: dict[str, set[str]] = defaultdict(set)
     for run in runs:
@@ -200,7 +205,10 @@ def _settings_with_sources(runs: Sequence[Run]) -> dict[Path, dict[str, Any]]:
 
 
 def replayed_folder(run: Run) -> str | None:
-    """Of a run that replays another, the other's folder by its name: runs are moved later, all of a study together."""
+    """The name of the folder whose weights a run replays; None if it replays none.
+
+    Only the name, without its parents, because the runs of a study may be moved together.
+    """
     rule = run.config.rule
     return rule.replay.name if isinstance(rule, ReplayedConfig) and rule.replay is not None else None
 
@@ -209,7 +217,7 @@ def _order(arm: Arm) -> tuple[Any, ...]:
     data = (*NATURAL, *ANALOGOUS, "omniglot", "omniglot-vinyals")
     known = data.index(arm.setting.data) if arm.setting.data in data else len(data)
     learner, rules = [*LEARNERS].index(arm.learner), [*RULES]
-    if arm.learner == "metalstm":  # MetaLSTM, then MetaLSTM++, as one reads about them
+    if arm.learner == "metalstm":  # MetaLSTM comes before MetaLSTM++
         rules.sort(key=lambda rule: rule != "sequential")
     fields = sorted((name, repr(value)) for name, value in arm.settings.items())
     return (known, arm.setting, learner, rules.index(arm.rule), len(arm.label), arm.label, fields, str(arm.judged))
@@ -221,7 +229,7 @@ def _label(config: RunConfig) -> str:
 
 
 def _options(config: RunConfig) -> list[str]:
-    """The options of learner and rule that make it another algorithm than the default, as the command line has them."""
+    """The options of learner and rule that differ from their defaults, named as on the command line; no tuned ones."""
     found, default = [], (LEARNERS[config.learner.name](), RULES[config.rule.name]())
     usual = {"learner": to_dict(default[0]), "rule": to_dict(default[1])}
     neutral = (*RATES, "learner.backbone", "learner.adaptation_steps")
@@ -242,7 +250,7 @@ def _said(name: str, value: Any) -> str:
 
 
 def _told_apart(arms: Sequence[Arm]) -> list[Arm]:
-    """Arms of one setting under one label get what differs between them added to it."""
+    """Add to the labels of arms that share a setting and a label the settings in which they differ."""
     alike: dict[tuple[Setting, str], list[Arm]] = defaultdict(list)
     for arm in arms:
         alike[arm.setting, arm.label].append(arm)
@@ -250,7 +258,7 @@ def _told_apart(arms: Sequence[Arm]) -> list[Arm]:
     for arm in arms:
         others = alike[arm.setting, arm.label]
         names = [name for name in arm.settings if len({repr(other.settings.get(name)) for other in others}) > 1]
-        names.sort(key=lambda name: name != "training.iterations")  # what one asks first
+        names.sort(key=lambda name: name != "training.iterations")  # the most important difference comes first
         added = [_said(name, arm.settings[name]) for name in names]
         if arm.judged is not None and len({other.judged for other in others if other.settings == arm.settings}) > 1:
             j = arm.judged
@@ -260,7 +268,7 @@ def _told_apart(arms: Sequence[Arm]) -> list[Arm]:
 
 
 def shortened(arms: Sequence[Arm]) -> list[Arm]:
-    """Arms whose names would widen every table are called by algorithm and number, and say what that stands for."""
+    """Replace labels that are too long by algorithm and number; the full label moves to `described`."""
     numbers: dict[tuple[Setting, str], int] = defaultdict(int)
     found = []
     for arm in arms:

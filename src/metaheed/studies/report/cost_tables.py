@@ -1,4 +1,4 @@
-"""Tables of what runs cost: time, memory, and how long each took to an accuracy."""
+"""Tables of cost: time, memory, and the iterations that each arm needed to reach an accuracy."""
 
 import statistics
 from collections import defaultdict
@@ -11,7 +11,7 @@ from metaheed.studies.report.table import MISSING, Table, _range, _ratio, listed
 
 
 def cost_table(arms: Sequence[Arm]) -> Table:
-    """Time, memory and tasks of every arm beside those of its counterpart under the uniform rule."""
+    """Time, memory and tasks of every arm, and their ratios to the same learner under the uniform rule."""
     rows = []
     for arm in arms:
         plain_arm = unattended(arm, arms)
@@ -32,21 +32,25 @@ def cost_table(arms: Sequence[Arm]) -> Table:
             )
     return Table(
         "Cost",
-        "Seconds of an outer iteration, validation and checkpoints left out: each run's median over the stretches "
-        "between its checkpoints, then the median over seeds (smallest – largest). Memory: the most that was resident "
-        "(on CUDA: allocated); under the execution 'processes' the sum over workers, what they share being counted in "
-        "each. The ratios are to the same learner under the uniform rule, computed in the same place. Runs by versions "
-        "that did not write timing.jsonl show as not recorded.",
+        "Seconds: the time of one outer iteration without validation and checkpoints. It is the median over the parts "
+        "of a run between two checkpoints, then the median over seeds (smallest – largest). Memory: peak resident "
+        "memory, or peak allocated memory on CUDA. With the execution 'processes' it is the sum over the workers, so "
+        "memory that they share is counted once for each worker. Ratio: relative to the same learner under the uniform "
+        "rule on the same device, processor, number of threads and execution. Runs without a timing.jsonl are shown as "
+        "not recorded.",
         (
-            *("setting", "arm", "tasks seen an iteration", "outer steps an iteration", "tasks seen in all"),
-            *("seconds an iteration", "ratio", "peak memory, MiB", "ratio", "computed on"),
+            *("setting", "arm", "tasks per iteration", "outer steps per iteration", "tasks in total"),
+            *("seconds per iteration", "ratio", "peak memory, MiB", "ratio", "computed on"),
         ),
         tuple(rows),
     )
 
 
 def unattended(arm: Arm, arms: Sequence[Arm]) -> Arm | None:
-    """The arm of the same learner and protocol under the uniform rule; of several the one that is like it in most."""
+    """The arm of the same learner and protocol under the uniform rule; None if there is none.
+
+    If there are several, the one that agrees with `arm` in most settings.
+    """
     fitting = [
         a
         for a in arms
@@ -59,7 +63,7 @@ _NOT_RECORDED: tuple[list[float], list[int]] = ([], [])
 
 
 def _costs(arm: Arm) -> dict[str, tuple[list[float], list[int]]]:
-    """Where -> seconds an iteration and peak bytes of the runs computed there."""
+    """Device and execution -> seconds per iteration and peak bytes of the runs computed there."""
     found: dict[str, tuple[list[float], list[int]]] = defaultdict(lambda: ([], []))
     for run in arm.runs:
         if run.cost is not None:
@@ -73,11 +77,12 @@ _BELOW_BEST = (0.05, 0.01)
 
 
 def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
-    """How long each arm takes to a validation accuracy, in iterations, outer steps and tasks.
+    """The iterations, outer steps and tasks that each arm needs to reach a validation accuracy.
 
     Args:
-        arms: of all settings.
-        thresholds: accuracies in [0, 1]; none: 5 and 1 points below the counterpart's best.
+        arms: the arms of all settings.
+        thresholds: accuracies in [0, 1]. If empty, 5 points and 1 point below the best accuracy of the same learner
+            under the uniform rule.
     """
     rows = []
     for family in _families(arms):
@@ -103,16 +108,15 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
                 )
     return Table(
         "Iterations to a given accuracy",
-        "The first validation at which the mean curve over seeds is at the accuracy or above (so no finer than one "
-        "validation to the next), what that is in outer steps and in training tasks seen, and each as a multiple of "
-        "what the same learner under the uniform rule took (of several such arms the one that is like it in most "
-        "settings): at equal updates and at equal tasks seen, both sides being mean curves over the seeds that both "
-        "have. "
+        "The iteration of the first validation at which the mean curve over seeds reaches the accuracy, also expressed "
+        "in outer steps and in training tasks. The columns with × divide the outer steps (equal updates) and the tasks "
+        "(equal tasks) by what the same learner needed under the uniform rule; if several arms are such, the one that "
+        "agrees in most settings counts. For these ratios both mean curves are over the seeds that both arms have. "
         + (
-            "The accuracies were asked for."
+            "The accuracies are those given with --thresholds."
             if thresholds
-            else "The accuracies are 5 and 1 points below the best of that learner's mean curve under the uniform rule "
-            "(of the first such arm; where there is none, of the first arm)."
+            else "The accuracies are 5 points and 1 point below the best of the learner's mean curve under the uniform "
+            "rule (that of the first such arm, or of the first arm if there is none)."
         ),
         (
             *(
@@ -122,7 +126,7 @@ def reach_table(arms: Sequence[Arm], thresholds: Sequence[float]) -> Table:
                 "iterations",
                 "outer steps",
                 "× (equal updates)",
-                "tasks seen",
+                "tasks",
             ),
             *("× (equal tasks)", "× over seeds", "seeds that reached it"),
         ),

@@ -1,7 +1,7 @@
-"""The paper's figures 1, 3, 4 and 5 of the runs at hand, one file a setting: PNG and SVG, the same bytes every time.
+"""Draw the paper's figures 1, 3, 4 and 5 for the runs of a report, as PNG and SVG, one file for each setting.
 
-A colour is an arm, the same one in all figures of a setting; a panel is a learner. Thick lines are means over seeds,
-thin ones single seeds.
+The same runs give the same bytes. Each learner has a panel, and each arm has one colour in all figures of a setting.
+Thick lines are means over seeds; thin lines are single seeds.
 """
 
 import io
@@ -27,8 +27,8 @@ from metaheed.studies.report.measures import INPUTS, AttentionLog, Band, mean_ba
 from metaheed.studies.report.reading import plain
 
 _RC: Any = {
-    "svg.hashsalt": "metaheed",  # identifiers in the file are random without it
-    "text.parse_math": False,  # a stranger's $ is a $
+    "svg.hashsalt": "metaheed",  # without it, identifiers in the file are random
+    "text.parse_math": False,  # a $ in a name is not the start of a formula
     "text.usetex": False,
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 9,
@@ -43,10 +43,10 @@ _RC: Any = {
 _WIDTH, _HEIGHT = 4.6, 3.2  # inches of a panel
 _DPI = 130
 _COLUMNS = 2
-_MARKERS = "osD^vP*X"  # one more than colours, so that the pairs of both repeat late
+_MARKERS = "osD^vP*X"  # one more than colours, so that pairs of colour and marker repeat late
 
 Logs = Mapping[int, Sequence[AttentionLog]]
-"""id of an attended arm -> what its runs' weights did, one a seed."""
+"""id() of an arm with attention -> the summaries of its attention weights, one for each run."""
 
 
 @dataclass(frozen=True)
@@ -54,20 +54,20 @@ class Picture:
     """A figure in both formats."""
 
     name: str
-    """Of its files, without the ending."""
+    """Name of its files, without the suffix."""
     title: str
     caption: str
     alternative: str
-    """What it shows, for those who cannot see it."""
+    """Description for readers who cannot see the figure."""
     png: bytes
     svg: bytes
 
 
 class Toy(NamedTuple):
-    """What figure 1 shows."""
+    """The data of figure 1."""
 
     optima: list[tuple[float, float]]
-    """A point a task."""
+    """The optimum of each task, a point."""
     paths: dict[str, list[tuple[float, float]]]
     """Algorithm -> its meta-parameters at the start and after every outer step."""
     numbers: dict[str, tuple[float, float]]
@@ -75,7 +75,7 @@ class Toy(NamedTuple):
 
 
 def all_figures(arms: Sequence[Arm], logs: Logs, toy: Toy | None, toy_from: str) -> Iterator[Picture]:
-    """Figures 1, 3, 4 and 5, as far as there is something to draw."""
+    """Figures 1, 3, 4 and 5 for every setting that has data for them."""
     names: set[str] = set()
     with own_settings(_RC):
         if toy is not None:
@@ -108,7 +108,7 @@ def _bytes(figure: Figure) -> tuple[bytes, bytes]:
 
 
 Drawn = tuple[Figure, str, str, str]
-"""Figure, its words, caption, alternative text."""
+"""Figure, title, caption, alternative text."""
 
 
 def _panels(count: int, height: float = _HEIGHT) -> tuple[Figure, list[Axes]]:
@@ -123,7 +123,7 @@ def _panels(count: int, height: float = _HEIGHT) -> tuple[Figure, list[Axes]]:
 
 
 def _by_learner(arms: Sequence[Arm]) -> dict[str, list[tuple[Arm, str, str]]]:
-    """Learner -> its arms with colour and marker."""
+    """Learner -> its arms, each with colour and marker."""
     found: dict[str, list[tuple[Arm, str, str]]] = {}
     for arm in arms:
         members = found.setdefault(arm.learner, [])
@@ -137,12 +137,12 @@ def _legend(axes: Axes) -> None:
 
 
 def _wrapped(label: str) -> str:
-    """A label of a legend, on lines that a panel is wide enough for."""
+    """A legend's label, broken into lines that fit into a panel."""
     return "\n".join(textwrap.wrap(label, 60))
 
 
 def _height(members: Iterable[Sequence[tuple[Arm, str, str]]], entries: int, more: int = 0) -> float:
-    """Of panels with a legend below them: so many entries an arm, and some more."""
+    """Height of panels in inches with room for a legend below: `entries` for each arm, and `more` further lines."""
     lines = (sum(entries * len(textwrap.wrap(arm.label + " " * 20 + ".", 60)) for arm, _, _ in m) for m in members)
     return _HEIGHT + 0.17 * (max(lines) + more)
 
@@ -157,7 +157,7 @@ def _learner_title(arm: Arm) -> str:
 
 
 def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None:
-    """Figure 3; None if no arm has a line, which takes two validations."""
+    """Figure 3; None if no arm has the two validations that a line needs."""
     learners = {
         learner: members
         for learner, members in _by_learner(arms).items()
@@ -185,9 +185,9 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None
         )
         _legend(axes)
     caption = (
-        "Mean accuracy on the frozen validation tasks, the same for every seed. Thick: mean over seeds, at the "
-        "iterations that all of them have (dashed under attention); thin: each seed. Tasks seen an "
-        "iteration differ: see Cost."
+        "Mean accuracy on the validation tasks, which are the same for every seed. Thick lines: mean over seeds, at "
+        "the iterations at which all seeds were validated (dashed with attention). Thin lines: single seeds. "
+        "Algorithms differ in the number of tasks per iteration: see Cost of attention."
     )
     ends = []
     for arm in arms:
@@ -199,7 +199,7 @@ def _accuracy(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None
 
 
 def _attended(arms: Sequence[Arm], logs: Logs) -> dict[str, list[tuple[Arm, str, str]]]:
-    """As `_by_learner`, of the attended arms only, each with the colour that it has among all."""
+    """The arms with attention from `_by_learner`; each keeps its colour and marker."""
     found = {
         learner: [member for member in members if any(log.batches > 1 for log in logs.get(id(member[0]), ()))]
         for learner, members in _by_learner(arms).items()
@@ -213,7 +213,7 @@ def _draw_band(axes: Axes, summary: Band, colour: str, style: str, label: str) -
 
 
 def _weights(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None:
-    """Figure 4."""
+    """Figure 4; None if no attention weights could be read."""
     learners = _attended(arms, logs)
     if not learners:
         return None
@@ -226,13 +226,13 @@ def _weights(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None:
             _draw_band(axes, largest, colour, "-", _wrapped(f"{arm.label}: largest, {_seeds(len(of_runs))}"))
             _draw_band(axes, smallest, colour, ":", _wrapped(f"{arm.label}: smallest, {_seeds(len(of_runs))}"))
             said.append(f"{arm.label} ends between {smallest.mean[-1]:.3f} and {largest.mean[-1]:.3f}")
-        _mark_sizes(axes, [1 / log.tasks for arm, _, _ in members for log in logs[id(arm)]], "1/B, every task alike")
+        _mark_sizes(axes, [1 / log.tasks for arm, _, _ in members for log in logs[id(arm)]], "1/B (equal weights)")
         axes.set(title=_learner_title(members[0][0]), xlabel="iteration", ylabel="weight of a task", ylim=(0, None))
         _legend(axes)
     caption = (
-        "The largest and the smallest weight of each meta-batch: mean over up to 200 stretches of the run and over "
-        "seeds, and between the 5th and the 95th percentile of a stretch's batches (the band). Weights of a batch sum "
-        "to 1, so their mean is 1/B."
+        "The largest and the smallest weight in each meta-batch. A run is divided into up to 200 stretches of "
+        "successive batches. Lines: mean over the batches of a stretch and over seeds. Bands: 5th to 95th percentile "
+        "of the batches of a stretch. The weights of a batch sum to 1, so their mean is 1/B."
     )
     return figure, "Largest and smallest attention weight", caption, f"Line plot of weights. {'; '.join(said)}."
 
@@ -243,7 +243,7 @@ def _mark_sizes(axes: Axes, levels: Sequence[float], label: str) -> None:
 
 
 def _attention(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | None:
-    """Figure 5: (a) correlations, (b) rank of the hardest task; a row a learner."""
+    """Figure 5: (a) correlations, (b) rank of the hardest task, with one row for each learner; None as for figure 4."""
     learners = _attended(arms, logs)
     if not learners:
         return None
@@ -266,20 +266,21 @@ def _attention(setting: Setting, arms: Sequence[Arm], logs: Logs) -> Drawn | Non
             right.plot(mean.iterations, mean.mean, color=colour, lw=1.7, label=label)
             said.append(f"with {arm.label} the task with the largest loss ends at mean rank {mean.mean[-1]:.2f}")
         sizes = [log.tasks for arm, _, _ in members for log in logs[id(arm)]]
-        _mark_sizes(right, [(B + 1) / 2 for B in sizes], "(B + 1)/2, weights blind to the loss")
+        _mark_sizes(right, [(B + 1) / 2 for B in sizes], "(B + 1)/2, weights independent of the loss")
         right.set(
             title=f"(b) {_learner_title(members[0][0])}",
             xlabel="iteration",
-            ylabel="rank by weight (1: weighs most)",
+            ylabel="rank by weight (1: largest weight)",
             ylim=(max(sizes) + 0.2, 0.8),
         )
         _legend(right)
     caption = (
-        "(a) Pearson's correlation of each input of attention with the weights. Filled: over the tasks of each batch, "
-        "averaged over batches (those in which input or weights are the same for all tasks are skipped, and counted in "
-        "the table); hollow: over the tasks of all batches together. Large: mean over seeds; small: each seed. (b) The "
-        "rank by weight of the task with the largest loss after adaptation in its batch, in means over up to 50 "
-        "stretches of the run; thick: mean over seeds."
+        "(a) Pearson's correlation of each input of attention with the weights. Filled markers: over the tasks of each "
+        "batch, averaged over batches; batches in which the input or the weights are the same for all tasks are "
+        "skipped, and the table below counts them. Hollow markers: over the tasks of all batches together. Large "
+        "markers: mean over seeds. Small markers: single seeds. (b) The rank, by weight, of the task with the largest "
+        "loss after adaptation in each batch, averaged over each of up to 50 stretches of the run. Thick lines: mean "
+        "over seeds."
     )
     seen = f"Dot plot of correlations; line plot of ranks: {'; '.join(said)}."
     return figure, "What attention attends to", caption, seen
@@ -319,10 +320,10 @@ _DRAWN: tuple[tuple[str, Callable[[Setting, Sequence[Arm], Logs], Drawn | None]]
 
 
 def read_toy(file: Path) -> Toy:
-    """What `metaheed toy` wrote: optima, and for each algorithm its points, path length and displacement.
+    """Read a file of `metaheed toy`: optima, and for each algorithm its points, path length and displacement.
 
     Raises:
-        RunError: it cannot be read.
+        RunError: the file cannot be read, or `metaheed toy` does not write such a file.
     """
     try:
         found = from_json(read_bounded(file, JSON_BYTES))
@@ -347,12 +348,12 @@ def _points(values: Any) -> list[tuple[float, float]]:
 def _toy_figure(toy: Toy, toy_from: str) -> Picture:
     figure = draw_trajectories(toy.paths, toy.optima)
     lengths = "; ".join(
-        f"{name} goes {length:.2f} for a displacement of {displacement:.2f}"
+        f"{name} takes a path of length {length:.2f} for a displacement of {displacement:.2f}"
         for name, (length, displacement) in toy.numbers.items()
     )
     caption = (
-        "Two meta-parameters of a toy through every outer step: a step after every task (MetaLSTM) and one on the "
-        f"whole meta-batch (MetaLSTM++). {lengths}. {toy_from}"
+        "The two meta-parameters of a toy problem after every outer step, with a step after every task (MetaLSTM) and "
+        f"with one step on the whole meta-batch (MetaLSTM++). {lengths}. {toy_from}"
     )
     words = "Meta-parameters of MetaLSTM and MetaLSTM++"
     return Picture("figure1-toy", f"Figure 1. {words}", caption, f"Two paths in the plane. {lengths}.", *_bytes(figure))

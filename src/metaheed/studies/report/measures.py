@@ -1,6 +1,6 @@
-"""The numbers behind tables and figures: adjusted p-values, curves over seeds, what attention did.
+"""Compute the numbers behind tables and figures: adjusted p-values, curves over seeds, statistics of attention weights.
 
-Shapes: n batches, B tasks in each.
+In shapes, n is the number of batches and B the number of tasks in each.
 """
 
 import math
@@ -25,25 +25,29 @@ _ALWAYS = ("query_loss", "query_accuracy", "initial_loss", "grad_norm")  # in ev
 
 
 def inputs_of(fields: Sequence[str]) -> dict[str, str]:
-    """What a reader calls each input of attention, given the fields of TaskInfo; the loss before is in the ratio."""
+    """Input of attention -> its name on the page, given the fields of TaskInfo.
+
+    The loss before adaptation is no input of its own: attention sees the ratio of the losses after and before.
+    """
     names = [*_WORDS, *(name for name in fields if name not in _ALWAYS)]
     return {name: _WORDS.get(name, name.replace("_", " ")) for name in names}
 
 
 INPUTS = inputs_of(TaskInfo._fields)
-"""Attention's inputs and what a reader calls them."""
-_POINTS = 200  # of a curve: a figure has no more pixels to show
-_RANK_POINTS = 50  # of a rank, which jumps from batch to batch
-_STRETCH = 20  # batches in a stretch at least, where there are enough for ten
-_AT_ONCE = 1000  # batches: bounds memory
-_POSITION_STRETCH = 100  # batches
-_ROUNDING = 1e-9  # of a mean of accuracies, each of which is logged to a millionth
+"""Input of attention -> its name on the page."""
+_POINTS = 200  # maximum number of points in a curve; a figure cannot show more
+_RANK_POINTS = 50  # the same for ranks, which vary more from batch to batch
+_STRETCH = 20  # minimum number of batches in a stretch, if there are enough for ten stretches
+_AT_ONCE = 1000  # batches read at a time, which limits memory
+_POSITION_STRETCH = 100  # batches over which the mean weight of a position is taken
+_ROUNDING = 1e-9  # tolerance for means of accuracies; the log has six decimal places
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Holm's (1979) adjusted p-values, in the order given.
 
-    The k-th smallest of m is multiplied by m − k + 1. The result is at most 1 and at least the one before it.
+    The k-th smallest of m is multiplied by m − k + 1. The result is at most 1, and at least the
+    adjusted value of the next smaller p-value.
     """
     # Written out because SciPy has no Holm, and statsmodels, which has one, would bring pandas.
     m, largest = len(p_values), 0.0
@@ -55,14 +59,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 class Curve(NamedTuple):
-    """Something against iteration; (k,) each."""
+    """A quantity at k iterations; both arrays have shape (k,)."""
 
     iterations: np.ndarray
     values: np.ndarray
 
 
 def mean_curve(runs: Sequence[Sequence[Validation]]) -> Curve:
-    """Mean validation accuracy over seeds, at the iterations at which all were validated."""
+    """Mean validation accuracy over runs, at the iterations at which all of them were validated."""
     tables = [{v.iteration: v.accuracy for v in run} for run in runs]
     common = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     means = [sum(table[i] for table in tables) / len(tables) for i in common]
@@ -70,25 +74,25 @@ def mean_curve(runs: Sequence[Sequence[Validation]]) -> Curve:
 
 
 def first_reaching(curve: Curve, threshold: float) -> int | None:
-    """The first iteration at which a curve is at the threshold or above, but for rounding; none: it never is."""
+    """The first iteration at which a curve reaches the threshold, up to rounding; None if it never does."""
     above = np.flatnonzero(curve.values >= threshold - _ROUNDING)
     return int(curve.iterations[above[0]]) if len(above) else None
 
 
 class Band(NamedTuple):
-    """Something of every batch, in stretches of iterations; (k,) each."""
+    """A quantity of each batch, summarised over k stretches of iterations; all arrays have shape (k,)."""
 
     iterations: np.ndarray
-    """The middle of each stretch."""
+    """The mean iteration of each stretch."""
     mean: np.ndarray
     low: np.ndarray
-    """The 5th percentile of its batches."""
+    """The 5th percentile of the batches of a stretch."""
     high: np.ndarray
-    """The 95th."""
+    """The 95th percentile."""
 
 
 def band(iterations: np.ndarray, values: np.ndarray, most: int = _POINTS) -> Band:
-    """Summarise a value a batch in stretches of equal length, `most` at most."""
+    """Summarise one value per batch, (n,), over at most `most` stretches of equal length."""
     n = len(values)
     stretches = np.array_split(np.arange(n), min(most, max(n // _STRETCH, min(n, 10))))
     parts = [values[s] for s in stretches]
@@ -98,65 +102,65 @@ def band(iterations: np.ndarray, values: np.ndarray, most: int = _POINTS) -> Ban
 
 
 def mean_band(bands: Sequence[Band]) -> Band:
-    """The mean over runs of the same length."""
+    """The mean of the bands of several runs of the same length."""
     return Band(*(np.mean([b[i] for b in bands], axis=0) for i in range(len(Band._fields))))
 
 
 class Correlation(NamedTuple):
-    """Of one input with the weights, Pearson's."""
+    """Pearson's correlation of one input of attention with the weights."""
 
     per_batch: float
-    """Over the tasks of each batch, then averaged over batches; NaN: in no batch is it defined."""
+    """Over the tasks of each batch, then averaged over batches; NaN if it is defined in no batch."""
     batches: int
-    """Batches averaged over."""
+    """Number of batches that are averaged."""
     skipped: int
-    """Batches in which it is undefined: input or weights are the same for all tasks, or the input was not logged."""
+    """Number of batches without a correlation: input or weights are constant, or the input was not logged."""
     pooled: float
-    """Over the tasks of all batches together; NaN: undefined."""
+    """Over the tasks of all batches together; NaN if undefined."""
 
 
 class Ends(NamedTuple):
-    """Something of the first and the last tenth of a run, a stretch of about a hundred batches at least."""
+    """A quantity over the first and over the last tenth of a run, each at least one stretch of about 100 batches."""
 
     first: float
     last: float
 
 
 class AttentionLog(NamedTuple):
-    """What the weights of a run did."""
+    """Statistics of the attention weights of a run."""
 
     largest: Band
-    """The largest weight of each batch."""
+    """The largest weight in each batch."""
     smallest: Band
-    """The smallest."""
+    """The smallest weight in each batch."""
     rank: Band
-    """The rank by weight of the task with the largest loss after adaptation: 1, it weighs most; B, least. Tasks of the
-    same weight share the mean of their ranks."""
+    """Rank, by weight, of the task with the largest loss after adaptation in each batch. Rank 1 is the largest weight
+    and B the smallest; tasks of equal weight share the mean of their ranks."""
     correlations: dict[str, Correlation]
     """Input -> its correlation with the weights."""
     tasks: int
-    """B."""
+    """B, the number of tasks in a batch."""
     batches: int
-    """Of how many batches."""
+    """Number of batches in the log."""
     by_position: float
-    """Share, in [0, 1], of the weights' variance about 1/B that a task's position in its batch explains: where the
-    weights go by position, the same place weighs the same in batch after batch, whatever task stands there. Means are
-    taken over stretches of about a hundred batches, so chance gives 1%. NaN: all weights are 1/B."""
+    """Share, in [0, 1], of the weights' variance about 1/B that is explained by a task's position in its batch. It is 1
+    if every position keeps its weight from batch to batch, whichever task is there. The mean of a position is over
+    stretches of about 100 batches, so weights independent of position give about 1%. NaN if all weights are 1/B."""
     apart_from_position: dict[str, float]
-    """Input -> its pooled correlation with what position leaves of the weights: each position's mean over a stretch is
-    taken off the weights, and each batch's mean off the input. What attention does with a task where most of its
-    weights' variance goes by position, which the other correlations drown in. NaN: undefined."""
+    """Input -> its pooled correlation with the weights after the effect of position is removed: the mean of each
+    position over a stretch is subtracted from the weights, and the mean of each batch from the input. It shows how the
+    weights depend on the tasks even if most of their variance is due to position. NaN if undefined."""
     deviation: Ends
-    """Of the weights from 1/B, root mean square."""
+    """Root mean square deviation of the weights from 1/B."""
     apart_at_ends: dict[str, Ends]
-    """Input -> `apart_from_position`. What a run begins with was drawn with δ, not learned."""
+    """Input -> `apart_from_position` at both ends of the run. The first is due to the random initial δ."""
 
 
 def attention_log(file: Path) -> AttentionLog:
-    """Go through a run's tasks.jsonl once, a thousand batches at a time.
+    """Summarise the attention weights in a run's tasks.jsonl, which is read once, a thousand batches at a time.
 
     Raises:
-        RunError: it is missing, empty or damaged.
+        RunError: the file is missing, empty or damaged.
     """
     iterations: list[int] = []
     largest: list[np.ndarray] = []
@@ -217,7 +221,10 @@ def attention_log(file: Path) -> AttentionLog:
 
 
 def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(n, B) each -> (n,): the rank by weight, 1 the largest, of each batch's task with the largest loss."""
+    """The rank, by weight, of the task with the largest loss in each batch; rank 1 is the largest weight.
+
+    Both arguments have shape (n, B); the result has shape (n,).
+    """
     hardest = np.argmax(losses, axis=1)
     own = np.take_along_axis(weights, hardest[:, None], axis=1)
     above, same = (weights > own).sum(axis=1), (weights == own).sum(axis=1)
@@ -226,7 +233,10 @@ def ranks(losses: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 def batch_correlations(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """(n, B) each -> (n,): Pearson's correlation within each batch; NaN where a side is constant or not finite."""
+    """Pearson's correlation within each batch; NaN if values or weights are constant or not finite.
+
+    Both arguments have shape (n, B); the result has shape (n,).
+    """
     with np.errstate(all="ignore"):
         constant = (np.ptp(values, axis=1) == 0) | (np.ptp(weights, axis=1) == 0)
         x, w = (side - side.mean(axis=1, keepdims=True) for side in (values, weights))
@@ -237,7 +247,7 @@ def batch_correlations(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
 
 
 class _Pooled:
-    """Pearson's correlation of pairs that come in parts: Chan, Golub & LeVeque's (1979) merging of moments."""
+    """Pearson's correlation of pairs that arrive in parts, by merging moments (Chan, Golub & LeVeque 1979)."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -250,7 +260,7 @@ class _Pooled:
         pairs = np.stack([x[finite], y[finite]])  # (2, m)
         part._count = pairs.shape[1]
         if part._count:
-            with np.errstate(all="ignore"):  # what is too large to be squared has no correlation in the end
+            with np.errstate(all="ignore"):  # values that overflow when squared give NaN in `value`
                 part._mean = pairs.mean(axis=1)
                 centred = pairs - part._mean[:, None]
                 part._moments = centred @ centred.T
@@ -272,14 +282,14 @@ class _Pooled:
 
 
 class _Stretch(NamedTuple):
-    """About a hundred batches."""
+    """Sums over about 100 batches."""
 
     squares: float
-    """Of the weights' distances from 1/B, their sum."""
+    """Sum of the squared deviations of the weights from 1/B."""
     weights: int
-    """How many."""
+    """Number of weights."""
     apart: dict[str, _Pooled]
-    """Input -> its moments with what position leaves of the weights."""
+    """Input -> its moments with the weights after the effect of position is removed."""
 
 
 def _merged(parts: Sequence[_Pooled]) -> _Pooled:
@@ -290,7 +300,7 @@ def _merged(parts: Sequence[_Pooled]) -> _Pooled:
 
 
 def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.ndarray]]:
-    """Iterations, attention's inputs and the weights of a thousand batches at a time."""
+    """Yield the iterations, inputs of attention (n, B) and weights (n, B) of at most a thousand batches at a time."""
     names = ("weights", *_ALWAYS, *(name for name in INPUTS if name not in _WORDS))
     iterations: list[int] = []
     columns: dict[str, list[list[float]]] = {name: [] for name in names}
@@ -320,7 +330,7 @@ def _chunks(file: Path) -> Iterator[tuple[list[int], dict[str, np.ndarray], np.n
                 raise ValueError(f"iteration {shown(line['iteration'])}")
             iterations.append(int(line["iteration"]))
             for name in names:
-                # Inputs that came later are not in earlier logs.
+                # Logs of earlier versions lack the inputs that were added later.
                 values = line[name] if name == "weights" or name in _ALWAYS else line.get(name, [None] * B)
                 columns[name].append([math.nan if v is None else v for v in values])
             if len(iterations) == _AT_ONCE:

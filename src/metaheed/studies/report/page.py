@@ -1,7 +1,7 @@
-"""A report as one HTML page that needs nothing beside it, and as Markdown beside its figures.
+"""Write a report as one self-contained HTML page, and as Markdown that links to the figures.
 
-Everything that comes from files is text, never markup: the page's template escapes it, and Markdown's own marks are
-escaped here.
+Text read from files is never interpreted as markup: the HTML template escapes it, and this module escapes characters
+with a meaning in Markdown.
 """
 
 import base64
@@ -16,7 +16,7 @@ from metaheed.studies.report.figures import Picture
 from metaheed.studies.report.table import MISSING, Table
 
 FIGURES = "figures"
-"""Folder of the figures, beside the page."""
+"""Name of the folder with the figures, in the report's folder."""
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,20 @@ class Note:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: tuple[Table | Picture | Note, ...]
 
     @property
     def anchor(self) -> str:
-        """Where links lead."""
+        """The target of links to this section."""
         return re.sub(r"[^a-z0-9]+", "-", self.title.lower()).strip("-")
 
 
 @dataclass(frozen=True)
 class Report:
-    """What is to be shown."""
+    """The content of a page."""
 
     title: str
     summary: Sequence[str]
@@ -49,7 +49,7 @@ class Report:
 
 
 def to_html(report: Report) -> str:
-    """The page, figures within."""
+    """The report as one HTML page with its figures embedded."""
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
@@ -70,12 +70,12 @@ def _data_uri(svg: bytes) -> str:
 
 
 def _is_number(cell: str) -> bool:
-    """Whether a cell is set like a number."""
+    """Whether a cell is laid out as a number."""
     return cell == MISSING or bool(re.match(r"[<+-]? ?\d", cell))
 
 
 def to_markdown(report: Report) -> str:
-    """The same as Markdown; its figures lie in figures/."""
+    """The report as Markdown that links to the files in figures/."""
     parts = [f"# {_escaped(report.title)}", *map(_escaped, report.summary)]
     for section in report.sections:
         parts.append(f"## {_escaped(section.title)}")
@@ -92,7 +92,7 @@ def to_markdown(report: Report) -> str:
 
 
 def markdown_table(table: Table) -> str:
-    """Its columns and rows."""
+    """The columns and rows of a table as Markdown, without title and caption."""
 
     def line(cells: Sequence[str]) -> str:
         return f"| {' | '.join(map(_escaped, cells))} |"
@@ -101,6 +101,6 @@ def markdown_table(table: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text without meaning to Markdown, on one line."""
+    """Text on one line, with the characters escaped that have a meaning in Markdown."""
     text = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\n", "<br>")

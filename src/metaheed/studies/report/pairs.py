@@ -1,7 +1,7 @@
-"""Which arms may be set against which, and the reason for every pair that may not.
+"""Pair the arms that may be compared, and give the reason for every pair that may not.
 
-Two arms are paired only if the protocol is the same on both sides: the tasks of training, validation and test, the
-network, T, B and the number of iterations.
+Two arms are paired only if they share the protocol: the tasks of training, validation and test, the network, T, B, the
+outer optimiser and the number of iterations.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,17 +17,17 @@ from metaheed.studies.report.reading import Judged, plain
 
 
 class Comparison(NamedTuple):
-    """Two arms on the same test tasks, over the seeds that both have."""
+    """The comparison of two arms on the same test tasks, over the seeds that both have."""
 
     arm: Arm
     against: Arm
     difference: Difference
     notes: tuple[str, ...]
-    """What else differs between them, and seeds that only one has."""
+    """Tuned settings in which the arms differ, and seeds that only one of them has."""
 
 
 class NotCompared(NamedTuple):
-    """A pair that was looked for, and why there is none."""
+    """A comparison that could not be made, and the reason."""
 
     setting: Setting
     label: str
@@ -36,14 +36,19 @@ class NotCompared(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """A family of comparisons: one table."""
+    """A family of comparisons, shown in one table."""
 
     compared: tuple[Comparison, ...]
     missing: tuple[NotCompared, ...]
 
 
 def counterparts(arms: Sequence[Arm], wanted: Callable[[Arm], str | None]) -> Pairs:
-    """Every arm against the one of its learner under the rule that `wanted` names (none: it is in no pair)."""
+    """Compare each arm with the arm of the same learner under another rule.
+
+    Args:
+        arms: the arms of all settings.
+        wanted: arm -> name of the other rule; None if this arm is not to be compared.
+    """
     compared: list[Comparison] = []
     missing: list[NotCompared] = []
     for arm in arms:
@@ -69,11 +74,11 @@ def _rule_label(arm: Arm, rule: str) -> str:
 
 
 Outcome = tuple[Comparison | str, list[tuple[str, str]]]
-"""A comparison; or why there is none, in a word or for each candidate's label."""
+"""A comparison and []; or, if there is none, a reason and []; or '' and (label, reason) for each candidate."""
 
 
 def _partner(arm: Arm, candidates: Sequence[Arm]) -> Outcome:
-    """The arm beside the candidate that is nearest."""
+    """Compare an arm with the candidate that differs from it in the fewest tuned settings."""
     if not arm.results:
         return "it is not judged", []
     if not candidates:
@@ -90,7 +95,7 @@ def _partner(arm: Arm, candidates: Sequence[Arm]) -> Outcome:
 
 
 def mismatches(arm: Arm, other: Arm) -> list[str]:
-    """What forbids to pair two arms of a setting and learner, the first of which is judged."""
+    """The reasons not to pair two arms of one setting and learner. The first arm must be evaluated."""
     if not other.results:
         return ["it is not judged"]
     found = protocol_mismatches(arm, other)
@@ -104,7 +109,7 @@ def mismatches(arm: Arm, other: Arm) -> list[str]:
 
 
 def protocol_mismatches(arm: Arm, other: Arm) -> list[str]:
-    """In what two arms of a learner differ beside the rule and what is tuned."""
+    """The settings, other than the rule and tuned ones, in which two arms of one learner differ, in words."""
     found = []
     for name in {**arm.settings, **other.settings}:
         ours, theirs = arm.settings.get(name), other.settings.get(name)
@@ -121,7 +126,7 @@ def pair(arm: Arm, other: Arm) -> Outcome:
     for side, label in ((arm, arm.label), (other, other.label)):
         alone = [seed for seed in side.results if seed not in common]
         if alone:
-            notes.append(f"{_seeds(alone)} of {label} left out, for the other side lacks {_it(alone)}")
+            notes.append(f"{_seeds(alone)} of {label} left out because the other arm lacks {_it(alone)}")
     for name in _differing_rates(arm, other):
         option = name.partition(".")[2].replace("_", "-")
         notes.append(f"{option} is {_value(arm.settings[name])} against {_value(other.settings[name])}")
@@ -134,7 +139,7 @@ def pair(arm: Arm, other: Arm) -> Outcome:
 
 
 def _differing_rates(arm: Arm, other: Arm) -> list[str]:
-    """Tuned values that both sides have, and not the same."""
+    """The tuned settings that both arms have, with different values."""
     both = (name for name in RATES if name in arm.settings and name in other.settings)
     return [name for name in both if arm.settings[name] != other.settings[name]]
 
@@ -153,12 +158,12 @@ def _it(things: Sequence[Any]) -> str:
 
 
 def metalstm_pairs(arms: Sequence[Arm]) -> Pairs:
-    """Table 1's: MetaLSTM++ against MetaLSTM."""
+    """The comparison of the paper's Table 1: MetaLSTM++ against MetaLSTM."""
     return counterparts(arms, lambda arm: _paper_rule(arm) if arm.algorithm == "metalstm++" else None)
 
 
 def attention_pairs(arms: Sequence[Arm]) -> Pairs:
-    """Table 2's: attention and TAML, of any learner, against the same learner under the uniform rule."""
+    """The comparisons of the paper's Table 2: any learner with attention or TAML against it under the uniform rule."""
     return counterparts(arms, lambda arm: _paper_rule(arm) or "uniform" if arm.rule in ("attended", "equity") else None)
 
 
@@ -168,9 +173,9 @@ def _paper_rule(arm: Arm) -> str | None:
 
 
 def control_pairs(arms: Sequence[Arm]) -> Pairs:
-    """Attention against each control of its learner that there is; each control against the uniform rule.
+    """Compare attention with each control of the same learner, and each control with the uniform rule.
 
-    Replayed weights are a control for those that are replayed.
+    A control that replays weights is compared only with the arm whose weights it replays.
     """
     compared: list[Comparison] = []
     missing: list[NotCompared] = []
@@ -188,7 +193,7 @@ def control_pairs(arms: Sequence[Arm]) -> Pairs:
 
 
 def _replays_others(arm: Arm, control: Arm, arms: Sequence[Arm]) -> list[str]:
-    """Why a control that replays weights is none for an arm: they are another arm's of those that are here."""
+    """The reason not to pair an arm with a control that replays the weights of another arm in `arms`; [] if none."""
     replayed = {replayed_folder(run) for run in control.runs} - {None}
     sources = [a for a in arms if a.rule == "attended" and replayed & {run.path.name for run in a.runs}]
     if not sources or any(source is arm for source in sources):

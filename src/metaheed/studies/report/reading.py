@@ -1,7 +1,7 @@
-"""Finding run folders, and reading of each what the tables need. No checkpoints, no data.
+"""Find run folders and read what the tables need, which is neither checkpoints nor data.
 
-config.yaml, metrics.jsonl and result.json are read here, and timing.jsonl where there is one. tasks.jsonl, the large
-one, is streamed by `measures` for the runs that need it. All of it may be a stranger's: nothing is taken for granted.
+This module reads config.yaml, metrics.jsonl, result.json and, if there is one, timing.jsonl. The large tasks.jsonl is
+streamed by `measures`, for the runs that need it. The files may come from strangers, so every value is checked.
 """
 
 import math
@@ -21,7 +21,7 @@ from metaheed.running.results import read_result
 from metaheed.studies.paper import Setting
 
 TOY_FILE = "toy.json"
-_MOST = 10**9  # iterations that a config can ask for
+_MOST = 10**9  # maximum number of iterations in a config
 
 
 class Validation(NamedTuple):
@@ -29,11 +29,11 @@ class Validation(NamedTuple):
 
     iteration: int
     accuracy: float
-    """Mean over its tasks, in [0, 1]."""
+    """Mean over the validation tasks, in [0, 1]."""
 
 
 class Judged(NamedTuple):
-    """What a run was judged on; runs are compared where all of it is the same."""
+    """The evaluation protocol of a run. Runs are compared only if it is the same."""
 
     episodes_sha256: str
     tasks: int
@@ -44,21 +44,21 @@ class Result(NamedTuple):
     """A run's result.json."""
 
     setting: Setting
-    """What it was judged on: --ways and --shots of the evaluation may be others than the training's."""
+    """The setting of the evaluation, whose ways and shots may differ from those of training."""
     judged: Judged
     accuracy: float
     """Mean over test tasks, in [0, 1]."""
     half_width: float
-    """Half-width of its 95% interval over test tasks."""
+    """Half-width of the 95% interval over test tasks."""
 
 
 class Cost(NamedTuple):
-    """What a run took where most of it was computed."""
+    """The cost of a run, on the machine and execution where most of its iterations were computed."""
 
     seconds: float
-    """An iteration: median over the stretches between checkpoints."""
+    """Seconds per iteration: the median over the parts of the run between checkpoints."""
     peak_bytes: int | None
-    """Most memory held; none: the system did not say."""
+    """Peak memory in bytes; None if the system does not report it."""
     where: str
     """Device, processor, threads and execution."""
 
@@ -70,14 +70,14 @@ class Run:
     path: Path
     config: RunConfig
     iterations: int
-    """Done, as its log says."""
+    """Number of finished iterations, according to the log."""
     validations: tuple[Validation, ...]
     result: Result | None
-    """None: not judged, or judged in another state than it is in now."""
+    """None if the run is not evaluated, or has changed since its evaluation."""
     cost: Cost | None
-    """None: not recorded."""
+    """None if it was not recorded."""
     problem: str | None
-    """Why it is left out of the accuracies; none: it is not."""
+    """Why the run is left out of the accuracies; None if it is included."""
 
     @property
     def name(self) -> str:
@@ -86,18 +86,18 @@ class Run:
 
     @property
     def seed(self) -> int:
-        """Its training seed."""
+        """The training seed."""
         return self.config.training.seed
 
     @property
     def finished(self) -> bool:
-        """Whether all iterations are done and the last state was validated."""
+        """Whether all iterations are done and the last one is followed by a validation."""
         total = self.config.training.iterations
         return self.iterations == total and bool(self.validations) and self.validations[-1].iteration >= total
 
     @property
     def setting(self) -> Setting:
-        """What it was judged on, or would be."""
+        """The setting of its evaluation, or the one that its config gives if it is not evaluated."""
         if self.result is not None:
             return self.result.setting
         e = self.config.episodes
@@ -105,30 +105,30 @@ class Run:
 
 
 class Found(NamedTuple):
-    """What lies in the folders that were named."""
+    """What was found in the given folders."""
 
     runs: tuple[Run, ...]
     unreadable: tuple[tuple[str, str], ...]
-    """Run folder, and why it cannot be read."""
+    """(run folder, why it cannot be read)."""
     toys: tuple[Path, ...]
     """Files that `metaheed toy` wrote."""
     studies: tuple[tuple[str, str], ...]
-    """Folder of a search whose trials were passed over, and what to say of it."""
+    """(folder of a search, remark): its trials were not read."""
 
 
 def plain(text: str) -> str:
-    """A stranger's text on one line, without characters that steer a terminal, an XML parser or the direction."""
+    """Untrusted text on one line, with control characters, such as those for terminals or text direction, replaced."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def find(paths: Sequence[Path]) -> Found:
     """Read the run folders among these folders and, recursively, inside them. A folder named twice counts once.
 
-    Links are followed. The trials of a search are no repetitions of anything: they are read only where they are named.
-    A run that cannot be read, whatever is wrong with it, is listed as such and stops nothing.
+    Links are followed. The trials of a search do not repeat each other, so they are read only if a trial's folder is
+    given. A run that cannot be read for any reason is listed in `Found.unreadable`; the others are read all the same.
 
     Raises:
-        RunError: none is named, one is not a folder or cannot be looked into, or no run is found.
+        RunError: no path is given, one is not a folder or cannot be opened, or no run is found.
     """
     if not paths:
         raise RunError("no run was named: name run folders, or folders that hold some")
@@ -153,11 +153,11 @@ def find(paths: Sequence[Path]) -> Found:
             elif "config.yaml" in files:
                 try:
                     runs.append(read_run(folder))
-                    below.clear()  # what is inside a run is that run's
+                    below.clear()  # folders inside a run belong to that run
                 except RunError as error:
-                    # Other programs have a config.yaml as well, with runs below it.
+                    # The config.yaml may belong to another program, and runs may lie below it.
                     unreadable.append((plain(str(folder)), plain(brief(str(error), 500))))
-                except Exception as error:  # whatever a stranger's files lead to, it is that run's fault alone
+                except Exception as error:  # an unforeseen error in one run must not stop the report
                     reason = brief(f"it cannot be read ({type(error).__name__}: {error})", 500)
                     unreadable.append((plain(str(folder)), plain(reason)))
     if not runs and not unreadable:
@@ -171,7 +171,7 @@ def find(paths: Sequence[Path]) -> Found:
 def _walk(
     path: Path, seen: set[Path], unreadable: list[tuple[str, str]]
 ) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Folders, the names of those below each, which may be taken out, and of its files; none that was seen before."""
+    """As `os.walk`, but follow links and skip folders in `seen`. Folders that cannot be opened go to `unreadable`."""
 
     def refuse(error: OSError) -> None:
         if Path(error.filename) == path:
@@ -180,7 +180,7 @@ def _walk(
 
     for folder, below, files in os.walk(path, onerror=refuse, followlinks=True):
         real = Path(folder).resolve()
-        if real in seen:  # named twice, or a link that leads back
+        if real in seen:  # given twice, or reached again by a link
             below.clear()
             continue
         seen.add(real)
@@ -192,8 +192,8 @@ def read_run(path: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        RunError: its config, log or result cannot be read. A run that is merely unfinished or not judged has a
-            `problem` instead.
+        RunError: its config, log or result cannot be read. A run that is merely unfinished or not evaluated is returned
+            with a `problem`.
     """
     folder = RunFolder(path)
     config = folder.read_config()
@@ -233,7 +233,7 @@ def _read_metrics(file: Path) -> tuple[int, tuple[Validation, ...]]:
 
 
 def _read_result(path: Path, run: Run) -> tuple[Result | None, str | None]:
-    """A run's result, or why it is not the run's as it stands."""
+    """A run's result and None; or None and the reason why the result is not of the run in its present state."""
     found = read_result(path)
     config = run.config
     if (found["seed"], found["algorithm"]) != (run.seed, config.algorithm):
@@ -244,7 +244,7 @@ def _read_result(path: Path, run: Run) -> tuple[Result | None, str | None]:
         return None, f"its result.json is of the data set {plain(found['data'])}"
     now = run.iterations
     if found["checkpoint"] == "best":
-        # The first of the best, as training keeps it.
+        # Training keeps the first of several equally good checkpoints.
         now = max(run.validations, key=lambda v: v.accuracy).iteration
     if found["iteration"] != now:
         return None, (
@@ -261,7 +261,7 @@ def _word(value: Any) -> str:
 
 
 def _read_cost(file: Path) -> Cost | None:
-    """What the iterations took in the place where most of them were computed."""
+    """Read timing.jsonl; None if it is missing or has no usable line."""
     if not file.exists():
         return None
     lines: list[dict[str, Any]] = []

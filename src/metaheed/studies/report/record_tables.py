@@ -1,4 +1,4 @@
-"""Tables of what attention did, of the settings, and of the runs themselves."""
+"""Tables of attention weights, settings and runs."""
 
 import math
 import statistics
@@ -31,12 +31,13 @@ def correlation_table(logs: Sequence[tuple[Arm, Sequence[AttentionLog]]]) -> Tab
             )
     return Table(
         "Correlation of attention's inputs with its weights",
-        "Pearson's, over the tasks of each batch and then averaged over batches; and over the tasks of all batches "
-        "together. Means over seeds (smallest – largest). Batches in which an input, or the weights, are the same for "
-        "all tasks have no correlation: they are skipped and counted. Apart from position: pooled, a position's mean "
-        "over a hundred batches taken off its weights and each batch's mean off the input, for where most of the "
-        "weights' variance goes by position, nothing else can correlate much with them; and the same over the first "
-        "and the last tenth of the run: what a run begins with was drawn with the attention module, not learned.",
+        "Pearson's correlation. Within batches: over the tasks of each batch, then averaged over batches. Pooled: over "
+        "the tasks of all batches together. Means over seeds (smallest – largest). Batches in which an input or the "
+        "weights are the same for all tasks have no correlation and are skipped. Apart from position: pooled, after "
+        "the mean of each position over a hundred batches is subtracted from the weights, and the mean of each batch "
+        "from the input; if position explains most of the variance of the weights, the other correlations are small. "
+        "First and last tenth: the same over these parts of the run. Correlations in the first tenth are due to the "
+        "random start of the attention module, so only what changes by the last tenth was learned.",
         (
             *("setting", "arm", "input", "seeds", "within batches", "batches skipped", "pooled", "apart from position"),
             *("first tenth", "last tenth"),
@@ -90,7 +91,7 @@ def _mean_text(values: Sequence[float]) -> str:
 
 
 def legend_table(arms: Sequence[Arm]) -> Table:
-    """What the short names of arms stand for."""
+    """The full names of the arms that have a numbered name."""
     return Table(
         "What the numbered names stand for",
         "Options that are not the defaults are in round brackets; what tells arms of one name apart is in square ones.",
@@ -100,7 +101,7 @@ def legend_table(arms: Sequence[Arm]) -> Table:
 
 
 def settings_table(arms: Sequence[Arm]) -> Table:
-    """What the arms' configs are: in the caption what all share, in the rows the rest."""
+    """The settings of all arms: those that all share in the caption, the others in the rows."""
     names = list(dict.fromkeys(name for arm in arms for name in arm.settings))
     absent = object()
     shared = {n for n in names if len({repr(arm.settings.get(n, absent)) for arm in arms}) == 1} if arms else set()
@@ -111,7 +112,7 @@ def settings_table(arms: Sequence[Arm]) -> Table:
 
     return Table(
         "Settings",
-        "As in config.yaml, but for what belongs to a run or machine."
+        "As in config.yaml, without the options of one run or machine."
         + (f" The same in all: {text(arms[0], [n for n in names if n in shared])}." if shared else ""),
         ("setting", "arm", "seeds", "differs in"),
         tuple(
@@ -126,7 +127,7 @@ def settings_table(arms: Sequence[Arm]) -> Table:
 
 
 def runs_table(arms: Sequence[Arm]) -> Table:
-    """Every run that is in an arm."""
+    """Every run of every arm."""
     rows = []
     for arm in arms:
         for run in arm.runs:
@@ -150,12 +151,12 @@ def runs_table(arms: Sequence[Arm]) -> Table:
 
 
 def left_out_table(unfinished: Sequence[Run], others: Sequence[tuple[str, str]]) -> Table:
-    """Runs that are in no accuracy, and why."""
+    """Runs that are left out of the accuracies, and the reasons."""
     rows = [(run.name, run.problem or "") for run in unfinished if run.problem is not None]
     return Table(
         "Left out",
-        "Run folders that were found, but are in no accuracy above. Finished runs that are not judged are still in the "
-        "figures.",
+        "Run folders that were found but are left out of the accuracies above. Finished runs that are not judged are "
+        "still in the figures.",
         ("folder", "left out because"),
         (*rows, *others),
     )

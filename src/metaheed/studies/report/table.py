@@ -1,4 +1,4 @@
-"""A table of the report, and how its numbers are written."""
+"""A table of the report, and the format of its numbers."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -12,18 +12,18 @@ MISSING = "—"
 
 @dataclass(frozen=True)
 class Table:
-    """Cells of text; a line break in one is a line break."""
+    """A table whose cells are text. A newline in a cell is shown as a line break."""
 
     title: str
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     folded: bool = False
-    """Long and seldom read: shut until it is opened."""
+    """Whether the page hides the table until the reader opens it: for long tables that are seldom read."""
 
 
 def percent(share: float) -> str:
-    """A share as a number of per cent."""
+    """A share in [0, 1] in per cent, without the sign."""
     return f"{100 * share:.2f}"
 
 
@@ -33,12 +33,12 @@ def points(difference: float) -> str:
 
 
 def count(number: int, what: str) -> str:
-    """A number of things."""
+    """A number with its noun, in the plural unless the number is 1."""
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def mean_accuracy(arm: Arm) -> str:
-    """The mean over seeds with its interval, labelled; or that of the one seed."""
+    """The mean accuracy over seeds with its interval and the number of seeds; without interval for a single seed."""
     results = [*arm.results.values()]
     if not results:
         return MISSING
@@ -49,24 +49,24 @@ def mean_accuracy(arm: Arm) -> str:
 
 
 def few_seeds(seeds: Iterable[int]) -> str:
-    """What is to be said of intervals over very few seeds; empty if there is none among these numbers of seeds."""
+    """An explanation of wide intervals if any of the numbers of seeds is 2 or 3; empty otherwise."""
     few = sorted({n for n in seeds if n in (2, 3)})
     said = {
-        2: "With two seeds an interval is wide whatever the runs are like: Student's t with one degree of freedom "
-        "takes 12.7 standard errors to each side, where many seeds take 2; three seeds take 4.3.",
-        3: "With three seeds an interval takes 4.3 standard errors to each side (Student's t with two degrees of "
-        "freedom), where many seeds take 2.",
+        2: "An interval over two seeds is always wide: Student's t with one degree of freedom takes 12.7 standard "
+        "errors to each side, compared with 4.3 for three seeds and 2 for many.",
+        3: "An interval over three seeds takes 4.3 standard errors to each side (Student's t with two degrees of "
+        "freedom), compared with 2 for many seeds.",
     }
     return f" {said[few[0]]}" if few else ""
 
 
 def listed(words: Iterable[str]) -> str:
-    """Words in a row, with commas between them."""
+    """Join words with commas."""
     return ", ".join(words)
 
 
 def p_text(p: float | None) -> str:
-    """A p-value to three places."""
+    """A p-value with three decimal places."""
     return MISSING if p is None else "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 

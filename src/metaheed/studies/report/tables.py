@@ -1,4 +1,4 @@
-"""The tables, as plain text in cells: what they say of the runs, and how each number is to be read."""
+"""Tables of accuracies and differences, with captions that say how to read each number."""
 
 import statistics
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from metaheed.studies.report.table import (
 
 
 def paper_table(name: str, arms: Sequence[Arm]) -> Table | None:
-    """A table of the paper, every algorithm twice: the paper's numbers, and ours below them.
+    """A table of the paper, with two rows for each algorithm: the paper's numbers, and ours below them.
 
     None if no run fills a cell of it.
     """
@@ -53,7 +53,7 @@ def _seeds_of(arms: Sequence[Arm]) -> list[int]:
 
 
 def elsewhere_table(arms: Sequence[Arm]) -> Table | None:
-    """The algorithms of the paper's tables in settings that these lack; None if there is no such run."""
+    """The paper's algorithms in settings that its tables do not have; None if there is no such run."""
     papers = {setting for paper in PAPER_TABLES.values() for setting in paper.columns}
     columns = [s for s in dict.fromkeys(arm.setting for arm in arms) if s not in papers]
     ours, filled, remarks = _our_cells(tuple(LABELS), columns, arms)
@@ -77,7 +77,7 @@ def _head(setting: Setting) -> str:
 def _our_cells(
     algorithms: Sequence[str], columns: Sequence[Setting], arms: Sequence[Arm]
 ) -> tuple[dict[str, list[str]], int, str]:
-    """Algorithm -> our cells, column by column; how many are filled; and what is to be said of them."""
+    """Algorithm -> our cells, one for each column; the number of filled cells; and remarks for the caption."""
     chosen = {(a, s): _of_cell(arms, s, a) for a in algorithms for s in columns}
     shown = [found[0] for found in chosen.values() if found]
     lengths = {arm.config.training.iterations for arm in shown}
@@ -94,14 +94,14 @@ def _our_cells(
 
 
 def _cell_text(chosen: Sequence[Arm], several: bool) -> str:
-    """The accuracy of a cell, where the cells are of several lengths with its own."""
+    """The accuracy of a cell, with its number of iterations if the cells of the table differ in it."""
     if not chosen:
         return MISSING
     return mean_accuracy(chosen[0]) + (f"\n{chosen[0].config.training.iterations:,} iterations" if several else "")
 
 
 def _otherwise(arm: Arm) -> str:
-    """In what an arm of a cell differs from the paper's setting, but for what is tuned, and how long and often."""
+    """How an arm differs from the paper's setting, apart from tuned settings, iterations and validation interval."""
     config = default_config(arm.algorithm, *arm.setting)
     found = []
     for name, papers in settings_of(config).items():
@@ -113,7 +113,7 @@ def _otherwise(arm: Arm) -> str:
 
 
 def _of_cell(arms: Sequence[Arm], setting: Setting, algorithm: str) -> list[Arm]:
-    """Judged arms that are a cell of a table: trained in its setting, nothing special about the rule; longest first."""
+    """Evaluated arms for a cell of a table: trained in its setting with default options; longest training first."""
     found = [
         arm
         for arm in arms
@@ -126,7 +126,7 @@ def _of_cell(arms: Sequence[Arm], setting: Setting, algorithm: str) -> list[Arm]
 
 
 def accuracy_table(arms: Sequence[Arm]) -> Table:
-    """Every arm's accuracy."""
+    """The test accuracy of every arm."""
     rows = []
     for arm in arms:
         results = [*arm.results.values()]
@@ -147,8 +147,8 @@ def accuracy_table(arms: Sequence[Arm]) -> Table:
     return Table(
         "Test accuracy of every arm",
         "Accuracy in % after adaptation, transductive: batch norm sees all query images of a task. An arm is the runs "
-        "of one config, one a seed. Of the two intervals only the one over training seeds says where another training "
-        "run would lie; the one over test tasks is each run's own 1.96·s/√n (smallest – largest over seeds)."
+        "of one config with different seeds. The interval over training seeds says where the mean of other training "
+        "runs would lie. The interval over test tasks does not: it is 1.96·s/√n for each run (smallest – largest)."
         + few_seeds(_seeds_of(arms)),
         (
             *("setting", "arm", "iterations", "seeds", "mean", "± 95%, training seeds", "± 95%, test tasks only"),
@@ -159,12 +159,12 @@ def accuracy_table(arms: Sequence[Arm]) -> Table:
 
 
 def difference_table(name: str, about: str, pairs: Pairs, beside_the_paper: bool = False) -> Table:
-    """A family of paired differences; its p-values are adjusted together.
+    """A table of paired differences, whose p-values are adjusted together.
 
     Args:
-        name, about: its title, and what its caption begins with.
-        pairs: the family.
-        beside_the_paper: with the same difference of the paper's numbers, where it has them.
+        name, about: title of the table and beginning of its caption.
+        pairs: the comparisons.
+        beside_the_paper: add a column with the same difference between the paper's numbers.
     """
     tested = [c for c in pairs.compared if c.difference.p_value is not None]
     adjusted = holm([c.difference.p_value for c in tested if c.difference.p_value is not None])
@@ -172,13 +172,13 @@ def difference_table(name: str, about: str, pairs: Pairs, beside_the_paper: bool
     caption = (
         f"{about} Differences in percentage points, paired on the same test tasks at equal seeds. The training seed is "
         "the unit: a t-interval over the per-seed differences, and the paired t-test's two-sided p. Holm: adjusted "
-        f"over the {count(len(tested), 'test')} of this table. Beside them the interval over test tasks, these "
-        "training runs taken as given: it says nothing about another training run."
+        f"over the {count(len(tested), 'test')} of this table. The interval over test tasks takes these "
+        "training runs as given: it says nothing about another training run."
         + few_seeds(len(c.difference.per_seed) for c in pairs.compared)
     )
     columns: tuple[str, ...] = (
         *("setting", "arm", "against", "accuracy", "seeds", "difference", "± 95%, training seeds", "p", "p (Holm)"),
-        *("± 95%, test tasks only", "tasks seen an iteration", "notes"),
+        *("± 95%, test tasks only", "tasks per iteration", "notes"),
     )
     rows = [_difference_row(c, by_pair.get(id(c))) for c in pairs.compared]
     if beside_the_paper:
@@ -211,12 +211,12 @@ def _difference_row(comparison: Comparison, adjusted: float | None) -> tuple[str
 
 
 def not_compared_table(missing: Sequence[NotCompared]) -> Table:
-    """What was not paired, and why."""
+    """The comparisons that could not be made, and the reasons."""
     rows = dict.fromkeys((title(m.setting), m.label, m.against, m.reason) for m in missing)
     return Table(
         "Not compared",
-        "Pairs that these runs would suggest, and what stands against them. Nothing is paired unless data set, tasks "
-        "of training, validation and test, network, T, B and iterations agree.",
+        "Comparisons that these runs suggest but that cannot be made, with the reason. Two arms are compared only if "
+        "data set, tasks of training, validation and test, network, T, B and iterations agree.",
         ("setting", "arm", "against", "not compared because"),
         tuple(rows),
     )

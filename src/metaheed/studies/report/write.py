@@ -1,4 +1,4 @@
-"""Runs as tables and figures: one HTML page that needs nothing beside it, the same as Markdown, and figures as files.
+"""Write a report on runs: one self-contained HTML page, the same as Markdown, and the figures as files.
 
     reading    run folders: config, validations, result, cost
     arms       which runs are repetitions, and what they are called
@@ -60,7 +60,7 @@ def report(
         runs: run folders, or folders that hold some at any depth; folders of `metaheed toy` too.
         out: the folder, made whole or not at all. One that holds an earlier report, and nothing else, is replaced.
         config: what is shown.
-        say: told what takes a while.
+        say: called with a line of text before each step that takes long.
 
     Returns:
         The HTML file.
@@ -144,7 +144,7 @@ def _report(
             difference_table(
                 "Controls",
                 "Attention against its controls, and these against the uniform rule. Attention without probe "
-                "reuse sees 2B tasks an iteration: uniform over 2B is its counterpart at equal tasks seen.",
+                "reuse sees 2B tasks per iteration: uniform over 2B is its counterpart at equal tasks seen.",
                 controls,
             ),
             not_compared_table([*table1.missing, *attention.missing, *controls.missing]),
@@ -169,7 +169,7 @@ def _report(
 
 
 def _section(heading: str, *blocks: Table | Picture | Note | None) -> Section:
-    """A section without what is absent or empty."""
+    """A section without blocks that are None and without empty tables."""
     shown = (b for b in blocks if b is not None and not (isinstance(b, Table) and not b.rows))
     return Section(heading, tuple(shown))
 
@@ -180,7 +180,7 @@ MISSING_FIGURES = {
     "4": "there is no finished run under attention whose weights can be read.",
     "5": "there is no finished run under attention whose weights can be read.",
 }
-"""Why a figure is missing."""
+"""Number of a figure -> why it is missing."""
 
 
 def _unjudged(arms: Sequence[Arm]) -> list[tuple[str, str]]:
@@ -213,7 +213,7 @@ def _attention_logs(
 def _toy(
     found: Found, config: ReportConfig, say: Callable[[str], None]
 ) -> tuple[Toy | None, str, list[tuple[str, str]]]:
-    """What figure 1 draws, and where it is from; and what is to be said of toys that it does not draw."""
+    """The data of figure 1, its source, and remarks on toy files that are not drawn."""
     notes: list[tuple[str, str]] = []
     drawn: tuple[Toy, Path] | None = None
     for file in found.toys:
